@@ -1,0 +1,102 @@
+"""Perturb the top-K, random and bottom-K weights of a layer and measure what each costs in perplexity.
+
+    TARGET_LAYER="gpt_neox.layers.5.mlp.dense_h_to_4h" \\
+    accelerate launch --config_file configs/accelerate_config.yaml scripts/run_topk_perturb.py
+
+    accelerate launch scripts/run_topk_perturb.py --target-layer transformer.h.5.attn.c_attn --k 1 10 100 \\
+        --perturbation zero sign_flip --seeds 0 1 2 3 4
+
+    python scripts/run_topk_perturb.py --model gpt2 --list-layers
+"""
+
+import os
+from typing import Literal
+
+from bridge import argv
+from bridge.errors import RequestError
+from llm_perturb import experiment, weights
+from llm_perturb.corpus import CorpusOptions
+from llm_perturb.perturbation import Perturbation
+
+
+def perturb(
+    *,
+    target_layer: list[str] | None = None,
+    k: list[int] = [100],  # noqa: B006 - never changed
+    selection: list[Literal["top", "random", "bottom"]] = ["top", "random", "bottom"],  # noqa: B006
+    metric: list[Literal["grad_x_weight", "grad_squared", "obd", "taylor2", "magnitude"]] = ["grad_x_weight"],  # noqa: B006
+    weights_csv: list[str] | None = None,
+    perturbation: list[Literal["zero", "sign_flip", "scale", "gaussian_noise", "bit_flip", "quantize"]] = ["zero"],  # noqa: B006
+    factor: float = 0.5,
+    sigma: float = 1.0,
+    bit: int | None = None,
+    n_bits: int = 4,
+    seeds: list[int] = [0, 1, 2],  # noqa: B006
+    list_layers: bool = False,
+    model: str | None = None,
+    revision: str | None = None,
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    data_file: str | None = None,
+    dataset: str | None = None,
+    dataset_config: str | None = None,
+    split: str = "test",
+    text_column: str = "text",
+    packing: Literal["documents", "windows"] = "documents",
+    max_length: int = 512,
+    eval_limit: int | None = None,
+    batch_size: int = 1,
+    output: str = "outputs/",
+    experiment_id: str | None = None,
+) -> None:
+    """Measure the change of perplexity when chosen weights of TARGET_LAYER are perturbed.
+
+    Args:
+        target_layer: layers or parameters, with or without .weight; ALL for every matrix. Default: the
+            environment's TARGET_LAYER (separated by commas).
+        k: how many weights; several give a curve.
+        selection: top: highest scores; random: controls from the same target; bottom: lowest scores.
+        metric: the score that top and bottom go by, computed for the target alone.
+        weights_csv: take the top weights from these files of a discovery instead.
+        perturbation: what is done to the weights.
+        factor: of scale.
+        sigma: of gaussian_noise, in standard deviations of the tensor.
+        bit: of bit_flip, 0 is the lowest; default the highest bit of the exponent.
+        n_bits: of quantize.
+        seeds: one random control (and one draw of noise) for each.
+        list_layers: print the parameters of the model and stop.
+        model: hub id, local folder or short name; default by TARGET_LAYER.
+        revision: of the hub.
+        dtype: of the weights and the arithmetic.
+        device: auto, cpu, cuda, cuda:1, mps.
+        trust_remote_code: let a hub model run its own code.
+        data_file: one text a line; default the shipped passages.
+        dataset: of the Hugging Face hub, or a local json, jsonl, csv, parquet or txt file.
+        dataset_config: its configuration.
+        split: its split.
+        text_column: its column.
+        packing: documents, or windows of equal length.
+        max_length: tokens of a sequence at most.
+        eval_limit: sequences at most.
+        batch_size: sequences at a time.
+        output: where the run's folder is made.
+        experiment_id: its name; give that of a killed run to resume it.
+    """
+    targets = target_layer or [part for part in os.environ.get("TARGET_LAYER", "").split(",") if part]
+    options = experiment.ModelOptions(model, revision, dtype, device, trust_remote_code)
+    if list_layers:
+        print(weights.table(options.load(targets).model))
+        return
+    if min(k) < 1 or batch_size < 1:
+        raise RequestError(f"--k and --batch-size must be at least 1, not {min(*k, batch_size)}")
+    request = experiment.Request(
+        [part.strip() for part in targets], sorted(set(k)), selection, metric,
+        [Perturbation(kind, factor, sigma, bit, n_bits) for kind in perturbation], seeds, weights_csv or [],
+    )  # fmt: skip
+    corpus = CorpusOptions(data_file, dataset, dataset_config, split, text_column, packing, max_length, eval_limit)
+    experiment.measure_perturbations(request, options, corpus, batch_size, output, experiment_id)
+
+
+if __name__ == "__main__":
+    argv.run(perturb)

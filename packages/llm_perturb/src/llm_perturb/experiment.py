@@ -1,0 +1,266 @@
+"""A whole experiment: from the flags of the scripts to a table of measurements in a run folder."""
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import pandas as pd
+import torch
+from bridge.errors import RequestError, RunError
+from bridge.records import MEASUREMENTS, atomic_path, write_json, write_table
+from bridge.runs import Run, check_output, open_run
+from torch import Tensor
+from tqdm import tqdm
+
+from llm_perturb import models, weights
+from llm_perturb.corpus import Corpus, CorpusOptions, read_texts, tokenize
+from llm_perturb.intervals import MIN_SEQUENCES, ratio_interval
+from llm_perturb.models import LoadedModel
+from llm_perturb.perplexity import Perplexity, exp, sequence_losses, summarize
+from llm_perturb.perturbation import Perturbation
+from llm_perturb.plan import Plan, choose_weights, share
+from llm_perturb.processes import Processes
+from llm_perturb.selection import Target
+from llm_perturb.sweep import Condition, Outcome, sweep
+from llm_perturb.weight_list import hash_file, read_weight_list
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model, and how it is held."""
+
+    model: str | None = None
+    revision: str | None = None
+    dtype: str = "float32"
+    device: str = "auto"
+    trust_remote_code: bool = False
+
+    def load(self, target_layers: Sequence[str] = ()) -> LoadedModel:
+        """Load it."""
+        options = asdict(self)
+        return models.load(options.pop("model"), target_layers=target_layers, **options)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one run of the instrument is to measure; see the flags of ``run_topk_perturb.py``."""
+
+    target_layers: list[str]
+    k: list[int] = field(default_factory=lambda: [100])
+    selections: list[str] = field(default_factory=lambda: ["top", "random", "bottom"])
+    metrics: list[str] = field(default_factory=lambda: ["grad_x_weight"])
+    perturbations: list[Perturbation] = field(default_factory=lambda: [Perturbation("zero")])
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    weights_csv: list[str] = field(default_factory=list)
+
+
+def measure_baseline(
+    model_options: ModelOptions, corpus_options: CorpusOptions, batch_size: int, output: str, experiment_id: str | None
+) -> None:
+    """Measure the unperturbed model and write ``baseline.json``."""
+    processes = Processes()
+    place = check_output(output)
+    texts = read_texts(corpus_options)
+    loaded = model_options.load()
+    corpus = tokenize(texts, loaded.tokenizer, corpus_options, loaded.max_positions)
+    identity = _identity(model_options, corpus_options, loaded, corpus, batch_size)
+    if processes.first:
+        run = open_run(place, "baseline", identity, experiment_id)
+        with run.recorded():
+            losses = sequence_losses(loaded.model, corpus.sequences, batch_size, "baseline")
+            _write_baseline(run, loaded, corpus, summarize(losses, corpus))
+        print(f"baseline written to {run.folder / 'baseline.json'}", flush=True)
+    processes.close()
+
+
+def measure_perturbations(
+    request: Request,
+    model_options: ModelOptions,
+    corpus_options: CorpusOptions,
+    batch_size: int,
+    output: str,
+    experiment_id: str | None,
+) -> None:
+    """Measure every condition of a request and write the table; go on where a killed run stopped."""
+    processes = Processes()
+    place = check_output(output)
+    texts = read_texts(corpus_options)
+    loaded = model_options.load(request.target_layers)
+    corpus = tokenize(texts, loaded.tokenizer, corpus_options, loaded.max_positions)
+    plan = _make_plan(request, loaded)
+    identity = _identity(model_options, corpus_options, loaded, corpus, batch_size)
+    identity["options"] |= {**asdict(request), "perturbations": [p.label for p in request.perturbations]}
+    identity["weights_csv_sha256"] = [hash_file(path) for path in request.weights_csv]
+    facts = {"world_size": processes.world, "device": str(loaded.model.device)}
+    run: Run | None = None
+
+    def begin() -> str:
+        nonlocal run
+        run = open_run(place, "perturb", identity, experiment_id, facts)
+        return str(run.folder)
+
+    folder = processes.once(begin)
+    run = run or Run(Path(folder), {"warnings": []}, resumed=False)
+    with run.recorded() if processes.first else nullcontext():
+        _run(run, plan, loaded, corpus, batch_size, processes)
+    processes.close()
+
+
+def _make_plan(request: Request, loaded: LoadedModel) -> Plan:
+    """Check the request against the model, before anything is measured."""
+    if not request.target_layers:
+        raise RequestError("no target: set TARGET_LAYER or --target-layer; --list-layers shows what there is")
+    named = weights.named_parameters(loaded.model)
+    targets = [
+        Target(layer, {name: named[name] for name in weights.match(loaded.model, layer)})
+        for layer in dict.fromkeys(request.target_layers)
+    ]
+    for target in targets:
+        if max(request.k) > target.n_weights:
+            raise RequestError(f"--k {max(request.k)} is more than the {target.n_weights} weights of {target.layer}")
+    lists = [read_weight_list(path, named) for path in request.weights_csv]
+    for weight_list in lists:
+        for target in targets:
+            weight_list.within(target, 1)
+    return Plan(targets, lists, request.k, request.selections, request.metrics, request.perturbations, request.seeds)
+
+
+def _identity(
+    model_options: ModelOptions, corpus_options: CorpusOptions, loaded: LoadedModel, corpus: Corpus, batch_size: int
+) -> dict[str, dict]:
+    """All that the numbers depend on, but for the request; the batch size, for it rounds."""
+    options = {**asdict(model_options), **asdict(corpus_options), "model": loaded.facts["id"], "batch_size": batch_size}
+    del options["device"]
+    return {"options": options, "model": loaded.facts, "corpus": corpus.facts}
+
+
+def _write_baseline(run: Run, loaded: LoadedModel, corpus: Corpus, perplexity: Perplexity) -> None:
+    facts = {"model": loaded.facts["id"], "revision": loaded.facts["revision"], "dtype": loaded.facts["dtype"]}
+    facts |= {"corpus_sha256": corpus.facts["corpus_sha256"], **perplexity.as_dict()}
+    write_json(run.folder / "baseline.json", facts)
+    print(
+        f"BASELINE_PERPLEXITY: {perplexity.ppl:.6g}  ({perplexity.nll:.6f} nats per token, "
+        f"{perplexity.n_tokens} tokens, {perplexity.n_sequences} sequences)",
+        flush=True,
+    )
+
+
+def _run(run: Run, plan: Plan, loaded: LoadedModel, corpus: Corpus, batch_size: int, processes: Processes) -> None:
+    baseline = sequence_losses(loaded.model, corpus.sequences, batch_size, "baseline" if processes.first else None)
+    perplexity = summarize(baseline, corpus)
+    if processes.first:
+        _write_baseline(run, loaded, corpus, perplexity)
+        if len(corpus.sequences) < MIN_SEQUENCES:
+            run.warn(f"{len(corpus.sequences)} sequences are too few for an interval; ci_low and ci_high are empty")
+    if len({tuple(losses) for losses in processes.gather(baseline.tolist())}) > 1:
+        raise RunError("the processes do not agree on the baseline; do they run on different hardware?")
+    finished = {record["key"] for record in run.records()}
+    shells = [shell for shell in share(plan, processes.rank, processes.world) if shell.key not in finished]
+    todo = choose_weights(plan, shells, loaded.model, corpus)
+    bar = tqdm(
+        sweep(loaded.model, corpus, todo, baseline, batch_size),
+        total=len(todo),
+        desc="perturbations",
+        disable=not processes.first,
+    )
+    for outcome in bar:
+        bar.set_postfix_str(outcome.condition.target.layer)
+        row = _row(outcome, baseline, perplexity, corpus, loaded)
+        record = {
+            "key": outcome.condition.key,
+            "row": row,
+            "losses": outcome.losses.tolist(),
+            "n_changed": outcome.n_changed,
+        }
+        run.append(record, processes.rank)
+    processes.gather(len(todo))
+    if processes.first:
+        _finish(run, plan, baseline, corpus)
+
+
+def _row(outcome: Outcome, baseline: Tensor, before: Perplexity, corpus: Corpus, loaded: LoadedModel) -> dict:
+    """One row of the table: d_i = S_i after - S_i before, on the same tokens."""
+    condition: Condition = outcome.condition
+    differences = outcome.losses - baseline  # (n,)
+    lengths = torch.tensor([len(sequence) - 1 for sequence in corpus.sequences])
+    delta_nll = differences.sum().item() / corpus.n_tokens
+    interval = ratio_interval(differences.numpy(), lengths.numpy())
+    perturbed_ppl = exp(before.nll + delta_nll)
+    names = list(condition.target.parameters)
+    return {
+        "target_layer": condition.target.layer,
+        "parameter": ",".join(names) if len(names) <= 3 else f"{len(names)} parameters",
+        "selection": condition.selection,
+        "perturbation": condition.perturbation.label,
+        "k": condition.k,
+        "seed": condition.seed,
+        "n_weights": len(condition.positions),
+        "score_sum": condition.score_sum,
+        "baseline_nll": before.nll,
+        "perturbed_nll": before.nll + delta_nll,
+        "delta_nll": delta_nll,
+        "ci_low": interval.low,
+        "ci_high": interval.high,
+        "baseline_ppl": before.ppl,
+        "perturbed_ppl": perturbed_ppl,
+        "delta_ppl": perturbed_ppl - before.ppl,
+        "n_tokens": before.n_tokens,
+        "n_sequences": before.n_sequences,
+        "corpus_sha256": corpus.facts["corpus_sha256"],
+        "model": loaded.facts["id"],
+    }
+
+
+def _finish(run: Run, plan: Plan, baseline: Tensor, corpus: Corpus) -> None:
+    """Merge the finished records of all processes, in the order of the request, into the files."""
+    records = {record["key"]: record for record in run.records()}
+    ordered = [records[key] for key in plan.keys()]
+    frame = pd.DataFrame([record["row"] for record in ordered])
+    frame["seed"] = frame["seed"].astype("Int64")
+    _warn(run, ordered)
+    write_table(run.folder / "measurements.csv", frame, MEASUREMENTS)
+    _write_losses(run.folder / "sequence_losses.parquet", ordered, baseline, corpus)
+    _print_rows(frame)
+    print(f"{len(frame)} measurements written to {run.folder / 'measurements.csv'}", flush=True)
+
+
+def _warn(run: Run, records: list[dict]) -> None:
+    for record in records:
+        row = record["row"]
+        what = f"{row['perturbation']} of {row['selection']}, k={row['k']}, in {row['target_layer']}"
+        if record["n_changed"] == 0:
+            run.warn(f"{what} changed no bit of the model")
+        elif row["delta_nll"] == 0 and row["selection"].startswith("top_"):
+            run.warn(f"{what} changed {record['n_changed']} weights and no loss at all")
+        if row["n_weights"] < row["k"]:
+            run.warn(f"{what}: the CSV holds {row['n_weights']} weights of this target, fewer than k")
+        if not math.isfinite(row["delta_nll"]):
+            run.warn(f"{what}: the perturbed loss is {row['delta_nll']}")
+
+
+def _write_losses(path: Path, records: list[dict], baseline: Tensor, corpus: Corpus) -> None:
+    """The paired losses: one row per condition and sequence, nats summed over the sequence."""
+    n = len(corpus.sequences)
+    columns = ["target_layer", "selection", "perturbation", "k", "seed"]
+    frame = pd.DataFrame({c: [r["row"][c] for r in records for _ in range(n)] for c in columns})
+    frame["sequence"] = list(range(n)) * len(records)
+    frame["n_tokens"] = [len(sequence) - 1 for sequence in corpus.sequences] * len(records)
+    frame["baseline_nats"] = baseline.tolist() * len(records)
+    frame["perturbed_nats"] = [loss for record in records for loss in record["losses"]]
+    frame["seed"] = frame["seed"].astype("Int64")
+    with atomic_path(path) as temporary:
+        frame.to_parquet(temporary)
+
+
+def _print_rows(frame: pd.DataFrame) -> None:
+    names = {"top": "TOPK", "random": "CONTROL", "bottom": "BOTTOMK"}
+    for row in frame.itertuples():
+        seed = "" if pd.isna(row.seed) else f" seed {row.seed}"
+        print(
+            f"{names[row.selection.split('_')[0]]}_PERPLEXITY: {row.perturbed_ppl:.6g}  ({row.target_layer}, "
+            f"{row.selection}{seed}, {row.perturbation}, k={row.k}: delta_nll {row.delta_nll:+.6f}, "
+            f"95 % interval {row.ci_low:+.6f} to {row.ci_high:+.6f})",
+            flush=True,
+        )

@@ -1,0 +1,148 @@
+"""Change chosen weights, and change them back bit for bit.
+
+The formulas take the stored tensor and flat indices and return new values; ``perturbed`` is the one place
+that writes to a model.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from bridge.errors import RunError
+from torch import Tensor
+from torch.nn import Parameter
+
+PERTURBATIONS = ("zero", "sign_flip", "scale", "gaussian_noise", "bit_flip", "quantize")
+_BITS = {
+    torch.float64: torch.int64,
+    torch.float32: torch.int32,
+    torch.bfloat16: torch.int16,
+    torch.float16: torch.int16,
+}
+
+
+@dataclass(frozen=True)
+class Perturbation:
+    """A kind of change with its numbers.
+
+    Attributes:
+        kind: one of ``PERTURBATIONS``.
+        factor: of ``scale``.
+        sigma: of ``gaussian_noise``, relative to the standard deviation of the tensor.
+        bit: of ``bit_flip``, 0 the lowest of the stored dtype; None for the highest bit of the exponent.
+        n_bits: of ``quantize``.
+    """
+
+    kind: str
+    factor: float = 0.5
+    sigma: float = 1.0
+    bit: int | None = None
+    n_bits: int = 4
+
+    @property
+    def label(self) -> str:
+        """The kind with its number, as in the table of measurements: ``zero``, ``scale(0.5)``."""
+        number = {"scale": self.factor, "gaussian_noise": self.sigma, "bit_flip": self.bit, "quantize": self.n_bits}
+        if self.kind not in number:
+            return self.kind
+        return f"{self.kind}({'exponent' if number[self.kind] is None else number[self.kind]})"
+
+    def new_values(self, tensor: Tensor, index: Tensor, transposed: bool, rng: np.random.Generator) -> Tensor:
+        """What the weights of ``tensor`` at the flat ``index`` (m,) become: (m,), same dtype.
+
+        Args:
+            tensor: the stored tensor.
+            index: int64 (m,).
+            transposed: whether a matrix is stored (in, out); ``quantize`` needs to know the output channel.
+            rng: the source of ``gaussian_noise``.
+        """
+        values = tensor.view(-1)[index]
+        if self.kind == "zero":
+            return torch.zeros_like(values)
+        if self.kind == "sign_flip":
+            return -values
+        if self.kind == "scale":
+            return values * self.factor
+        if self.kind == "gaussian_noise":
+            return add_noise(tensor, values, self.sigma, rng)
+        if self.kind == "bit_flip":
+            return flip_bit(values, self.bit)
+        assert self.kind == "quantize", self.kind
+        return round_to_grid(tensor, index, transposed, self.n_bits)
+
+
+def add_noise(tensor: Tensor, values: Tensor, sigma: float, rng: np.random.Generator) -> Tensor:
+    """values + sigma * std(tensor) * N(0, 1)."""
+    scale = sigma * tensor.double().std(correction=0).item()
+    noise = torch.from_numpy(rng.standard_normal(len(values))).to(values.device)
+    return (values.double() + scale * noise).to(values.dtype)
+
+
+def flip_bit(values: Tensor, bit: int | None) -> Tensor:
+    """A true flip of one bit of the stored dtype.
+
+    The highest bit of the exponent is clear for |θ| < 2 and set from there on: flipping it makes a small
+    weight enormous, and a weight that is already large tiny.
+    """
+    width = values.element_size() * 8
+    bit = width - 2 if bit is None else bit
+    mask = 1 << bit if bit < width - 1 else -(1 << bit)
+    return (bits(values) ^ mask).view(values.dtype)
+
+
+def round_to_grid(tensor: Tensor, index: Tensor, transposed: bool, n_bits: int) -> Tensor:
+    """Round to nearest on a symmetric grid of 2^n_bits - 1 levels per output channel."""
+    matrix = tensor.view(tensor.shape[0], -1) if tensor.ndim > 1 else tensor.view(1, -1)
+    n_columns = matrix.shape[1]
+    largest = matrix.double().abs().amax(dim=0 if transposed else 1)  # of each output channel
+    channel = index % n_columns if transposed else index // n_columns
+    step = (largest / (2 ** (n_bits - 1) - 1))[channel]
+    values = matrix.reshape(-1)[index].double()
+    return torch.where(step > 0, (values / step).round() * step, values).to(tensor.dtype)
+
+
+def bits(values: Tensor) -> Tensor:
+    """The same memory as integers: NaN equals itself there, and 0 differs from -0."""
+    return values.view(_BITS[values.dtype])
+
+
+@contextmanager
+def perturbed(
+    parameters: dict[str, Parameter], chosen: dict[str, Tensor], change: Callable[[str, Tensor, Tensor], Tensor]
+) -> Iterator[int]:
+    """While the block runs, the chosen weights have other values; afterwards the same bits as before.
+
+    Args:
+        parameters: the tensors, by name.
+        chosen: for each tensor to be changed, flat indices int64 (m,).
+        change: from name, tensor and indices to the new values.
+
+    Yields:
+        How many weights have other bits than before.
+
+    Raises:
+        RunError: a weight did not take its new value, or was not restored.
+    """
+    flat = {name: parameters[name].detach().view(-1) for name in chosen}  # view: a copy would change nothing
+    index = {name: chosen[name].to(flat[name].device) for name in chosen}
+    saved = {name: flat[name][index[name]] for name in chosen}
+    new = {name: change(name, parameters[name].detach(), index[name]) for name in chosen}
+    try:
+        for name in chosen:
+            flat[name][index[name]] = new[name]
+        _compare(parameters, index, new, "did not take the new value")
+        yield sum(int((bits(new[name]) != bits(saved[name])).sum()) for name in chosen)
+    finally:
+        for name in chosen:
+            flat[name][index[name]] = saved[name]
+        _compare(parameters, index, saved, "was not restored")
+
+
+def _compare(
+    parameters: dict[str, Parameter], index: dict[str, Tensor], expected: dict[str, Tensor], what: str
+) -> None:
+    for name, values in expected.items():
+        if not torch.equal(bits(parameters[name].detach().reshape(-1)[index[name]]), bits(values)):
+            raise RunError(f"a weight of {name} {what}; its numbers must not be used")
