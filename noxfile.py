@@ -105,29 +105,27 @@ def tests(session: nox.Session) -> None:
 def pipeline(session: nox.Session) -> None:
     """Discovery, baseline, perturbation and validation of the embedded model, from nothing to the report."""
     output = ROOT / "outputs" / time.strftime("pipeline_%Y%m%d_%H%M%S")
-    analysis, instrument = package_folder("critical_weight_analysis"), package_folder("llm_perturb")
-    config = ROOT / "configs"
-    with session.chdir(instrument):
-        launch = [
-            tool("llm_perturb", "accelerate"),
-            "launch",
-            "--config_file",
-            "configs/accelerate_config.yaml",
-        ]
-        options = ["--config", str(config / "pipeline_corpus.yaml"), "--output", str(output)]
-        session.run(*launch, "scripts/run_baseline.py", *options, external=True)
-    with session.chdir(analysis):
-        options = ["--config", str(config / "pipeline_discovery.yaml"), "--output", str(output)]
-        session.run(tool("critical_weight_analysis", "python"), "phase1_runner.py", *options, external=True)
-    options = [
-        "--config",
-        str(config / "pipeline_validate.yaml"),
-        "--from",
-        str(output),
-        "--output",
-        str(output),
-    ]
-    session.run(tool("bridge", "bridge"), "validate", *options, external=True)
+    launch = ["accelerate", "launch", "--config_file", "configs/accelerate_config.yaml"]
+    step(session, "llm_perturb", *launch, "scripts/run_baseline.py", *pipeline_options("run_baseline", output))
+    baseline = output / "baseline_pipeline" / "baseline.json"
+    options = [*pipeline_options("phase1_runner", output), "--baseline", str(baseline)]
+    step(session, "critical_weight_analysis", "python", "phase1_runner.py", *options)
+    bridge = [tool("bridge", "bridge"), "targets", "--from", str(output), "--top", "1", "--format", "list"]
+    layer = session.run(*bridge, external=True, silent=True).split()[-1]
+    options = [*pipeline_options("run_topk_perturb", output), "--target-layer", layer]
+    step(session, "llm_perturb", *launch, "scripts/run_topk_perturb.py", *options)
+    step(session, "bridge", "bridge", "validate", "--from", str(output), *pipeline_options("bridge_validate", output))
+
+
+def pipeline_options(command: str, output: Path) -> list[str]:
+    """The flags of a command of the pipeline."""
+    return ["--config", str(ROOT / "configs" / f"{command}_pipeline.yaml"), "--output", str(output)]
+
+
+def step(session: nox.Session, package: str, program: str, *arguments: str) -> None:
+    """Run a program of a package's environment from the package's folder."""
+    with session.chdir(package_folder(package)):
+        session.run(tool(package, program), *arguments, external=True)
 
 
 @nox.session

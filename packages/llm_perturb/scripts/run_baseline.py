@@ -3,19 +3,18 @@
 accelerate launch --config_file configs/accelerate_config.yaml scripts/run_baseline.py --model gpt2
 """
 
-from typing import Literal
-
 from bridge import argv
 from bridge.errors import RequestError
 from llm_perturb import experiment
-from llm_perturb.corpus import CorpusOptions
+from llm_perturb.corpus import CorpusOptions, Packing
+from llm_perturb.models import DType
 
 
 def baseline(
     *,
     model: str | None = None,
     revision: str | None = None,
-    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32",
+    dtype: DType = "float32",
     device: str = "auto",
     trust_remote_code: bool = False,
     data_file: str | None = None,
@@ -23,7 +22,7 @@ def baseline(
     dataset_config: str | None = None,
     split: str = "test",
     text_column: str = "text",
-    packing: Literal["documents", "windows"] = "documents",
+    packing: Packing = "documents",
     max_length: int = 512,
     eval_limit: int | None = None,
     batch_size: int = 1,

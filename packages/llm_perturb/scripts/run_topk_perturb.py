@@ -1,9 +1,9 @@
-"""Perturb the top-K, random and bottom-K weights of a layer and measure what each costs in perplexity.
+r"""Perturb the top-K, random and bottom-K weights of a layer and measure what each costs in perplexity.
 
-    TARGET_LAYER="gpt_neox.layers.5.mlp.dense_h_to_4h" \\
+    TARGET_LAYER="gpt_neox.layers.5.mlp.dense_h_to_4h" \
     accelerate launch --config_file configs/accelerate_config.yaml scripts/run_topk_perturb.py
 
-    accelerate launch scripts/run_topk_perturb.py --target-layer transformer.h.5.attn.c_attn --k 1 10 100 \\
+    accelerate launch scripts/run_topk_perturb.py --target-layer transformer.h.5.attn.c_attn --k 1 10 100 \
         --perturbation zero sign_flip --seeds 0 1 2 3 4
 
     python scripts/run_topk_perturb.py --model gpt2 --list-layers
@@ -15,27 +15,29 @@ from typing import Literal
 from bridge import argv
 from bridge.errors import RequestError
 from llm_perturb import experiment, weights
-from llm_perturb.corpus import CorpusOptions
-from llm_perturb.perturbation import Perturbation
+from llm_perturb.corpus import CorpusOptions, Packing
+from llm_perturb.models import DType
+from llm_perturb.perturbation import Kind, Perturbation
+from llm_perturb.scores import Metric
 
 
 def perturb(
     *,
     target_layer: list[str] | None = None,
-    k: list[int] = [100],  # noqa: B006 - never changed
-    selection: list[Literal["top", "random", "bottom"]] = ["top", "random", "bottom"],  # noqa: B006
-    metric: list[Literal["grad_x_weight", "grad_squared", "obd", "taylor2", "magnitude"]] = ["grad_x_weight"],  # noqa: B006
+    k: list[int] = (100,),
+    selection: list[Literal["top", "random", "bottom"]] = ("top", "random", "bottom"),
+    metric: list[Metric] = ("grad_x_weight",),
     weights_csv: list[str] | None = None,
-    perturbation: list[Literal["zero", "sign_flip", "scale", "gaussian_noise", "bit_flip", "quantize"]] = ["zero"],  # noqa: B006
+    perturbation: list[Kind] = ("zero",),
     factor: float = 0.5,
     sigma: float = 1.0,
     bit: int | None = None,
     n_bits: int = 4,
-    seeds: list[int] = [0, 1, 2],  # noqa: B006
+    seeds: list[int] = (0, 1, 2),
     list_layers: bool = False,
     model: str | None = None,
     revision: str | None = None,
-    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32",
+    dtype: DType = "float32",
     device: str = "auto",
     trust_remote_code: bool = False,
     data_file: str | None = None,
@@ -43,7 +45,7 @@ def perturb(
     dataset_config: str | None = None,
     split: str = "test",
     text_column: str = "text",
-    packing: Literal["documents", "windows"] = "documents",
+    packing: Packing = "documents",
     max_length: int = 512,
     eval_limit: int | None = None,
     batch_size: int = 1,
@@ -91,8 +93,8 @@ def perturb(
     if min(k) < 1 or batch_size < 1:
         raise RequestError(f"--k and --batch-size must be at least 1, not {min(*k, batch_size)}")
     request = experiment.Request(
-        [part.strip() for part in targets], sorted(set(k)), selection, metric,
-        [Perturbation(kind, factor, sigma, bit, n_bits) for kind in perturbation], seeds, weights_csv or [],
+        [part.strip() for part in targets], sorted(set(k)), list(selection), list(metric),
+        [Perturbation(kind, factor, sigma, bit, n_bits) for kind in perturbation], list(seeds), weights_csv or [],
     )  # fmt: skip
     corpus = CorpusOptions(data_file, dataset, dataset_config, split, text_column, packing, max_length, eval_limit)
     experiment.measure_perturbations(request, options, corpus, batch_size, output, experiment_id)

@@ -12,6 +12,7 @@ import difflib
 import inspect
 import math
 import re
+import shlex
 import sys
 import types
 import typing
@@ -20,12 +21,14 @@ from pathlib import Path
 
 import fire
 import yaml
+from fire import helptext, trace
 
 from bridge.errors import RequestError, RunError
 
 Command = Callable[..., None]
 _TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 _RENAMED = {"from": "from_"}  # a keyword of the language cannot name a parameter
+_HELP = {"-h", "--help"}
 _NEGATIVE_NUMBER = re.compile(r"-\.?\d|-inf$")
 
 
@@ -38,12 +41,13 @@ def run(command: Command | dict[str, Command], name: str | None = None, argv: Se
     name = name or Path(sys.argv[0]).name
     try:
         if isinstance(command, dict):
-            if not words or words[0] in {"-h", "--help"}:
-                fire.Fire(command, command=["--help"], name=name)
+            if not words or words[0] in _HELP:
+                _show_help(command, name)
                 return
-            command, name = _choose(command, words.pop(0)), f"{name} {words[0] if words else ''}".strip()
-        if "-h" in words or "--help" in words:
-            fire.Fire(command, command=["--help"], name=name)
+            word = words.pop(0)
+            command, name = _choose(command, word), f"{name} {word}"
+        if _HELP.intersection(words):
+            _show_help(command, name)
             return
         values = parse(command, words)
         fire.Fire(command, command=[f"--{key}={value!r}" for key, value in values.items()], name=name)
@@ -53,6 +57,13 @@ def run(command: Command | dict[str, Command], name: str | None = None, argv: Se
         raise SystemExit(_complain(name, error, 1)) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+
+
+def _show_help(command: Command | dict[str, Command], name: str) -> None:
+    """Fire's help page on stdout, with the flags spelt as they are read here and without one-letter forms."""
+    page = helptext.HelpText(command, trace=trace.FireTrace(command, name=name)).replace(shlex.quote(name), name)
+    flag = re.compile(r"^(\W*)(?:-\w, )?--(\w+)=(\w+)", re.MULTILINE)
+    print(flag.sub(lambda found: f"{found[1]}{_flag(found[2])}={found[3].rstrip('_')}", page), flush=True)
 
 
 def _complain(name: str, error: Exception, code: int) -> int:
@@ -83,8 +94,8 @@ def parse(command: Command, words: Sequence[str]) -> dict[str, object]:
     """
     parameters = inspect.signature(command, eval_str=True).parameters
     given = _gather(parameters, words)
-    for file in given.pop("config", []):
-        given = _gather(parameters, _config_words(file)) | given
+    if "config" in given:
+        given = _gather_config(parameters, str(_convert("config", given.pop("config"), str))) | given
     values = {key: _convert(key, tokens, parameters[key].annotation) for key, tokens in given.items()}
     missing = [k for k, p in parameters.items() if p.default is inspect.Parameter.empty and k not in values]
     if missing:
@@ -96,20 +107,33 @@ def _flag(key: str) -> str:
     return "--" + key.rstrip("_").replace("_", "-")
 
 
-def _config_words(file: str) -> list[str]:
-    path = Path(file)
-    if not path.is_file():
-        raise RequestError(f"--config {file}: no such file")
+def _gather_config(parameters: typing.Mapping[str, inspect.Parameter], file: str) -> dict[str, list[str]]:
     try:
-        table = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise RequestError(f"--config {file} is not YAML: {error}") from None
+        given = _gather(parameters, _config_words(Path(file)))
+    except RequestError as error:
+        raise RequestError(f"--config {file}: {error}") from None
+    if "config" in given:
+        raise RequestError(f"--config {file}: a file of flags cannot name another")
+    return given
+
+
+def _config_words(path: Path) -> list[str]:
+    """The file's lines as flags. Every value stays the text that is written there; ``null`` leaves a flag out."""
+    if not path.is_file():
+        raise RequestError("no such file")
+    try:
+        # BaseLoader guesses no types: SafeLoader would read the revision 2024_01_01 as a number
+        table = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RequestError(f"cannot be read as YAML: {error}") from None
     if not isinstance(table, dict):
-        raise RequestError(f"--config {file}: expected lines of the form 'flag: value'")
+        raise RequestError("expected lines of the form 'flag: value'")
     words = []
     for key, value in table.items():
-        values = value if isinstance(value, list) else [value]
-        words += [f"--{key}", *(str(v).lower() if isinstance(v, bool) else str(v) for v in values)]
+        values = (value if isinstance(value, list) else [value]) or [""]
+        if not isinstance(key, str) or not all(isinstance(v, str) for v in values):
+            raise RequestError(f"expected one value or a flat list for '{key}'")
+        words += [f"--{key}={v}" for v in values if v not in {"null", "~"}]
     return words
 
 
@@ -144,10 +168,10 @@ def _read_flag(parameters: typing.Mapping[str, inspect.Parameter], word: str) ->
     if word.startswith("--") and (key in parameters or key == "config"):
         return key, [value] if equals else []
     positive = key.removeprefix("no_")
-    if word.startswith("--") and positive in parameters and not equals:
-        if _without_none(parameters[positive].annotation) is bool:
-            return positive, ["false"]
-    known = [_flag(k) for k in parameters]
+    is_switch = positive in parameters and _without_none(parameters[positive].annotation) is bool
+    if word.startswith("--") and is_switch and not equals:
+        return positive, ["false"]
+    known = [*(_flag(k) for k in parameters), "--config", "--help"]
     raise RequestError(f"unknown flag '{word.partition('=')[0]}'{did_you_mean(word.partition('=')[0], known)}")
 
 
@@ -183,7 +207,7 @@ def _scalar(key: str, token: str, kind: object) -> object:
             raise RequestError(f"{_flag(key)} takes no value or true/false, not '{token}'")
         return _TRUTH[token.lower()]
     if kind is int:
-        if not re.fullmatch(r"[+-]?\d+", token):
+        if not re.fullmatch(r"[+-]?\d{1,18}", token):
             raise RequestError(f"{_flag(key)} takes a whole number, not '{token}'")
         return int(token)
     if kind is float:

@@ -4,6 +4,8 @@ Each table is a CSV that a spreadsheet opens. Floats are written in full, so tha
 bits back; a file appears under its name only once it is complete.
 """
 
+import csv
+import io
 import json
 import os
 from collections.abc import Iterator
@@ -73,9 +75,13 @@ TARGETS = Table(
 CORRELATIONS = Table(
     "correlations",
     {"unit": "str", "metric": "str", "perturbation": "str", "k": "int", "n": "int"}
-    | dict.fromkeys(["spearman", "ci_low", "ci_high", "p_value", "kendall_tau_b"], "float")
-    | {"note": "str"},
+    | dict.fromkeys(["spearman", "ci_low", "ci_high", "p_value", "p_adjusted"], "float")
+    | dict.fromkeys(["kendall_tau_b", "weighted_tau", "rbo"], "float")
+    | {"top_n": "int", "precision_at_n": "float", "note": "str"},
 )
+
+
+_EMPTY = {"", "NA", "nan", "NaN"}
 
 
 @contextmanager
@@ -116,38 +122,76 @@ def read_table(path: Path, table: Table) -> pd.DataFrame:
     """Read a table and check it.
 
     Raises:
-        RequestError: no such file, not a CSV, a column missing, a value of the wrong kind, or no rows.
+        RequestError: no such file, not a CSV, cut off, a column missing, a value of the wrong kind, or no rows.
     """
     path = Path(path)
     if not path.is_file():
         raise RequestError(f"{path}: no such file (expected a CSV of {table.name})")
-    strings = {column: str for column, kind in table.columns.items() if kind == "str"}
     try:
-        frame = pd.read_csv(path, dtype=strings, float_precision="round_trip", keep_default_na=True)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, ValueError) as error:
+        lines = _rows(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, csv.Error) as error:
         raise RequestError(f"{path} cannot be read as a CSV of {table.name}: {error}") from None
-    missing = [column for column in table.columns if column not in frame]
+    header = lines[0][1] if lines else []
+    missing = [column for column in table.columns if column not in header]
     if missing:
         raise RequestError(f"{path} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)} of {table.name}")
-    if frame.empty:
+    if len(lines) == 1:
         raise RequestError(f"{path} holds no rows of {table.name}")
-    for column, kind in table.columns.items():
-        frame[column] = _checked(frame[column], kind, path)
-    return frame
+    numbers = [line for line, _ in lines[1:]]
+    columns = {}
+    for place, name in enumerate(header):
+        texts = [row[place] for _, row in lines[1:]]
+        kind = table.columns.get(name)
+        columns[name] = _parse(texts, kind, f"{path}, line {{}}: column {name}", numbers) if kind else _guess(texts)
+    return pd.DataFrame(columns)
 
 
-def _checked(column: pd.Series, kind: str, path: Path) -> pd.Series:
+def _rows(text: str) -> list[tuple[int, list[str]]]:
+    """The rows with their line numbers, header first; a file that was cut off is refused.
+
+    Half a number still reads as a number, so a full disk or a broken copy must show by its last line.
+    """
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    rows = [(reader.line_num, row) for row in reader if row]
+    for line, row in rows:
+        if len(row) != len(rows[0][1]):
+            raise ValueError(f"line {line} has {len(row)} fields, the header {len(rows[0][1])}; is the file cut off?")
+    if not text.endswith(("\n", "\r")):
+        raise ValueError("the last line has no end; is the file cut off? (If it is whole, add a line break.)")
+    return rows
+
+
+def _parse(texts: list[str], kind: str, place: str, lines: list[int]) -> pd.Series:
+    """A column of one kind; ``place`` says where, with ``{}`` for the line."""
     if kind == "str":
-        return column.fillna("")
-    numbers = pd.to_numeric(column, errors="coerce")
-    bad = numbers.isna() & column.notna()
-    if kind == "int":
-        bad |= numbers.isna()
-    if kind in {"int", "int?"}:
-        bad |= numbers.notna() & (numbers % 1 != 0)
-    if bad.any():
-        line = int(bad.to_numpy().argmax())
-        raise RequestError(
-            f"{path}, line {line + 2}: column {column.name} should be a number, not '{column.iloc[line]}'"
-        )
-    return numbers.astype({"int": "int64", "int?": "Int64", "float": "float64"}[kind])
+        return pd.Series(texts, dtype="str")
+    values = []
+    for line, text in zip(lines, texts, strict=True):
+        try:
+            values.append(_number(text, kind))
+        except ValueError:
+            raise RequestError(f"{place.format(line)} should be a number, not '{text}'") from None
+    return pd.Series(values, dtype={"int": "int64", "int?": "Int64", "float": "float64"}[kind])
+
+
+def _number(text: str, kind: str) -> float | int | None:
+    """Python's own reading, which is exact: pandas' parser may be off by a bit."""
+    if kind == "float":
+        return float(text) if text not in _EMPTY else float("nan")
+    if kind == "int?" and text in _EMPTY:
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        number = float(text)  # a spreadsheet, or pandas where a value is missing, writes 3 as 3.0
+        if not number.is_integer():
+            raise ValueError(text) from None
+        return int(number)
+
+
+def _guess(texts: list[str]) -> pd.Series:
+    """A column that the table does not know: numbers if all of it can be read so."""
+    try:
+        return pd.to_numeric(pd.Series(texts, dtype="str"))
+    except ValueError:
+        return pd.Series(texts, dtype="str")

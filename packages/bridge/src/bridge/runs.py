@@ -11,6 +11,8 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -79,6 +81,16 @@ class Run:
         if self._lock:
             self._lock.close()
 
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        """The work of the run: the manifest says 'complete' when the block ends, 'failed' and why when it raises."""
+        try:
+            yield
+        except BaseException as error:
+            self.finish("failed", error=f"{type(error).__name__}: {error}")
+            raise
+        self.finish("complete", error=None)
+
     def append(self, record: dict, writer: int = 0) -> None:
         """Add one finished record to the log; it is on the disk when this returns. One writer, one process."""
         with (self.folder / f"progress-{writer}.jsonl").open("a", encoding="utf-8") as stream:
@@ -129,11 +141,12 @@ def open_run(
         raise RequestError(f"{folder} is a file; choose another --experiment-id")
     folder.mkdir(exist_ok=True)
     lock = _lock(folder)
-    manifest = _read_manifest(folder)
-    if manifest is None and any(path.name != ".lock" for path in folder.iterdir()):
-        raise RequestError(f"{folder} holds files of something else; choose another --experiment-id")
-    if manifest is not None:
+    try:
+        manifest = _read_manifest(folder)
         _check_resumable(folder, manifest, identity)
+    except RequestError:
+        lock.close()
+        raise
     run = Run(folder, manifest or {"warnings": []}, manifest is not None, lock)
     run.update(
         schema=SCHEMA_VERSION,
@@ -173,7 +186,8 @@ def find_runs(place: Path, kind: str) -> list[Path]:
     """
     if not place.is_dir():
         raise RequestError(f"{place}: no such folder")
-    candidates = [place] if place.resolve().name.startswith(f"{kind}_") else sorted(place.glob(f"{kind}_*/"))
+    itself = _read_manifest(place)
+    candidates = [place] if itself and itself.get("kind") == kind else sorted(place.glob(f"{kind}_*/"))
     complete = [folder for folder in candidates if (_read_manifest(folder) or {}).get("status") == "complete"]
     if not complete:
         unfinished = f" ({len(candidates)} unfinished)" if candidates else ""
@@ -193,15 +207,28 @@ def _read_manifest(folder: Path) -> dict | None:
     return manifest
 
 
-def _check_resumable(folder: Path, manifest: dict, identity: dict) -> None:
+def _check_resumable(folder: Path, manifest: dict | None, identity: dict) -> None:
+    if manifest is None:
+        if any(not path.name.startswith(".") for path in folder.iterdir()):
+            raise RequestError(f"{folder} holds files of something else; choose another --experiment-id")
+        return
     if manifest.get("status") == "complete":
         raise RequestError(f"{folder} is already complete; choose another --experiment-id, or remove the folder")
-    before = manifest.get("identity") or {}
-    different = sorted(key for key in before.keys() | identity.keys() if before.get(key) != identity.get(key))
+    different = _differences(manifest.get("identity") or {}, identity)
     if different:
         raise RequestError(
-            f"{folder} was begun with another {', '.join(different)}; choose another --experiment-id, or remove the folder"
+            f"{folder} was begun with another {', '.join(different)}; "
+            "choose another --experiment-id, or remove the folder"
         )
+
+
+def _differences(before: dict, now: dict) -> list[str]:
+    """The keys in which two identities differ; of the options, the option's name."""
+    different = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    if "options" in different:
+        different.remove("options")
+        different += _differences(before.get("options") or {}, now.get("options") or {})
+    return different
 
 
 def _unfinished(output: Path, kind: str, identity: dict) -> Path | None:
@@ -221,6 +248,17 @@ def _new_folder(output: Path, kind: str) -> Path:
             continue
         return output / (stem + suffix)
     raise RequestError(f"{output} already holds a thousand runs of this second")
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a process is at work in a run folder, or just about to end there."""
+    if not (folder / ".lock").exists():
+        return False
+    try:
+        _lock(folder).close()
+    except RequestError:
+        return True
+    return False
 
 
 def _lock(folder: Path) -> IO:

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
+from typing import Literal
 
 import torch
 from bridge.errors import RequestError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+Packing = Literal["documents", "windows"]
 _BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
 
@@ -35,7 +37,7 @@ class CorpusOptions:
     dataset_config: str | None = None
     split: str = "test"
     text_column: str = "text"
-    packing: str = "documents"
+    packing: Packing = "documents"
     max_length: int = 512
     eval_limit: int | None = None
 
@@ -117,7 +119,7 @@ def _read_dataset(options: CorpusOptions) -> list[str]:
         raise RequestError(f"--dataset {options.dataset} cannot be loaded: {reason}") from None
     if options.text_column not in table.column_names:
         raise RequestError(
-            f"--dataset {options.dataset} has no column '{options.text_column}', it has {', '.join(table.column_names)}; "
+            f"--dataset {options.dataset} has no column '{options.text_column}' but {', '.join(table.column_names)}; "
             "choose with --text-column"
         )
     return [text for text in table[options.text_column] if isinstance(text, str)]

@@ -216,7 +216,7 @@ def _row(outcome: Outcome, baseline: Tensor, before: Perplexity, corpus: Corpus,
 def _finish(run: Run, plan: Plan, baseline: Tensor, corpus: Corpus) -> None:
     """Merge the finished records of all processes, in the order of the request, into the files."""
     records = {record["key"]: record for record in run.records()}
-    ordered = [records[key] for key in plan.keys()]
+    ordered = [records[key] for key in plan.order()]
     frame = pd.DataFrame([record["row"] for record in ordered])
     frame["seed"] = frame["seed"].astype("Int64")
     _warn(run, ordered)

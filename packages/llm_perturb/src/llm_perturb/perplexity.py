@@ -1,17 +1,16 @@
 """The loss of a model on a corpus, sequence by sequence, and the perplexity that follows from it."""
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from bridge.errors import RunError
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from llm_perturb.corpus import Corpus
+from llm_perturb.head import exact_nats, is_plain, token_nats
 
 
 @dataclass(frozen=True)
@@ -84,13 +83,18 @@ def batches(sequences: list[Tensor], batch_size: int) -> list[list[int]]:
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-def batch_losses(model: Callable, sequences: list[Tensor]) -> Tensor:
+def batch_losses(model: PreTrainedModel, sequences: list[Tensor]) -> Tensor:
     """The summed loss of each sequence of one padded batch: float64 (B,), on the CPU."""
     lengths = torch.tensor([len(sequence) for sequence in sequences])
     ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True).to(model.device)  # (B, T)
     mask = (torch.arange(ids.shape[1]) < lengths[:, None]).to(model.device)  # (B, T)
     padding = {} if mask.all() else {"attention_mask": mask.long()}
-    logits = model(input_ids=ids, use_cache=False, **padding).logits[:, :-1]  # (B, T-1, V)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    nats = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")  # (B, T-1)
-    return nats.double().masked_fill(~mask[:, 1:], 0.0).sum(1).cpu()
+    predicted, targets = mask[:, 1:], ids[:, 1:][mask[:, 1:]]  # (B, T-1), (N,)
+    if is_plain(model):
+        hidden = model.base_model(input_ids=ids, use_cache=False, **padding).last_hidden_state
+        nats = token_nats(model.get_output_embeddings(), hidden[:, :-1][predicted], targets)  # (N,)
+    else:
+        logits = model(input_ids=ids, use_cache=False, **padding).logits[:, :-1][predicted]  # (N, V)
+        nats = exact_nats(logits, targets)
+    losses = torch.zeros(predicted.shape, dtype=torch.float64, device=nats.device)
+    return losses.masked_scatter_(predicted, nats.double()).sum(1).cpu()

@@ -7,6 +7,7 @@ that writes to a model.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from bridge.errors import RunError
 from torch import Tensor
 from torch.nn import Parameter
 
-PERTURBATIONS = ("zero", "sign_flip", "scale", "gaussian_noise", "bit_flip", "quantize")
+Kind = Literal["zero", "sign_flip", "scale", "gaussian_noise", "bit_flip", "quantize"]
 _BITS = {
     torch.float64: torch.int64,
     torch.float32: torch.int32,
@@ -28,14 +29,14 @@ class Perturbation:
     """A kind of change with its numbers.
 
     Attributes:
-        kind: one of ``PERTURBATIONS``.
+        kind: what is done.
         factor: of ``scale``.
         sigma: of ``gaussian_noise``, relative to the standard deviation of the tensor.
         bit: of ``bit_flip``, 0 the lowest of the stored dtype; None for the highest bit of the exponent.
         n_bits: of ``quantize``.
     """
 
-    kind: str
+    kind: Kind
     factor: float = 0.5
     sigma: float = 1.0
     bit: int | None = None
@@ -74,7 +75,7 @@ class Perturbation:
 
 
 def add_noise(tensor: Tensor, values: Tensor, sigma: float, rng: np.random.Generator) -> Tensor:
-    """values + sigma * std(tensor) * N(0, 1)."""
+    """Add noise: values + sigma * std(tensor) * N(0, 1)."""
     scale = sigma * tensor.double().std(correction=0).item()
     noise = torch.from_numpy(rng.standard_normal(len(values))).to(values.device)
     return (values.double() + scale * noise).to(values.dtype)

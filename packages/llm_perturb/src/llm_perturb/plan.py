@@ -29,7 +29,7 @@ class Plan:
     seeds: list[int]
 
     def labels(self) -> list[str]:
-        """The selections as the table names them: ``top_<metric>`` for each metric or CSV, ``random``, ``bottom_<metric>``."""
+        """The selections by their names in the table: ``top_<metric>`` per metric or CSV, ``random``, ``bottom_<metric>``."""
         top = [csv_label(weight_list.path) for weight_list in self.lists] or self.metrics
         names = {"top": [f"top_{name}" for name in top], "random": ["random"]}
         names["bottom"] = [f"bottom_{metric}" for metric in self.metrics]
@@ -45,8 +45,8 @@ class Plan:
                     for seed in self.seeds if drawn else [None]:
                         yield Condition(target, label, perturbation, k, seed, nothing)
 
-    def keys(self) -> list[str]:
-        """The keys of all conditions in the order of the table."""
+    def order(self) -> list[str]:
+        """The keys of all conditions, in the order of the table."""
         return [shell.key for target in self.targets for shell in self.shells(target)]
 
 

@@ -16,15 +16,22 @@ from bridge.errors import RequestError
 T = TypeVar("T")
 
 
+def _share_cores(world: int) -> None:
+    """Divide the cores among the processes: the launcher gives each of several one thread, on any machine."""
+    if world == 1 and "OMP_NUM_THREADS" in os.environ:
+        return  # somebody's wish
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(max(1, cores // world))
+
+
 class Processes:
     """This process among those that the launcher started; alone when there was no launcher."""
 
     def __init__(self) -> None:
         self._state = PartialState(cpu=not torch.cuda.is_available())
         self.rank, self.world = self._state.process_index, self._state.num_processes
-        if not torch.cuda.is_available():  # the launcher has set OMP_NUM_THREADS=1
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            torch.set_num_threads(max(1, cores // self.world))
+        if not torch.cuda.is_available():
+            _share_cores(self.world)
 
     @property
     def first(self) -> bool:

@@ -5,9 +5,9 @@ against itself.
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from bridge.errors import RunError
 from torch import Tensor
 from torch.nn import Parameter
@@ -15,8 +15,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from llm_perturb.corpus import Corpus
+from llm_perturb.head import exact_nats
 
-METRICS = ("grad_x_weight", "grad_squared", "obd", "taylor2", "magnitude")
+Metric = Literal["grad_x_weight", "grad_squared", "obd", "taylor2", "magnitude"]
 
 
 def target_scores(
@@ -73,4 +74,4 @@ def _sequence_loss(model: PreTrainedModel, sequence: Tensor) -> Tensor:
     ids = sequence[None].to(model.device)
     logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits, ids[0, 1:], reduction="sum")
+    return exact_nats(logits, ids[0, 1:]).sum()

@@ -71,7 +71,7 @@ def lowest(scores: Tensor, k: int) -> Ranked:
 
 
 def draw(n_weights: int, k: int, excluded: Tensor, key: Sequence[object]) -> Tensor:
-    """k different positions out of n_weights, none of them excluded, uniformly at random; sorted.
+    """Draw k different positions out of n_weights, none of them excluded, uniformly; sorted.
 
     Args:
         n_weights: size of the target.

@@ -1,0 +1,210 @@
+"""Discovery runs of several models side by side: where their critical weights sit and how concentrated they are."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from bridge.correlation import ALL
+from bridge.discovery import KIND, Discovery, open_discovery
+from bridge.errors import RequestError
+from bridge.placement import compared_profiles
+from bridge.profiles import cosine, gini, profiles_of, rank_agreement, score_profiles, shares
+from bridge.records import MEASUREMENTS, atomic_path, read_table
+from bridge.runs import find_runs, read_manifest
+
+RunFacts = tuple[str, dict, dict[str, pd.DataFrame], dict[str, pd.DataFrame]]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Models compared by one or more metrics.
+
+    Attributes:
+        models: one row per metric and model; columns as ``compare`` says.
+        pairs: one row per metric and pair of models: metric, first, second, top_k_cosine (of the top-K shares by
+            component and depth), score_spearman (of the shares of all score, over the n_cells that both have).
+        profiles: (metric, model) to the share of the top-K in each component (rows) and depth bin (columns).
+    """
+
+    models: pd.DataFrame
+    pairs: pd.DataFrame
+    profiles: dict[tuple[str, str], pd.DataFrame]
+
+
+def compare(
+    runs: list[RunFacts],
+    metrics: list[str] | None = None,
+    validations: dict[str, pd.DataFrame] | None = None,
+) -> Comparison:
+    """Compare the global top-K of several models.
+
+    Every ranking is cut to the smallest K among the runs: the first rows of an exact top-K are an exact top-K.
+
+    Columns of ``models``: metric, model (the name given), model_id, dtype, n_parameters, corpus, n_tokens,
+    n_weights (scored), k, top_k_score_share (score of the top-K over the score of all weights), gini_layers
+    (inequality of the layers' score sums: 0 all equal, towards 1 all in one layer), largest_layer_share, a
+    ``share <component>`` and a ``share <depth>`` of the top-K for each, and from a validation the perplexity
+    ratio when the global top-K was zeroed: ablation_k, ppl_ratio, ppl_ratio_low, ppl_ratio_high (95 %
+    interval), random_ppl_ratio (largest draw).
+
+    Args:
+        runs: (name, discovery manifest, metric to LAYER_SUMMARY table, metric to TOP_WEIGHTS table); names differ.
+        metrics: which metrics; by default those that every run has, in the order of the first.
+        validations: name to the MEASUREMENTS table of a validation of that run, where there is one.
+    """
+    metrics = metrics or [m for m in runs[0][3] if all(m in tops and m in sums for _, _, sums, tops in runs)]
+    rows, pairs, profiles = [], [], {}
+    for metric in metrics:
+        k = min(len(tops[metric]) for _, _, _, tops in runs)
+        top = {name: tops[metric].sort_values("rank").head(k) for name, _, _, tops in runs}
+        found = profiles_of(list(top.values()), [sums[metric] for _, _, sums, _ in runs])
+        profiles |= {(metric, name): profile for name, profile in zip(top, found, strict=True)}
+        for name, manifest, sums, _ in runs:
+            measured = (validations or {}).get(name)
+            rows.append(
+                {"metric": metric, "model": name, **_identity(manifest), **_concentration(top[name], sums[metric])}
+                | shares(profiles[metric, name])
+                | ({} if measured is None else robustness(measured, metric))
+            )
+        scores = dict(zip(top, score_profiles([sums[metric] for _, _, sums, _ in runs]), strict=True))
+        for one, two in combinations(top, 2):
+            rho, n_cells = rank_agreement(scores[one], scores[two])
+            alike = cosine(profiles[metric, one], profiles[metric, two])
+            pair = {"metric": metric, "first": one, "second": two}
+            pairs.append(pair | {"top_k_cosine": alike, "score_spearman": rho, "n_cells": n_cells})
+    return Comparison(pd.DataFrame(rows), pd.DataFrame(pairs), profiles)
+
+
+def _identity(manifest: dict) -> dict:
+    identity = manifest.get("identity") or {}
+    model, corpus = identity.get("model") or {}, identity.get("corpus") or {}
+    return {
+        "model_id": model.get("id", ""),
+        "dtype": model.get("dtype", ""),
+        "n_parameters": model.get("n_parameters"),
+        "corpus": corpus.get("source", ""),
+        "n_tokens": corpus.get("n_tokens"),
+    }
+
+
+def _concentration(top: pd.DataFrame, summary: pd.DataFrame) -> dict:
+    sums = summary["score_sum"].to_numpy(float)
+    total = sums.sum()
+    return {
+        "n_weights": int(summary["n_weights"].sum()),
+        "k": len(top),
+        "top_k_score_share": top["score"].sum() / total if total > 0 else np.nan,
+        "gini_layers": gini(sums),
+        "largest_layer_share": sums.max() / total if total > 0 else np.nan,
+    }
+
+
+def robustness(measurements: pd.DataFrame, metric: str) -> dict:
+    """Perplexity after over before, when the global top-K of a metric was perturbed; empty if it was not."""
+    rows = measurements[(measurements["target_layer"] == ALL) & (measurements["perturbation"] == "zero")]
+    top = rows[rows["selection"] == f"top_{metric}"].sort_values("k")
+    if top.empty:
+        return {}
+    row = top.iloc[-1]
+    random = rows[(rows["selection"] == "random") & (rows["k"] == row["k"])]["delta_nll"]
+    with np.errstate(over="ignore"):
+        return {
+            "ablation_k": int(row["k"]),
+            "ppl_ratio": float(np.exp(row["delta_nll"])),
+            "ppl_ratio_low": float(np.exp(row["ci_low"])),
+            "ppl_ratio_high": float(np.exp(row["ci_high"])),
+            "random_ppl_ratio": float(np.exp(random.max())) if len(random) else np.nan,
+        }
+
+
+def compare_folders(folders: Sequence[Path], metric: str | None, output: Path) -> None:
+    """Compare the newest complete discovery run of each model in each folder; print the outcome.
+
+    Writes comparison.csv (one row per metric and model), comparison_pairs.csv and comparison_<metric>.png
+    into ``output``, an existing folder.
+
+    Raises:
+        RequestError: a folder without a complete run, fewer than two different runs, no common metric.
+    """
+    found = _newest(folders)
+    if len(found) < 2:
+        raise RequestError(
+            f"a comparison takes at least two discovery runs, --from names {len(found)}; add another folder"
+        )
+    metrics = _common_metrics(list(found.values()), metric)
+    runs = [
+        (
+            name,
+            run.manifest,
+            {m: run.summary(m) for m in metrics},
+            {m: run.top_weights(m, run.ks(m)[-1]) for m in metrics},
+        )
+        for name, run in found.items()
+    ]
+    validations = {name: table for name, run in found.items() if (table := _validation_of(run)) is not None}
+    comparison = compare(runs, metrics, validations)
+    models = comparison.models
+    models.insert(2, "run", models["model"].map({name: str(run.folder) for name, run in found.items()}))
+    models.insert(3, "baseline_ppl", models["model"].map({name: run.baseline["ppl"] for name, run in found.items()}))
+    for name, table in [("comparison.csv", models), ("comparison_pairs.csv", comparison.pairs)]:
+        with atomic_path(output / name) as temporary:
+            table.to_csv(temporary, index=False)
+    for chosen in metrics:
+        shown = {name: comparison.profiles[chosen, name] for name in found}
+        compared_profiles(shown, chosen, output / f"comparison_{chosen}.png")
+    _print(comparison, list(found.values()), output)
+
+
+def _newest(folders: Sequence[Path]) -> dict[str, Discovery]:
+    """Name to run: of each folder the newest complete run of each model, each run once."""
+    runs: dict[Path, Discovery] = {}
+    for folder in folders:
+        complete = [open_discovery(path) for path in find_runs(Path(folder), KIND)]
+        by_model = {(run.model["id"], run.model.get("revision")): run for run in complete}
+        runs |= {run.folder.resolve(): run for run in by_model.values()}
+    names = [run.model["id"].rstrip("/").rpartition("/")[2] for run in runs.values()]
+    return {
+        name if names.count(name) == 1 else f"{name} ({run.folder.parent.name}/{run.folder.name})": run
+        for name, run in zip(names, runs.values(), strict=True)
+    }
+
+
+def _common_metrics(runs: list[Discovery], metric: str | None) -> list[str]:
+    if metric:
+        return [run.metrics([metric])[0] for run in runs][:1]
+    common = [name for name in runs[0].metrics() if all(name in run.metrics() for run in runs)]
+    if not common:
+        each = "; ".join(f"{run.folder.name}: {', '.join(run.metrics())}" for run in runs)
+        raise RequestError(f"the runs share no metric ({each}); run one of the discoveries again with another --metric")
+    return common
+
+
+def _validation_of(run: Discovery) -> pd.DataFrame | None:
+    """The measurements of the newest complete validation of a run that lies beside it, if there is one."""
+    try:
+        candidates = find_runs(run.folder.resolve().parent, "validation")
+    except RequestError:
+        return None
+    for folder in reversed(candidates):
+        if Path(read_manifest(folder).get("discovery_folder") or "").name == run.folder.resolve().name:
+            return read_table(folder / "measurements.csv", MEASUREMENTS)
+    return None
+
+
+def _print(comparison: Comparison, runs: list[Discovery], output: Path) -> None:
+    texts = {run.corpus.get("text_sha256") for run in runs}
+    if len(texts) > 1:
+        print(
+            "WARNING: the runs were made on different texts; their differences are not the models' alone",
+            file=sys.stderr,
+        )
+    columns = ["metric", "model", "k", "baseline_ppl", "top_k_score_share", "gini_layers", "ppl_ratio"]
+    shown = comparison.models.reindex(columns=columns).dropna(axis=1, how="all")
+    print(shown.to_string(index=False, na_rep="", float_format="{:.4g}".format))
+    print(comparison.pairs.to_string(index=False, na_rep="", float_format="{:.3f}".format))
+    print(f"comparison: {output / 'comparison.csv'}", flush=True)

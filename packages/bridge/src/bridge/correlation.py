@@ -1,0 +1,196 @@
+"""Does the predicted criticality agree with the measured effect? Tables from the measurements table.
+
+The unit is named in each row: ``layers`` (the score of a layer's perturbed weights against what perturbing
+them did), ``weights`` (single weights), ``ablation_curve`` (layers again, over all k at once).
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from bridge.ranks import MIN_POINTS, agreement, rank_p_value, rho_difference_interval
+from bridge.records import CORRELATIONS
+
+ALL = "ALL"
+RANGE_NOTE = "only the top-ranked layers were tested: the range is restricted and rho is biased"
+_KEYS = ["metric", "perturbation", "k"]
+
+
+def correlate(measurements: pd.DataFrame, seed: int = 0, targets: pd.DataFrame | None = None) -> pd.DataFrame:
+    """Rank agreement of prediction and effect, one row per unit, metric, perturbation and k.
+
+    The prediction is ``score_sum``, the effect ``delta_nll`` (the mean over seeds where a perturbation is
+    random). The target ALL is no layer and is left out. ``p_adjusted`` controls the false discovery rate
+    over the metrics that share unit, perturbation and k (Benjamini & Hochberg 1995).
+
+    Args:
+        measurements: a table of MEASUREMENTS.
+        seed: of the bootstrap and the permutations.
+        targets: a table of TARGETS; without a ``control`` among its roles, the note says so.
+
+    Returns:
+        A table of CORRELATIONS; an estimate that cannot be had is empty, and its note says why.
+    """
+    restricted = targets is not None and "control" not in set(targets["role"])
+    rows = []
+    for unit, key, points in _comparisons(measurements):
+        purpose = "/".join(["correlation", unit, *map(str, key)])
+        rng = np.random.default_rng([seed, *purpose.encode()])
+        found = agreement(
+            points["score_sum"].to_numpy(float),
+            points["delta_nll"].to_numpy(float),
+            rng,
+            "weights" if unit == "weights" else "layers",
+        )
+        notes = [found.note, points.attrs.get("note", ""), RANGE_NOTE if restricted and unit != "weights" else ""]
+        rows.append(
+            {"unit": unit, **dict(zip(_KEYS, key, strict=True))}
+            | found._asdict()
+            | {"note": "; ".join(filter(None, notes))}
+        )
+    return _with_adjusted_p(pd.DataFrame(rows, columns=list(CORRELATIONS.columns)))
+
+
+def _comparisons(measurements: pd.DataFrame) -> Iterator[tuple[str, tuple, pd.DataFrame]]:
+    """Unit, (metric, perturbation, k), and the points as ``score_sum`` and ``delta_nll``."""
+    tops = _selected(measurements, "top_")
+    for key, points in tops.groupby(_KEYS, sort=False):
+        yield "layers", key, _per_target(points)
+    weights = _selected(measurements, "weight_")
+    for key, points in weights[weights["k"] == 1].groupby(_KEYS, sort=False):
+        yield "weights", key, points
+    for (metric, perturbation), points in tops.groupby(_KEYS[:2], sort=False):
+        areas = _layer_areas(points)
+        if len(areas):
+            yield "ablation_curve", (metric, perturbation, int(points["k"].max())), areas
+
+
+def _selected(measurements: pd.DataFrame, prefix: str) -> pd.DataFrame:
+    """The rows of ``<prefix><metric>``, with their metric, and undefined effects as infinite."""
+    frame = measurements[measurements["selection"].str.startswith(prefix)].copy()
+    frame["metric"] = frame["selection"].str.removeprefix(prefix)
+    frame["delta_nll"] = _unbounded(frame["delta_nll"])
+    return frame
+
+
+def _unbounded(effect: pd.Series) -> pd.Series:
+    """An overflowed loss, whichever way it shows, as an infinite effect."""
+    return effect.astype(float).where(np.isfinite(effect.astype(float)), np.inf)
+
+
+def _per_target(points: pd.DataFrame) -> pd.DataFrame:
+    layers = points[points["target_layer"] != ALL]
+    return layers.groupby("target_layer", sort=False)[["score_sum", "delta_nll"]].mean()
+
+
+def _layer_areas(points: pd.DataFrame) -> pd.DataFrame:
+    """For each layer measured at the same several k: areas under its predicted and its measured curve."""
+    curves = points[points["target_layer"] != ALL].groupby(["target_layer", "k"], sort=False)
+    curves = curves[["score_sum", "delta_nll"]].mean()
+    effect, score = (curves[column].unstack("k").sort_index(axis=1) for column in ["delta_nll", "score_sum"])
+    complete = effect.notna().all(axis=1)
+    if effect.shape[1] < 2 or not complete.any():
+        return pd.DataFrame()
+    areas = pd.DataFrame(
+        {"score_sum": _area(score[complete]), "delta_nll": _area(effect[complete])}, index=effect.index[complete]
+    )
+    areas.attrs["note"] = f"mean height of the curve over log k, k = {', '.join(map(str, effect.columns))}"
+    return areas
+
+
+def _area(curves: pd.DataFrame) -> np.ndarray:
+    """Area under each row against ln k, divided by the width: a mean height, in the rows' unit."""
+    log_k = np.log(curves.columns.to_numpy(float))
+    values = curves.to_numpy(float)
+    heights = (values[:, 1:] + values[:, :-1]) / 2
+    return (heights * np.diff(log_k)).sum(axis=1) / (log_k[-1] - log_k[0])
+
+
+def _with_adjusted_p(table: pd.DataFrame) -> pd.DataFrame:
+    """``p_adjusted`` by Benjamini and Hochberg over the metrics of each unit, perturbation and k."""
+    table["p_adjusted"] = np.nan
+    for _, group in table[table["p_value"].notna()].groupby(["unit", "perturbation", "k"], sort=False):
+        table.loc[group.index, "p_adjusted"] = stats.false_discovery_control(group["p_value"].to_numpy(float))
+    return table
+
+
+def compare_metrics(
+    measurements: pd.DataFrame, metric: str, other: str, perturbation: str, k: int, seed: int = 0
+) -> tuple[float, float, float] | None:
+    """Rho of one metric minus rho of another over the layers measured for both: difference, ci_low, ci_high.
+
+    None if there is no rank correlation for either.
+    """
+    tops = _selected(measurements, "top_")
+    tops = tops[(tops["perturbation"] == perturbation) & (tops["k"] == k)]
+    pair = [_per_target(tops[tops["metric"] == name]).dropna() for name in (metric, other)]
+    shared = pair[0].index.intersection(pair[1].index, sort=False)
+    first, second = (tuple(points.loc[shared].to_numpy(float).T) for points in pair)
+    if len(shared) < MIN_POINTS or any(
+        np.ptp(ranks) == 0 for xy in (first, second) for ranks in map(stats.rankdata, xy)
+    ):
+        return None
+    rng = np.random.default_rng([seed, *f"difference/{metric}/{other}/{perturbation}/{k}".encode()])
+    return rho_difference_interval(first, second, rng)
+
+
+def top_against_random(measurements: pd.DataFrame) -> pd.DataFrame:
+    """Each top set against random sets of the same size in the same target.
+
+    Columns: target_layer, metric, perturbation, k, delta_nll, ci_low, ci_high, random_mean, random_low,
+    random_high (smallest and largest draw), n_random, p_value = (1 + r) / (B + 1) with r of the B draws doing
+    at least as much damage: with 3 draws it cannot be below 0.25. Empty where nothing random was measured.
+    """
+    tops = _selected(measurements, "top_")
+    controls = _random_effects(measurements)
+    rows = []
+    for (target, metric, perturbation, k), points in tops.groupby(["target_layer", *_KEYS], sort=False):
+        drawn = controls.get((target, perturbation, k), np.array([]))
+        effect = points["delta_nll"].mean()
+        rows.append(
+            {"target_layer": target, "metric": metric, "perturbation": perturbation, "k": k, "delta_nll": effect}
+            | {end: points[end].mean() for end in ["ci_low", "ci_high"]}
+            | _spread(drawn)
+            | {"n_random": len(drawn), "p_value": rank_p_value(effect, drawn) if len(drawn) else np.nan}
+        )
+    columns = ["target_layer", *_KEYS, "delta_nll", "ci_low", "ci_high"]
+    return pd.DataFrame(rows, columns=[*columns, "random_mean", "random_low", "random_high", "n_random", "p_value"])
+
+
+def _random_effects(measurements: pd.DataFrame) -> dict[tuple, np.ndarray]:
+    drawn = measurements[measurements["selection"] == "random"]
+    groups = drawn.groupby(["target_layer", "perturbation", "k"], sort=False)["delta_nll"]
+    return {key: _unbounded(effects).to_numpy() for key, effects in groups}
+
+
+def _spread(drawn: np.ndarray) -> dict[str, float]:
+    if not len(drawn):
+        return dict.fromkeys(["random_mean", "random_low", "random_high"], np.nan)
+    return {"random_mean": drawn.mean(), "random_low": drawn.min(), "random_high": drawn.max()}
+
+
+def ablation_curves(measurements: pd.DataFrame) -> pd.DataFrame:
+    """The curve of delta_nll against log k of each target and metric, next to random weights.
+
+    Only targets measured at several k. Columns: target_layer, metric, perturbation, n_k, k_low, k_high, area
+    (the mean height of the curve over ln k, nats per token), area_random (of the mean of the random draws at
+    the same k), area_excess = area - area_random; the last two are empty if a k lacks random draws.
+    """
+    controls = {key: effects.mean() for key, effects in _random_effects(measurements).items()}
+    rows = []
+    tops = _selected(measurements, "top_").groupby(["target_layer", "metric", "perturbation"], sort=False)
+    for (target, metric, perturbation), points in tops:
+        curve = points.groupby("k")["delta_nll"].mean().to_frame().T
+        if curve.shape[1] < 2:
+            continue
+        random = pd.DataFrame([[controls.get((target, perturbation, k), np.nan) for k in curve]], columns=curve.columns)
+        area, area_random = float(_area(curve)[0]), float(_area(random)[0])
+        ends = {"n_k": curve.shape[1], "k_low": curve.columns[0], "k_high": curve.columns[-1]}
+        rows.append(
+            {"target_layer": target, "metric": metric, "perturbation": perturbation, **ends, "area": area}
+            | {"area_random": area_random, "area_excess": area - area_random if np.isfinite(area_random) else np.nan}
+        )
+    columns = ["target_layer", "metric", "perturbation", "n_k", "k_low", "k_high", "area", "area_random", "area_excess"]
+    return pd.DataFrame(rows, columns=columns)

@@ -1,0 +1,84 @@
+"""A validation folder: what was measured in it, and the tables and the report that follow from that."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from bridge.correlation import correlate
+from bridge.discovery import Discovery, one_place, open_discovery
+from bridge.errors import RequestError
+from bridge.records import CORRELATIONS, MEASUREMENTS, TARGETS, read_table, write_table
+from bridge.report import write_report
+from bridge.runs import find_runs, read_manifest
+
+KIND = "validation"
+
+
+@dataclass(frozen=True)
+class Validation:
+    """A folder with ``measurements.csv`` and ``targets.csv``, its manifest, and the discovery that it validates."""
+
+    folder: Path
+    manifest: dict
+    discovery: Discovery
+
+    @property
+    def metrics(self) -> list[str]:
+        """The metrics whose top weights were perturbed."""
+        return self.manifest["identity"]["options"]["metrics"]
+
+    def measurements(self) -> pd.DataFrame:
+        """What was measured: table MEASUREMENTS."""
+        return read_table(self.folder / "measurements.csv", MEASUREMENTS)
+
+    def targets(self) -> pd.DataFrame:
+        """The layers that were chosen: table TARGETS."""
+        return read_table(self.folder / "targets.csv", TARGETS)
+
+    def write_correlations(self, seed: int = 0) -> pd.DataFrame:
+        """Compute ``correlations.csv`` from the measurements, write and return it."""
+        correlations = correlate(self.measurements(), seed=seed, targets=self.targets())
+        write_table(self.folder / "correlations.csv", correlations, CORRELATIONS)
+        return correlations
+
+    def write_report(self) -> list[str]:
+        """Write report.html, report.md and the plots; returns the report's summary lines."""
+        discovery = self.discovery
+        return write_report(
+            self.folder,
+            validation_manifest=self.manifest,
+            discovery_manifest=discovery.manifest,
+            discovery_folder=discovery.folder,
+            measurements=self.measurements(),
+            targets=self.targets(),
+            correlations=read_table(self.folder / "correlations.csv", CORRELATIONS),
+            top_weights={metric: discovery.top_weights(metric, discovery.ks(metric)[0]) for metric in self.metrics},
+            summaries={metric: discovery.summary(metric) for metric in self.metrics},
+        )
+
+
+def choose_validation(places: Sequence[str]) -> Validation:
+    """The newest complete validation in the folder that ``--from`` names, or that folder itself.
+
+    Raises:
+        RequestError: there is none, or the discovery that it validates is not to be found.
+    """
+    place = one_place(places)
+    found = find_runs(place, KIND)
+    folder = found[-1]
+    if len(found) > 1:
+        print(f"{place} holds {len(found)} validations; the newest is {folder.name}", file=sys.stderr)
+    manifest = read_manifest(folder)
+    return Validation(folder, manifest, open_discovery(_discovery_folder(folder, manifest)))
+
+
+def _discovery_folder(folder: Path, manifest: dict) -> Path:
+    """Where the discovery lies, also after both were moved together."""
+    absolute = Path(manifest.get("discovery_folder", ""))
+    for candidate in (folder.resolve().parent / manifest.get("discovery_relative", ""), absolute):
+        if (candidate / "manifest.json").exists():
+            return candidate
+    raise RequestError(f"the discovery of {folder} is no longer at {absolute}; put it back to work on the validation")

@@ -1,0 +1,119 @@
+"""Stands in for run_topk_perturb.py: the same flags, folder, files and way of resuming, numbers made up.
+
+``FAKE`` says what it should do wrong: refuse, fail, zero (no effect), baseline (another corpus), short (rows
+missing), hold (wait after five rows until the file ``FAKE_RELEASE`` exists). ``FAKE_STARTS`` names a file that
+gets a line for each start.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+from bridge import argv
+from bridge.errors import RequestError, RunError
+from bridge.records import MEASUREMENTS, write_json, write_table
+from bridge.runs import open_run
+from discovery_folder import CORPUS, MODEL
+
+MODE = os.environ.get("FAKE", "")
+
+
+def run_topk_perturb(
+    *,
+    target_layer: list[str],
+    k: list[int],
+    selection: list[str],
+    perturbation: list[str],
+    seeds: list[int],
+    weights_csv: list[str],
+    output: str,
+    experiment_id: str,
+    model: str,
+    dtype: str,
+    device: str,
+    max_length: int,
+    metric: list[str] | None = None,
+    revision: str | None = None,
+    data_file: str | None = None,
+    dataset: str | None = None,
+    eval_limit: int | None = None,
+    batch_size: int = 1,
+    trust_remote_code: bool = False,
+) -> None:
+    """Pretend to measure."""
+    with Path(os.environ.get("FAKE_STARTS", os.devnull)).open("a") as stream:
+        stream.write(
+            json.dumps({"pid": os.getpid(), "argv": sys.argv, "target": os.environ.get("TARGET_LAYER")}) + "\n"
+        )
+    if MODE == "refuse":
+        raise RequestError("the target has no such weight")
+    run = open_run(Path(output), "perturb", {"options": {"model": model, "k": k}}, experiment_id)
+    baseline = {"model": model, "revision": MODEL["revision"], "dtype": dtype, "nll": 3.5, "ppl": math.exp(3.5)}
+    baseline |= {key: CORPUS[key] for key in ("corpus_sha256", "n_tokens", "n_sequences")}
+    if MODE == "baseline":
+        baseline |= {"corpus_sha256": "d" * 64, "nll": 3.6}
+    write_json(run.folder / "baseline.json", baseline)
+    print("BASELINE_PERPLEXITY: 33.1", flush=True)
+    metrics = [re.fullmatch(r"top_\d+_per_layer_(\w+)\.csv", Path(file).name)[1] for file in weights_csv]
+    assert all(Path(file).is_file() for file in weights_csv)
+    wanted = list(cells(target_layer, k, metrics, perturbation, seeds))
+    done = run.records()
+    for number, cell in enumerate(wanted[len(done) :], start=len(done)):
+        print(f"\rmeasuring {number + 1}/{len(wanted)}", end="", file=sys.stderr, flush=True)
+        if MODE == "fail" and number == 3:
+            raise RunError("the loss of sequence 2 is not finite")
+        while MODE == "hold" and number == 5 and not Path(os.environ["FAKE_RELEASE"]).exists():
+            time.sleep(0.02)
+        run.append(row(*cell, baseline))
+    table = pd.DataFrame(run.records()[: -5 if MODE == "short" else None]).astype({"seed": "Int64"})
+    write_table(run.folder / "measurements.csv", table, MEASUREMENTS)
+    run.finish("complete")
+
+
+def cells(target_layer, k, metrics, perturbation, seeds):
+    for target in target_layer:
+        for change in perturbation:
+            for size in k:
+                for metric in metrics:
+                    yield target, f"top_{metric}", change, size, None
+                for seed in seeds:
+                    yield target, "random", change, size, seed
+
+
+def row(target, selection, perturbation, k, seed, baseline) -> dict:
+    name = repr((target, selection, perturbation, k, seed)).encode()
+    delta = int.from_bytes(hashlib.sha256(name).digest()[:4], "big") / 2**32 * (1e-3 if selection == "random" else 1)
+    delta = 0.0 if MODE == "zero" else delta
+    nll = baseline["nll"]
+    return {
+        "target_layer": target,
+        "parameter": "ALL" if target == "ALL" else f"{target}.weight",
+        "selection": selection,
+        "perturbation": {"scale": "scale(0.5)"}.get(perturbation, perturbation),
+        "k": k,
+        "seed": seed,
+        "n_weights": k,
+        "score_sum": None if selection == "random" else delta**2,
+        "baseline_nll": nll,
+        "perturbed_nll": nll + delta,
+        "delta_nll": delta,
+        "ci_low": delta * 0.9,
+        "ci_high": delta * 1.1,
+        "baseline_ppl": math.exp(nll),
+        "perturbed_ppl": math.exp(nll + delta),
+        "delta_ppl": math.exp(nll + delta) - math.exp(nll),
+        "n_tokens": baseline["n_tokens"],
+        "n_sequences": baseline["n_sequences"],
+        "corpus_sha256": baseline["corpus_sha256"],
+        "model": baseline["model"],
+    }
+
+
+if __name__ == "__main__":
+    argv.run(run_topk_perturb, name="run_topk_perturb.py", argv=sys.argv[2:])

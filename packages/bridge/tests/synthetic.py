@@ -1,0 +1,145 @@
+"""A made-up validation of 30 layers: tables as discovery and the instrument would write them."""
+
+import numpy as np
+import pandas as pd
+
+METRICS = ("grad_x_weight", "magnitude", "obd")
+PARTS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+BASELINE_NLL = 3.612
+
+
+def layer_names(n: int = 30) -> list[str]:
+    return [f"model.layers.{i // 2}.{PARTS[(3 * i + i // 7) % 5]}" for i in range(n)]
+
+
+def measurements(n: int = 30, metrics=METRICS, ks=(100,), seeds=(0, 1, 2), seed=7, with_all=True) -> pd.DataFrame:
+    rng = np.random.default_rng(seed)
+    strength = np.exp(rng.normal(-5.5, 1.8, size=n))
+    noise = {"grad_x_weight": 0.5, "obd": 0.9, "magnitude": 3.0}
+    rows = []
+    targets = list(zip(layer_names(n), strength, strict=True)) + ([("ALL", 9.0)] if with_all else [])
+    for target, effect in targets:
+        for k in ks:
+            share = (k / max(ks)) ** 0.4
+            for metric in metrics:
+                worked = effect * share * np.exp(rng.normal(0, 0.3)) * (0.02 if metric == "magnitude" else 1.0)
+                score = effect * share * np.exp(rng.normal(0, noise[metric]))
+                rows.append(_row(target, f"top_{metric}", k, None, score, worked, 0.12 * worked + 1e-4))
+            for draw in seeds:
+                rows.append(_row(target, "random", k, draw, np.nan, rng.normal(0, 2e-4), 2e-4))
+            rows.append(_row(target, "bottom_grad_x_weight", k, None, 0.0, rng.normal(0, 1e-5), 1e-5))
+    return pd.DataFrame(rows).astype({"seed": "Int64"})
+
+
+def _row(target, selection, k, seed, score, delta, half_width) -> dict:
+    before, after = np.exp(BASELINE_NLL), np.exp(BASELINE_NLL + delta)
+    return {
+        "target_layer": target,
+        "parameter": "ALL" if target == "ALL" else f"{target}.weight",
+        "selection": selection,
+        "perturbation": "zero",
+        "k": k,
+        "seed": seed,
+        "n_weights": k,
+        "score_sum": score,
+        "baseline_nll": BASELINE_NLL,
+        "perturbed_nll": BASELINE_NLL + delta,
+        "delta_nll": delta,
+        "ci_low": delta - half_width,
+        "ci_high": delta + half_width,
+        "baseline_ppl": before,
+        "perturbed_ppl": after,
+        "delta_ppl": after - before,
+        "n_tokens": 18211,
+        "n_sequences": 100,
+        "corpus_sha256": "ab" * 32,
+        "model": "SmolLM2-135M-Instruct",
+    }
+
+
+def targets(n: int = 30, n_control: int = 10) -> pd.DataFrame:
+    names = layer_names(n)
+    return pd.DataFrame(
+        {
+            "target_layer": [*names, "ALL"],
+            "role": ["top"] * (n - n_control) + ["control"] * n_control + ["all"],
+            "n_top": [*range(n, 0, -1), 100],
+            "score_sum": [*np.linspace(2, 0.01, n), 30.0],
+            "score_rank": [*range(1, n + 1), 0],
+        }
+    )
+
+
+def summary(n_layers: int = 15, width: int = 64, seed: int = 1) -> pd.DataFrame:
+    rng = np.random.default_rng(seed)
+    rows = [_summary_row("model.embed_tokens", width * 100, rng)]
+    for depth in range(n_layers):
+        rows += [_summary_row(f"model.layers.{depth}.{part}", width * width, rng) for part in PARTS]
+    return pd.DataFrame(rows)
+
+
+def _summary_row(layer, n_weights, rng) -> dict:
+    total = float(np.exp(rng.normal(0, 1.5)))
+    return {
+        "layer": layer,
+        "parameter": f"{layer}.weight",
+        "n_weights": n_weights,
+        "score_sum": total,
+        "score_mean": total / n_weights,
+        "score_max": total / 20,
+        "score_p99": total / 200,
+        "in_top_100": 0,
+    }
+
+
+def top_weights(n_layers: int = 15, k: int = 100, seed: int = 2) -> pd.DataFrame:
+    rng = np.random.default_rng(seed)
+    parts = rng.choice(PARTS, size=k, p=[0.05, 0.1, 0.1, 0.15, 0.6])
+    depths = np.minimum(rng.geometric(0.25, size=k) - 1, n_layers - 1)
+    layers = [f"model.layers.{depth}.{part}" for depth, part in zip(depths, parts, strict=True)]
+    return pd.DataFrame(
+        {
+            "rank": range(1, k + 1),
+            "layer": layers,
+            "parameter": [f"{layer}.weight" for layer in layers],
+            "row": rng.integers(0, 64, k),
+            "col": pd.array(rng.integers(0, 64, k), dtype="Int64"),
+            "value": rng.normal(0, 2, k),
+            "score": np.sort(rng.exponential(0.02, k))[::-1],
+        }
+    )
+
+
+def manifest(kind: str = "critical_analysis", model: str = "SmolLM2-135M-Instruct", **identity) -> dict:
+    return {
+        "schema": 1,
+        "kind": kind,
+        "status": "complete",
+        "argv": ["phase1_runner.py", "--model", model],
+        "warnings": [],
+        "identity": {
+            "options": {"model": model, "packing": "documents", "max_length": 512, "topk": [100]},
+            "model": {
+                "id": model,
+                "revision": "main",
+                "dtype": "float32",
+                "n_parameters": 134515008,
+                "tied_groups": [["model.embed_tokens.weight", "lm_head.weight"]],
+            },
+            "corpus": {
+                "source": "embedded texts",
+                "packing": "documents",
+                "max_length": 512,
+                "n_texts": 100,
+                "n_sequences": 100,
+                "n_tokens": 18211,
+                "n_short": 0,
+                "text_sha256": "cd" * 32,
+                "corpus_sha256": "ab" * 32,
+            },
+        }
+        | identity,
+        "started": "2026-01-05T10:00:00+0000",
+        "ended": "2026-01-05T10:12:00+0000",
+        "host": {"python": "3.11.9", "versions": {"torch": "2.13.0"}},
+    }

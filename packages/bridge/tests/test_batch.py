@@ -1,0 +1,345 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from bridge import batch, instrument, validation
+from bridge.errors import RequestError, RunError
+from bridge.plan import Options, plan
+from bridge.runs import read_manifest
+from discovery_folder import make_discovery, snapshot
+
+TABLES = ("measurements.csv", "targets.csv", "correlations.csv")
+NEW = "validation_2*"  # named by the time
+HERE = Path(__file__).parent
+
+
+def plain_report(folder, **content) -> list[str]:
+    """A report without its plots, which take seconds to draw."""
+    (folder / "report.html").write_text("report")
+    return ["a finding"]
+
+
+@pytest.fixture
+def no_plots(monkeypatch):
+    monkeypatch.setattr(validation, "write_report", plain_report)
+
+
+@pytest.fixture
+def python(tmp_path, monkeypatch) -> str:
+    """A program that takes the place of llm_perturb's Python, and the script it is given."""
+    script = tmp_path / "run_topk_perturb.py"
+    script.touch()
+    monkeypatch.setattr(instrument, "SCRIPT", script)
+    wrapper = tmp_path / "python"
+    wrapper.write_text(f'#!/bin/sh\nexec {sys.executable} {HERE / "fake_instrument.py"} "$@"\n')
+    wrapper.chmod(0o755)
+    monkeypatch.setenv("FAKE_STARTS", str(tmp_path / "starts.jsonl"))
+    return str(wrapper)
+
+
+@pytest.fixture
+def output(tmp_path) -> Path:
+    """A folder with one discovery run in it."""
+    folder = tmp_path / "out puts"
+    make_discovery(folder)
+    return folder
+
+
+def starts(tmp_path) -> list[dict]:
+    file = tmp_path / "starts.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def options(place, python, **more) -> Options:
+    more = {"layers": 3, "control_layers": 4, "experiment_id": "v", "perturb_python": python, **more}
+    return Options(places=[str(place)], **more)
+
+
+def command(output, python, **environment) -> subprocess.Popen:
+    """``bridge validate`` as a process of its own."""
+    code = (
+        "import sys; from pathlib import Path; import test_batch; from bridge import cli, instrument, validation\n"
+        "instrument.SCRIPT = Path(sys.argv.pop()); validation.write_report = test_batch.plain_report; cli.main()"
+    )
+    words = ["validate", f"--from={output}", "--layers", "3", "--control-layers", "4", "--perturb-python", python]
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *words, str(Path(python).with_name("run_topk_perturb.py"))],
+        env={**os.environ, "PYTHONPATH": str(HERE), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for(condition, seconds=60.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_validation_from_start_to_end(tmp_path, output, python, capsys, monkeypatch):
+    monkeypatch.setenv("TARGET_LAYER", "a.stale.setting")
+    discovery = snapshot(output)
+    lines = batch.validate(options(output, python, metrics=["magnitude", "grad_x_weight"]))
+    folder = output / "validation_v"
+    assert {*TABLES, "report.html", "report.md", "manifest.json", "perturb.log"} <= {p.name for p in folder.iterdir()}
+    assert lines[0] == f"report: {folder / 'report.html'}"
+    assert len(lines) == 6
+    measured = pd.read_csv(folder / "measurements.csv")
+    targets = pd.read_csv(folder / "targets.csv")
+    assert targets["role"].tolist() == ["top"] * 3 + ["control"] * 4
+    assert list(measured["target_layer"].unique()) == [*targets["target_layer"], "ALL"]
+    assert set(measured["selection"]) == {"top_magnitude", "top_grad_x_weight", "random"}
+    assert set(measured["k"]) == {5}
+    manifest = read_manifest(folder)
+    assert manifest["status"] == "complete"
+    assert len(manifest["identity"]["discovery"]) == 7
+    assert {name: value for name, value in snapshot(output).items() if name in discovery} == discovery
+    assert "measuring 40/40" in capsys.readouterr().err
+    log = (folder / "perturb.log").read_text()
+    assert "BASELINE_PERPLEXITY: 33.1" in log
+    assert "\nmeasuring 40/40" in log
+    assert [start["target"] for start in starts(tmp_path)] == [None]
+
+
+def test_flags_of_the_instrument(tmp_path, python):
+    data = tmp_path / "texts.txt"
+    data.write_text("a text\n")
+    make_discovery(
+        tmp_path / "o", model={"revision": "0" * 40}, data_file=str(data), eval_limit=9, packing="windows", dataset=None
+    )
+    chosen = options(
+        tmp_path / "o", python, device="cpu", batch_size=4, k=[3, 7], seeds=[2, 1, 2], layers=1, bottom=True
+    )
+    words = plan(chosen).command
+    for word in (
+        "--model=tiny",
+        f"--revision={'0' * 40}",
+        "--dtype=float32",
+        "--device=cpu",
+        "--batch-size=4",
+        f"--data-file={data}",
+        "--packing=windows",
+        "--max-length=64",
+        "--eval-limit=9",
+    ):
+        assert word in words
+    text = " ".join(words)
+    assert (
+        "--k 3 7 --selection top random bottom --metric grad_x_weight magnitude --perturbation zero --seeds 2 1" in text
+    )
+    assert text.endswith("--weights-csv top_20_per_layer_grad_x_weight.csv top_20_per_layer_magnitude.csv")
+    assert "dataset" not in text
+    assert "trust" not in text
+
+
+def test_all_layers_and_no_global_set(output, python):
+    ready = plan(options(output, python, all_layers=True, global_set=False))
+    assert len(ready.targets) == 12
+    assert ready.options["target_layers"] == ready.targets["target_layer"].tolist()
+
+
+def test_layers_too_small_for_a_control_are_left_out(tmp_path, python, no_plots, capsys):
+    folder = make_discovery(tmp_path / "o")
+    path = folder / "layer_summary_grad_x_weight.csv"
+    lines = path.read_text().splitlines()
+    lines[1] = lines[1].replace(",40,", ",14,")  # two metrics and a control of 5 take 15
+    path.write_text("\n".join(lines) + "\n")
+    batch.validate(options(tmp_path / "o", python, all_layers=True, k=[2, 5]))
+    assert "WARNING: 1 layers of fewer than 15 weights are left out" in capsys.readouterr().err
+    assert len(pd.read_csv(tmp_path / "o" / "validation_v" / "targets.csv")) == 11
+
+
+def test_perturbation_with_a_number(output, python, no_plots, monkeypatch):
+    batch.validate(options(output, python, perturbations=["zero", "scale"]))
+    found = pd.read_csv(output / "validation_v" / "measurements.csv")["perturbation"]
+    assert set(found) == {"zero", "scale(0.5)"}
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"metrics": ["obd"]}, "has no metric 'obd'"),
+        ({"k": [21]}, "holds the top 20 of each parameter by grad_x_weight, not 21; lower --k, or run the discovery"),
+        ({"k": [20]}, "no layer has the 60 weights that the top 20 of 2 metrics and a control of 20 take; lower --k"),
+        ({"k": [0]}, "--k must be at least 1, not 0"),
+        ({"seeds": [-1]}, "--seeds must be at least 0"),
+        ({"batch_size": 0}, "--batch-size must be at least 1"),
+        ({"layers": -2}, "cannot be negative: -2"),
+        ({"layers": 0, "control_layers": 0, "global_set": False}, "no layer is to be measured"),
+        ({"output": __file__}, "cannot be made a folder"),
+        ({"perturb_python": "/no/python"}, "--perturb-python /no/python is not a program"),
+        ({"experiment_id": "a/b"}, "must be a plain name"),
+    ],
+)
+def test_wrong_request_starts_and_writes_nothing(tmp_path, output, python, more, message):
+    before = snapshot(output)
+    with pytest.raises(RequestError, match=message):
+        batch.validate(options(output, python, **more))
+    assert snapshot(output) == before
+    assert starts(tmp_path) == []
+
+
+def test_missing_environment_is_named(output, monkeypatch, tmp_path):
+    monkeypatch.setattr(instrument, "PYTHON", tmp_path / "none" / "python")
+    with pytest.raises(RequestError, match=r'make it with: nox -s "env\(llm_perturb\)"'):
+        plan(options(output, None))
+
+
+def test_default_environment_and_script_are_those_of_the_repository():
+    packages = HERE.parents[1]
+    assert packages / "llm_perturb" / ".venv" / "bin" / "python" == instrument.PYTHON
+    assert packages / "llm_perturb" / "scripts" / "run_topk_perturb.py" == instrument.SCRIPT
+
+
+@pytest.mark.parametrize("file", ["layer_summary_magnitude.csv", "top_5_per_layer_magnitude.csv", "baseline.json"])
+def test_cut_off_file_of_the_discovery(output, python, file):
+    path = output / "critical_analysis_1" / file
+    path.write_bytes(path.read_bytes()[:-25])
+    with pytest.raises(RequestError, match=file):
+        batch.validate(options(output, python))
+    assert not (output / "validation_v").exists()
+
+
+def test_model_or_data_that_is_not_here(tmp_path, python):
+    make_discovery(tmp_path / "a", model={"id": "models/tiny", "revision": "local-12"})
+    with pytest.raises(RequestError, match="the model 'models/tiny' of critical_analysis_1 is not here"):
+        plan(options(tmp_path / "a", python))
+    make_discovery(tmp_path / "b", data_file="texts.txt")
+    with pytest.raises(RequestError, match=r"the data file 'texts\.txt' of critical_analysis_1 is not here"):
+        plan(options(tmp_path / "b", python))
+
+
+def test_code_of_the_model_runs_only_when_asked_for_here(tmp_path, python):
+    make_discovery(tmp_path / "a", trust_remote_code=True)
+    with pytest.raises(RequestError, match="was discovered with --trust-remote-code; give it here too"):
+        plan(options(tmp_path / "a", python))
+    assert "--trust-remote-code" in plan(options(tmp_path / "a", python, trust_remote_code=True)).command
+
+
+@pytest.mark.parametrize(
+    ("mode", "error", "message"),
+    [
+        ("refuse", RequestError, r"run_topk_perturb\.py refused: the target has no such weight"),
+        ("fail", RunError, r"failed with exit code 1: .*the loss of sequence 2 is not finite; see .*perturb\.log"),
+        ("zero", RunError, "changed the loss nowhere"),
+        ("baseline", RunError, "corpus_sha256 is dddd.*, was cccc.*, nll is 3.6, was 3.5; run the discovery again"),
+        ("short", RunError, "the measurements lack the top 5 of ALL by grad_x_weight"),
+    ],
+)
+def test_instrument_that_goes_wrong(output, python, monkeypatch, mode, error, message, no_plots):
+    monkeypatch.setenv("FAKE", mode)
+    with pytest.raises(error, match=message):
+        batch.validate(options(output, python))
+    folder = output / "validation_v"
+    assert read_manifest(folder)["status"] == "failed"
+    assert not (folder / "report.html").exists()
+    assert not (folder / "measurements.csv").exists()
+
+
+def test_wrong_baseline_stops_the_instrument_at_once(output, python, monkeypatch, no_plots):
+    monkeypatch.setenv("FAKE", "baseline")
+    with pytest.raises(RunError, match="corpus_sha256"):
+        batch.validate(options(output, python))
+    assert not (output / "validation_v" / "perturb_measure" / "measurements.csv").exists()
+
+
+def test_failed_validation_goes_on_when_its_cause_is_gone(tmp_path, output, python, monkeypatch, no_plots):
+    monkeypatch.setenv("FAKE", "fail")
+    with pytest.raises(RunError, match="not finite"):
+        batch.validate(options(output, python))
+    monkeypatch.setenv("FAKE", "")
+    batch.validate(options(output, python))
+    assert read_manifest(output / "validation_v")["status"] == "complete"
+    assert read_manifest(output / "validation_v")["error"] is None
+
+
+def test_finished_measurement_is_read_and_not_repeated(tmp_path, output, python, monkeypatch):
+    def fails(*args, **content):
+        raise RunError("no space left")
+
+    monkeypatch.setattr(validation, "write_report", fails)
+    with pytest.raises(RunError, match="no space left"):
+        batch.validate(options(output, python))
+    monkeypatch.setattr(validation, "write_report", plain_report)
+    batch.validate(options(output, python))
+    assert len(starts(tmp_path)) == 1
+
+
+def test_complete_validation_is_never_overwritten(output, python, no_plots):
+    batch.validate(options(output, python))
+    before = snapshot(output)
+    with pytest.raises(RequestError, match="is already complete"):
+        batch.validate(options(output, python))
+    assert snapshot(output) == before
+
+
+def test_changed_discovery_is_not_mixed_in(output, python, monkeypatch):
+    monkeypatch.setenv("FAKE", "fail")
+    with pytest.raises(RunError, match="not finite"):
+        batch.validate(options(output, python))
+    path = output / "critical_analysis_1" / "top_5_per_layer_magnitude.csv"
+    path.write_text(path.read_text().replace(",0.1,", ",0.2,"))
+    with pytest.raises(RequestError, match="begun with another discovery"):
+        batch.validate(options(output, python))
+
+
+def held(output, python, tmp_path) -> subprocess.Popen:
+    """``bridge validate`` at work, five rows measured, until the file ``release`` exists."""
+    process = command(output, python, FAKE="hold", FAKE_RELEASE=str(tmp_path / "release"))
+    wait_for(lambda: any(file.read_text().count("\n") == 5 for file in output.glob(f"{NEW}/perturb_measure/progress*")))
+    return process
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a child with its parent")
+def test_killed_validation_takes_the_instrument_along_and_goes_on(tmp_path, output, python, no_plots, capsys):
+    batch.validate(options(output, python, experiment_id="whole"))
+    process = held(output, python, tmp_path)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    wait_for(lambda: not alive(starts(tmp_path)[-1]["pid"]), 5)
+    capsys.readouterr()
+    lines = batch.validate(options(output, python, experiment_id=None))
+    (folder,) = output.glob(NEW)
+    assert lines[0] == f"report: {folder / 'report.html'}"
+    err = capsys.readouterr().err
+    assert "measuring 6/40" in err
+    assert "measuring 5/40" not in err
+    for table in TABLES:
+        assert (folder / table).read_bytes() == (output / "validation_whole" / table).read_bytes()
+
+
+def test_two_at_once(tmp_path, output, python):
+    process = held(output, python, tmp_path)
+    with pytest.raises(RequestError, match="another process is at work in"):
+        batch.validate(options(output, python, experiment_id=None))
+    (tmp_path / "release").touch()
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert out.startswith("report: ")
+    assert len(list(output.glob(NEW))) == 1
+
+
+def test_interrupt_ends_both_and_can_be_continued(tmp_path, output, python, no_plots):
+    process = held(output, python, tmp_path)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert not alive(starts(tmp_path)[-1]["pid"])
+    batch.validate(options(output, python, experiment_id=None))
+    assert len(list(output.glob(NEW))) == 1

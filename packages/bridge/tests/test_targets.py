@@ -1,0 +1,181 @@
+from itertools import pairwise
+
+import pandas as pd
+import pytest
+from bridge.discovery import choose_discovery
+from bridge.errors import RequestError
+from bridge.records import TARGETS
+from bridge.targets import choose_targets, render, spread, target_names
+from discovery_folder import make_discovery
+
+
+def summary(scores, suffixes=None) -> pd.DataFrame:
+    layers = [f"h.{i}" for i in range(len(scores))]
+    return pd.DataFrame(
+        {"layer": layers, "parameter": [f"{layer}.weight" for layer in layers], "n_weights": 9, "score_sum": scores}
+    )
+
+
+def top(counts: dict[int, int]) -> pd.DataFrame:
+    return pd.DataFrame({"parameter": [f"h.{i}.weight" for i, count in counts.items() for _ in range(count)]})
+
+
+def names(frame, role) -> list[str]:
+    return frame.loc[frame["role"] == role, "target_layer"].tolist()
+
+
+def test_by_count_with_ties_broken_by_score_then_model_order():
+    chosen = choose_targets(top({4: 3, 1: 2, 2: 2, 3: 2}), summary([9.0, 1.0, 2.0, 1.0, 0.5, 0.1]), 5, 0)
+    assert names(chosen, "top") == ["h.4", "h.2", "h.1", "h.3", "h.0"]
+    assert chosen["n_top"].tolist() == [3, 2, 2, 2, 0]
+    assert chosen["score_rank"].tolist() == [5, 2, 3, 4, 1]
+    assert list(chosen.columns) == list(TARGETS.columns)
+
+
+def test_by_score():
+    chosen = choose_targets(top({4: 3}), summary([1.0, 5.0, 5.0, 2.0, 0.5]), 3, 0, "score")
+    assert names(chosen, "top") == ["h.1", "h.2", "h.3"]
+    assert chosen["score_sum"].tolist() == [5.0, 5.0, 2.0]
+
+
+def test_controls_span_the_whole_range_of_ranks():
+    scores = [float(100 - i) for i in range(100)]
+    chosen = choose_targets(top({0: 5, 1: 4}), summary(scores), 2, 5)
+    assert names(chosen, "control") == ["h.2", "h.26", "h.51", "h.75", "h.99"]
+    assert len(set(chosen["target_layer"])) == 7
+
+
+def test_top_layers_do_not_leave_the_range_of_the_controls():
+    chosen = choose_targets(top({9: 5}), summary([float(10 - i) for i in range(10)]), 1, 3)
+    assert names(chosen, "control") == ["h.0", "h.4", "h.8"]
+
+
+def test_more_than_there_are():
+    chosen = choose_targets(top({0: 1}), summary([3.0, 2.0, 1.0]), 2, 9)
+    assert names(chosen, "top") == ["h.0", "h.1"]
+    assert names(chosen, "control") == ["h.2"]
+    assert len(choose_targets(top({0: 1}), summary([3.0, 2.0]), 7, 7)) == 2
+    assert choose_targets(top({0: 1}), summary([3.0, 2.0]), 0, 0).empty
+
+
+def test_negative_number():
+    with pytest.raises(RequestError, match="cannot be negative: -1"):
+        choose_targets(top({0: 1}), summary([3.0]), -1, 0)
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 3, 7, 10, 33])
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 6, 9, 33, 40])
+def test_spread_is_distinct_even_and_reaches_both_ends(size, count):
+    positions = spread(size, count)
+    assert len(positions) == min(size, count)
+    assert sorted(set(positions)) == positions
+    assert all(0 <= p < size for p in positions)
+    if 2 <= count <= size:
+        assert (positions[0], positions[-1]) == (0, size - 1)
+        gaps = [b - a for a, b in pairwise(positions)]
+        assert max(gaps) - min(gaps) <= 1
+
+
+def test_name_means_one_parameter_and_no_other():
+    table = pd.DataFrame(
+        {
+            "layer": ["wte", "h.attn", "h.attn", "h.norm", "h.experts"],
+            "parameter": ["wte.weight", "h.attn.weight", "h.attn.bias", "h.norm.bias", "h.experts.gate_up_proj"],
+        }
+    )
+    assert target_names(table).tolist() == [
+        "wte",
+        "h.attn.weight",
+        "h.attn.bias",
+        "h.norm.bias",
+        "h.experts.gate_up_proj",
+    ]
+
+
+def test_render():
+    chosen = choose_targets(top({1: 2}), summary([3.0, 2.0]), 2, 0)
+    assert render(chosen, "env") == 'TARGET_LAYER="h.1,h.0"'
+    assert render(chosen, "list") == "h.1\nh.0"
+    assert render(chosen, "csv").splitlines()[1] == "h.1,top,2,2.0,2"
+
+
+def test_the_count_is_that_of_pandas(tmp_path):
+    folder = make_discovery(tmp_path)
+    path = folder / "top_20_weights_grad_x_weight.csv"
+    discovery = choose_discovery([str(tmp_path)])
+    chosen = choose_targets(
+        discovery.top_weights("grad_x_weight", 20), discovery.summary("grad_x_weight"), 3, 0
+    ).set_index("target_layer")
+    counts = pd.read_csv(path)["layer"].value_counts()
+    assert chosen["n_top"].to_dict() == {layer: counts[layer] for layer in chosen.index}
+    assert chosen["n_top"].tolist() == counts.head(3).tolist()
+
+
+def test_newest_run_of_one_model_and_a_word_about_it(tmp_path, capsys):
+    make_discovery(tmp_path, "z", ended="2026-01-01")
+    newest = make_discovery(tmp_path, "a", ended="2026-02-01")
+    assert choose_discovery([str(tmp_path)]).folder == newest
+    assert capsys.readouterr().err == f"{tmp_path} holds 2 discovery runs; the newest is critical_analysis_a\n"
+
+
+def test_runs_of_several_models_are_not_chosen_between(tmp_path):
+    make_discovery(tmp_path, "a")
+    second = make_discovery(tmp_path, "b", model={"id": "big"})
+    message = r"several models \(critical_analysis_a of tiny, critical_analysis_b of big\); name one run's folder"
+    with pytest.raises(RequestError, match=message):
+        choose_discovery([str(tmp_path)])
+    assert choose_discovery([str(second)]).folder == second
+
+
+def test_one_folder_only(tmp_path):
+    with pytest.raises(RequestError, match="--from takes one folder here, not 2: a, b"):
+        choose_discovery(["a", "b"])
+
+
+def rewrite(path, change):
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(change(lines)))
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("top_5_weights_magnitude.csv", lambda lines: lines[:-1], "expected the ranks 1 to 5, it has 4 rows"),
+        ("top_5_weights_magnitude.csv", lambda lines: [*lines, lines[-1]], "a weight is there twice"),
+        ("top_5_per_layer_magnitude.csv", lambda lines: lines[:-1], "expected 5 weights of model.layers.9.mlp.weight"),
+        ("layer_summary_magnitude.csv", lambda lines: [*lines, lines[1]], "a parameter is there twice"),
+        ("layer_summary_magnitude.csv", lambda lines: lines[:-1], "expected 0 weights of model.layers.11.mlp.weight"),
+    ],
+)
+def test_damaged_tables(tmp_path, file, change, message):
+    folder = make_discovery(tmp_path)
+    rewrite(folder / file, change)
+    discovery = choose_discovery([str(tmp_path)])
+    with pytest.raises(RequestError, match=message):
+        discovery.top_weights("magnitude", 5), discovery.top_per_layer("magnitude", 5)
+
+
+def test_score_that_is_no_number(tmp_path):
+    folder = make_discovery(tmp_path)
+    path = folder / "top_5_weights_magnitude.csv"
+    path.write_text(path.read_text().replace(path.read_text().splitlines()[1].split(",")[-2], "nan", 1))
+    with pytest.raises(RequestError, match="not a finite number"):
+        choose_discovery([str(tmp_path)]).top_weights("magnitude", 5)
+
+
+def test_metric_that_was_not_run(tmp_path):
+    make_discovery(tmp_path)
+    discovery = choose_discovery([str(tmp_path)])
+    with pytest.raises(RequestError, match=r"no metric 'magnitud' \(did you mean 'magnitude'\?\)"):
+        discovery.metrics(["magnitud"])
+    assert discovery.metrics(["magnitude", "magnitude"]) == ["magnitude"]
+    assert discovery.ks("magnitude", "per_layer") == [5, 20]
+
+
+def test_manifest_without_an_identity(tmp_path):
+    folder = make_discovery(tmp_path)
+    (folder / "manifest.json").write_text(
+        '{"schema": 1, "kind": "critical_analysis", "status": "complete", "ended": "1"}'
+    )
+    with pytest.raises(RequestError, match="does not say which options, model and corpus"):
+        choose_discovery([str(tmp_path)])

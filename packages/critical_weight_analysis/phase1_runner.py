@@ -1,0 +1,78 @@
+#!/usr/bin/env python
+"""Phase 1, global discovery: score every weight of a causal language model and keep the exact top-K.
+
+    python phase1_runner.py --model EleutherAI/pythia-2.8b --metric grad_x_weight grad_squared --topk 100 500 \
+      --eval-limit 100 --output discovery_results/
+    python phase1_runner.py --model pythia-2.8b --metric grad_x_weight --topk 50
+    python phase1_runner.py --eval-limit 20        # the embedded model, without a network
+
+Writes <output>/critical_analysis_<id>/: top_<k>_weights_<metric>.csv, top_<k>_per_layer_<metric>.csv,
+layer_summary_<metric>.csv, baseline.json, manifest.json, analysis.log and plots/.
+"""
+
+from bridge import argv
+from critical_weight_analysis.phase1 import DType, Metric, Mode, Options, Packing, Scope, run
+
+
+def phase1(
+    *,
+    model: str | None = None,
+    metric: list[Metric] = ("grad_x_weight",),
+    topk: list[int] = (100,),
+    eval_limit: int | None = None,
+    output: str = "outputs/",
+    data_file: str | None = None,
+    dataset: str | None = None,
+    dataset_config: str | None = None,
+    split: str = "test",
+    text_column: str = "text",
+    packing: Packing = "documents",
+    max_length: int = 512,
+    batch_size: int = 1,
+    dtype: DType = "float32",
+    device: str = "auto",
+    revision: str | None = None,
+    scope: Scope = "matrices",
+    include: list[str] = (),
+    exclude: list[str] = (),
+    mode: list[Mode] = ("global", "per_layer"),
+    baseline: str | None = None,
+    experiment_id: str | None = None,
+    seed: int = 0,
+    save_plots: bool = True,
+    trust_remote_code: bool = False,
+) -> None:
+    """Score every weight and write the exact top-K.
+
+    Args:
+        model: hub id, local folder or short name; the embedded model if left out.
+        metric: grad_x_weight, grad_squared, obd, taylor2, magnitude; several in one pass.
+        topk: how many weights a ranking keeps; several in one pass.
+        eval_limit: the most sequences of the corpus to use; all if left out.
+        output: the folder that the run's own folder is made in.
+        data_file: a file with one text a line; without it and dataset, the shipped passages.
+        dataset: a data set of the Hugging Face hub, or a local file or folder.
+        dataset_config: its configuration, such as wikitext-2-raw-v1.
+        split: its split.
+        text_column: its column that holds the text.
+        packing: documents, each text on its own; windows, all joined and cut into equal pieces.
+        max_length: the most tokens of a sequence; of a window, exactly this many.
+        batch_size: sequences at a time, where it helps; changes no number beyond rounding.
+        dtype: of the weights and the forward pass; sums and scores are float32 or wider.
+        device: auto, cpu, cuda, cuda:1, mps.
+        revision: branch, tag or commit of the model on the hub.
+        scope: matrices, every parameter of two or more dimensions; all, biases and norms too.
+        include: name patterns such as '*.mlp.*'; only parameters that match one.
+        exclude: name patterns; no parameter that matches one.
+        mode: global, the top-K of all weights; per_layer, of each parameter.
+        baseline: a baseline.json of run_baseline.py; stop if this run's setup or loss differs from it.
+        experiment_id: the name of the run's folder after critical_analysis_; the time if left out.
+        seed: for models with random parts; the metrics have none.
+        save_plots: whether to draw the plots; --no-save-plots for none.
+        trust_remote_code: run the code that comes with the model.
+    """
+    run(Options(**locals()))
+
+
+if __name__ == "__main__":
+    argv.run(phase1)

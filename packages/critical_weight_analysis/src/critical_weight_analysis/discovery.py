@@ -1,0 +1,89 @@
+"""Global discovery: score every weight with every metric in one pass over a corpus, keep the exact top-K."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+
+from bridge.errors import RunError
+from torch import Tensor
+from torch.nn import Parameter
+from transformers import PreTrainedModel
+
+from critical_weight_analysis import autograd, backward
+from critical_weight_analysis.metrics import FORMULAS, NEEDS, Sensitivity
+from critical_weight_analysis.ranking import Ranking
+from critical_weight_analysis.summary import Summary
+
+
+@dataclass(frozen=True)
+class Discovery:
+    """What one pass leaves: the loss of every sequence, float64 (n,), and by metric a ranking and a summary."""
+
+    losses: Tensor
+    rankings: dict[str, Ranking]
+    summaries: dict[str, Summary]
+
+
+def engine_for(model: PreTrainedModel) -> ModuleType:
+    """The module whose ``sensitivities`` measures this model: layer by layer where it can, else autograd's."""
+    return backward if backward.supports(model) else autograd
+
+
+def scores_of(metric: str, sensitivity: Sensitivity) -> Tensor:
+    """The scores of one parameter, of its stored shape.
+
+    Raises:
+        RunError: a score is not finite; names the parameter.
+    """
+    scores = FORMULAS[metric](sensitivity)
+    if not scores.max().isfinite():  # no score is below 0, and max passes NaN on
+        n_bad = scores.numel() - int(scores.isfinite().sum())
+        raise RunError(
+            f"the score {metric} of {sensitivity.name} is not finite at {n_bad} of {scores.numel()} weights; "
+            "try --dtype float32"
+        )
+    return scores
+
+
+def discover(
+    engine: ModuleType,
+    model: PreTrainedModel,
+    sequences: list[Tensor],
+    parameters: dict[str, Parameter],
+    metrics: list[str],
+    k: int,
+    *,
+    per_layer: bool = True,
+    batch_size: int = 1,
+    progress: bool = False,
+    on_losses: Callable[[Tensor], None] = lambda losses: None,
+) -> Discovery:
+    """Score every weight of the parameters. The scores of one parameter exist at a time.
+
+    Args:
+        engine: a module with ``sensitivities``, see ``engine_for``.
+        model: the model that the parameters belong to.
+        sequences: each (T_i + 1,) ids.
+        parameters: by name, in model order.
+        metrics: names of formulas.
+        k: the largest K that the rankings will be asked for.
+        per_layer: whether to rank within each parameter as well.
+        batch_size: sequences at a time, where the engine can.
+        progress: whether to show bars on stderr.
+        on_losses: called with the losses before the first score is taken; may raise to stop.
+
+    Raises:
+        RunError: a loss or a score is not finite.
+    """
+    needs = frozenset().union(*(NEEDS[metric] for metric in metrics))
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    rankings = {metric: Ranking(shapes, k, per_layer) for metric in metrics}
+    summaries = {metric: Summary(list(shapes)) for metric in metrics}
+    losses, stream = engine.sensitivities(model, sequences, list(parameters), needs, batch_size, progress)
+    on_losses(losses)
+    for sensitivity in stream:
+        for metric in metrics:
+            scores = scores_of(metric, sensitivity)
+            rankings[metric].update(sensitivity.name, sensitivity.weight, scores)
+            summaries[metric].update(sensitivity.name, scores)
+    return Discovery(losses, rankings, summaries)

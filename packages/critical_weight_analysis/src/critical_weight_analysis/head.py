@@ -1,0 +1,103 @@
+"""The output head and the loss of one sequence, without ever holding a second table of its logits.
+
+Plain logits are made, and turned into probabilities, a thousand columns of the vocabulary at a time: a block
+stays in the processor's cache from the product that makes it to the last use of it.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own name for it
+from torch import Tensor, nn
+
+from critical_weight_analysis.sums import Sums
+
+COLUMNS = 1024
+
+
+def plain_loss(head: nn.Linear, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Iterator[tuple[slice, Tensor]]]:
+    """S = Σ_t logsumexp(z_t) - z_t,target with z = W h + b, and its gradient at z.
+
+    Args:
+        head: W (V, H) and b (V,) or none.
+        hidden: (T, H), what the head receives.
+        targets: (T,) ids.
+
+    Returns:
+        S, float64, and the blocks (columns, softmax(z) - onehot(target) for these columns (T, C)), to be
+        asked for once.
+    """
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    columns = [slice(start, start + COLUMNS) for start in range(0, head.weight.shape[0], COLUMNS)]
+    targets, positions = targets.sort()
+    bounds = torch.searchsorted(targets, torch.tensor([c.start for c in columns], device=targets.device)).tolist()
+    inside = [slice(*pair) for pair in zip(bounds, [*bounds[1:], len(targets)], strict=True)]
+    exponentials, highest, partial = [], [], []
+    chosen = torch.empty(len(targets), dtype=wide, device=targets.device)
+    for block, here in zip(columns, inside, strict=True):
+        bias = None if head.bias is None else head.bias[block]
+        z = F.linear(hidden, head.weight[block], bias).to(wide)  # (T, C)
+        chosen[here] = z[positions[here], targets[here] - block.start]
+        highest.append(z.amax(dim=1, keepdim=True))
+        exponentials.append(z.sub_(highest[-1]).exp_())
+        partial.append(highest[-1] + z.sum(dim=1, keepdim=True).log())
+    log_normalizer = torch.cat(partial, dim=1).logsumexp(dim=1, keepdim=True)  # (T, 1)
+    loss = (log_normalizer[positions, 0] - chosen).double().sum()
+
+    def gradients() -> Iterator[tuple[slice, Tensor]]:
+        for index, (block, here) in enumerate(zip(columns, inside, strict=True)):
+            gradient = exponentials[index].mul_((highest[index] - log_normalizer).exp_())
+            exponentials[index] = None
+            gradient[positions[here], targets[here] - block.start] -= 1
+            yield block, gradient
+
+    return loss, gradients()
+
+
+def any_loss(logits: Tensor, z: Tensor, of: tuple[int, slice], targets: Tensor) -> tuple[Tensor, Iterator]:
+    """The same where the model makes its logits from the head's result by something that only autograd can follow.
+
+    Args:
+        logits: (B, T, V), the model's, with their graph.
+        z: (B, T, V), the head's result, a leaf of that graph.
+        of: which sequence of the batch, and its real tokens.
+        targets: as above.
+    """
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    loss = F.cross_entropy(logits[of].to(wide), targets, reduction="none").double().sum()
+    gradient = torch.autograd.grad(loss, z, retain_graph=True)[0][of].to(wide)
+    columns = (slice(start, start + COLUMNS) for start in range(0, z.shape[-1], COLUMNS))
+    return loss.detach(), ((block, gradient[:, block]) for block in columns)
+
+
+def back(
+    head: nn.Linear,
+    hidden: Tensor,
+    gradients: Iterator[tuple[slice, Tensor]],
+    i: int,
+    weight: Sums | None,
+    bias: Sums | None,
+    apart: Tensor | None,
+) -> Tensor:
+    """Go back through the head with the gradient at its result: add to its sums, return the gradient at its input.
+
+    Args:
+        head: the head.
+        hidden: (T, H), what it received.
+        gradients: the blocks of the gradient at its result.
+        i: which sequence this is.
+        weight: the sums of its weight, if they are wanted.
+        bias: likewise of its bias.
+        apart: the ids whose rows the embedding will add to, if the two share the weight.
+    """
+    result = torch.zeros_like(hidden)
+    wide, at_bias = None if weight is None else hidden.to(weight.dtype), []
+    for block, gradient in gradients:
+        result.addmm_(gradient.to(hidden.dtype), head.weight[block])
+        if weight is not None:
+            weight.add_product(i, gradient, wide, start=block.start, apart=apart)
+        if bias is not None:
+            at_bias.append(gradient.sum(0))
+    if bias is not None:
+        bias.add_dense(i, torch.cat(at_bias))
+    return result

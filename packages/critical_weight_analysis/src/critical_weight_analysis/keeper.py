@@ -1,0 +1,129 @@
+"""Spare a layer's second forward run some of its matrix products, as far as a memory budget goes.
+
+What a linear map returned on the way forward can be kept, and given back when the layer is run once more. And what
+a layer does last is mostly to add a linear map's result to the residual stream: no gradient depends on that value, so
+it need not be computed again at all.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own name for it
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+from torch.overrides import TorchFunctionMode
+
+_PASSING = {"AddBackward0", "ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0"}
+
+
+@dataclass
+class Budget:
+    """How many bytes may still be kept."""
+
+    left: int
+
+
+class Keeper(TorchFunctionMode):
+    """Active while a batch runs through the layers: first it keeps, then, layer by layer, it gives back.
+
+    Args:
+        budget: what may be kept, over all layers and batches.
+        unneeded: ids of the weights of linear maps whose results no gradient depends on.
+
+    Attributes:
+        layer: the one that is running; outside of them, None, calls are passed on.
+        replaying: whether the layer is run for the second time.
+    """
+
+    def __init__(self, budget: Budget, unneeded: frozenset[int]):
+        super().__init__()
+        self.layer: str | None = None
+        self.replaying = False
+        self._budget, self._unneeded = budget, unneeded
+        self._kept: dict[str, deque[tuple[int, Tensor | None, int]]] = {}  # weight, result, its version
+
+    def replay(self, layer: str) -> "Keeper":
+        """The calls of this layer are about to be made again, once."""
+        self.layer, self.replaying = layer, True
+        return self
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:  # noqa: ANN401 - torch's signature
+        kwargs = kwargs or {}
+        if self.layer is None or not is_linear(func, args, kwargs):
+            return func(*args, **kwargs)
+        return self._give_back(func, args) if self.replaying else self._keep(func, args)
+
+    def _keep(self, func: Callable, args: tuple) -> Tensor:
+        result, weight = func(*args), weight_of(func, args)
+        size = 0 if id(weight) in self._unneeded else result.nbytes
+        size = size if size <= self._budget.left else 0
+        self._budget.left -= size
+        record = id(weight), result.detach() if size else None, result._version
+        self._kept.setdefault(self.layer, deque()).append(record)
+        return result
+
+    def _give_back(self, func: Callable, args: tuple) -> Tensor:
+        weight, x = weight_of(func, args), args[0] if func is F.linear else args[1]
+        key, result, version = self._kept[self.layer].popleft()
+        assert key == id(weight), f"{self.layer} makes other calls when it is run again"
+        if key in self._unneeded:
+            result = x.new_zeros(*x.shape[:-1], weight.shape[0 if func is F.linear else 1])
+            return _Known.apply(x, weight, func is F.linear, result)
+        if result is None:
+            return func(*args)
+        self._budget.left += result.nbytes
+        if result._version != version:  # changed in place after it was made
+            return func(*args)
+        return _Known.apply(x, weight, func is F.linear, result)
+
+
+class _Known(torch.autograd.Function):
+    """A linear map whose result is known already."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: nn.Parameter, stored_out_in: bool, result: Tensor) -> Tensor:  # noqa: ANN401
+        ctx.weight, ctx.stored_out_in = weight, stored_out_in
+        return result.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # noqa: ANN401
+        return grad @ (ctx.weight if ctx.stored_out_in else ctx.weight.T), None, None, None
+
+
+def is_linear(func: Callable, args: tuple, kwargs: dict) -> bool:
+    """Whether a call is a linear map with a parameter as weight."""
+    if func is F.linear:
+        return len(args) in {2, 3} and not kwargs and isinstance(args[1], nn.Parameter)
+    return func is torch.addmm and len(args) == 3 and not kwargs and isinstance(args[2], nn.Parameter)
+
+
+def weight_of(func: Callable, args: tuple) -> nn.Parameter:
+    """The weight of a call that ``is_linear``."""
+    return args[1] if func is F.linear else args[2]
+
+
+def only_added(output: Tensor, candidates: dict[Node, Any], origin: Node | None) -> set[Any]:
+    """Those candidates whose result reaches ``output`` through additions only.
+
+    The backward of an addition keeps no value, so no gradient depends on these results.
+
+    Args:
+        output: with its graph.
+        candidates: by the node that made it, anything that stands for the result.
+        origin: the node beyond which there is none of them.
+    """
+    passing, inner = set(), set()
+    seen, stack = set(), [(output.grad_fn, True)]
+    while stack:
+        node, by_additions = stack.pop()
+        if node in (None, origin) or (node, by_additions) in seen:
+            continue
+        seen.add((node, by_additions))
+        if node in candidates:
+            (passing if by_additions else inner).add(candidates[node])
+        on = by_additions and node.name() in _PASSING
+        stack += [(following, on) for following, _ in node.next_functions]
+    return passing - inner

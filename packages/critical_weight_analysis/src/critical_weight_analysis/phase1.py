@@ -1,0 +1,242 @@
+"""Phase 1 as a command: check the request, discover, write the run folder."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Literal
+
+import pandas as pd
+import torch
+from bridge import runs
+from bridge.errors import RequestError
+from bridge.records import LAYER_SUMMARY, TOP_WEIGHTS, write_json, write_table
+from llm_perturb import models
+from llm_perturb.corpus import Corpus, CorpusOptions, read_texts, tokenize
+from llm_perturb.models import LoadedModel
+from llm_perturb.weights import in_scope
+from torch import Tensor
+from torch.nn import Parameter
+
+from critical_weight_analysis import baseline, plots
+from critical_weight_analysis.discovery import Discovery, discover, engine_for
+from critical_weight_analysis.metrics import FORMULAS
+
+Metric = Literal[*FORMULAS]
+DType = Literal[*models.DTYPES]
+Packing = Literal["documents", "windows"]
+Scope = Literal["matrices", "all"]
+Mode = Literal["global", "per_layer"]
+Tops = dict[str, dict[int, pd.DataFrame]]  # metric -> K -> the global top-K
+
+KIND = "critical_analysis"
+_ROWS_SHOWN = 5
+_NOT_IDENTITY = {"batch_size", "device", "output", "baseline", "experiment_id", "seed", "save_plots"}
+_log = logging.getLogger("critical_weight_analysis")
+
+
+@dataclass(frozen=True)
+class Options:
+    """The flags of ``phase1_runner.py``, by their parameter names."""
+
+    model: str | None
+    metric: list[str]
+    topk: list[int]
+    eval_limit: int | None
+    output: str
+    data_file: str | None
+    dataset: str | None
+    dataset_config: str | None
+    split: str
+    text_column: str
+    packing: str
+    max_length: int
+    batch_size: int
+    dtype: str
+    device: str
+    revision: str | None
+    scope: str
+    include: list[str]
+    exclude: list[str]
+    mode: list[str]
+    baseline: str | None
+    experiment_id: str | None
+    seed: int
+    save_plots: bool
+    trust_remote_code: bool
+
+    def checked(self) -> "Options":
+        """The same, lists without repetitions, the K ascending, the paths of texts independent of the current folder.
+
+        Raises:
+            RequestError: a number is out of range.
+        """
+        for flag, numbers in {"--topk": self.topk, "--batch-size": [self.batch_size]}.items():
+            if min(numbers) < 1:
+                raise RequestError(f"{flag} must be at least 1, not {min(numbers)}")
+        unique = {name: list(dict.fromkeys(getattr(self, name))) for name in ("metric", "mode", "include", "exclude")}
+        paths = {"data_file": self.data_file and str(Path(self.data_file).absolute())}
+        if self.dataset and Path(self.dataset).exists():
+            paths["dataset"] = str(Path(self.dataset).absolute())
+        return replace(self, topk=sorted(set(self.topk)), **unique, **paths)
+
+    def corpus(self) -> CorpusOptions:
+        """Those that choose the corpus."""
+        return CorpusOptions(**{field.name: getattr(self, field.name) for field in fields(CorpusOptions)})
+
+    def identity(self) -> dict:
+        """Those that the numbers depend on."""
+        return {name: value for name, value in asdict(self).items() if name not in _NOT_IDENTITY}
+
+
+@dataclass(frozen=True)
+class Request:
+    """Options that were found to be possible, and what they mean."""
+
+    options: Options
+    output: Path
+    loaded: LoadedModel
+    corpus: Corpus
+    parameters: dict[str, Parameter]
+    expected: dict | None  # the baseline that --baseline names
+
+    @property
+    def n_weights(self) -> int:
+        """Scalar weights in scope."""
+        return sum(parameter.numel() for parameter in self.parameters.values())
+
+
+def run(options: Options) -> None:
+    """Carry out phase 1, and say where its files are.
+
+    Raises:
+        RequestError: the options cannot be carried out; all but a different baseline loss is found beforehand.
+        RunError: a loss or a score is not finite.
+    """
+    request = prepare(options.checked())
+    engine = engine_for(request.loaded.model)
+    opened = _open_run(request, engine.__name__.rpartition(".")[2])
+    with opened.recorded(), _logged(opened.folder):
+        _log.info("%s, %s", request.loaded.facts["id"], request.loaded.facts["dtype"])
+        _log.info("%d weights of %d parameters in scope", request.n_weights, len(request.parameters))
+        _log.info("%(n_sequences)d sequences, %(n_tokens)d predicted tokens, from %(source)s", request.corpus.facts)
+        found = discover(
+            engine,
+            request.loaded.model,
+            request.corpus.sequences,
+            request.parameters,
+            request.options.metric,
+            request.options.topk[-1],
+            per_layer="per_layer" in request.options.mode,
+            batch_size=request.options.batch_size,
+            progress=True,
+            on_losses=lambda losses: _record_baseline(request, losses, opened.folder),
+        )
+        tops = {m: {k: ranking.top(k) for k in request.options.topk} for m, ranking in found.rankings.items()}
+        _write_tables(request.options, found, tops, opened.folder)
+        if request.options.save_plots:
+            _write_plots(found, tops, opened.folder / "plots")
+    _say(opened.folder, tops)
+
+
+def prepare(options: Options) -> Request:
+    """Load and check everything that the options name; cheap checks come before the model.
+
+    Raises:
+        RequestError: something is missing, impossible, or not as the baseline says.
+    """
+    output = runs.check_output(options.output)
+    expected = baseline.read(options.baseline) if options.baseline else None
+    texts = read_texts(options.corpus())
+    torch.manual_seed(options.seed)
+    loaded = models.load(
+        options.model,
+        revision=options.revision,
+        dtype=options.dtype,
+        device=options.device,
+        trust_remote_code=options.trust_remote_code,
+    )
+    corpus = tokenize(texts, loaded.tokenizer, options.corpus(), loaded.max_positions)
+    parameters = in_scope(loaded.model, options.scope, options.include, options.exclude)
+    request = Request(options, output, loaded, corpus, parameters, expected)
+    if options.topk[-1] > request.n_weights:
+        raise RequestError(f"--topk {options.topk[-1]} is more than the {request.n_weights} weights in scope")
+    if expected:
+        baseline.check_same(expected, baseline.setup(loaded, corpus), options.baseline)
+    return request
+
+
+def _open_run(request: Request, engine: str) -> runs.Run:
+    options, loaded, corpus = request.options, request.loaded, request.corpus
+    identity = {
+        "options": options.identity() | {"model": loaded.facts["id"]},
+        "model": loaded.facts,
+        "corpus": corpus.facts,
+    }
+    facts = {
+        "options": asdict(options),
+        "engine": engine,
+        "n_weights_in_scope": request.n_weights,
+        "batch_size": options.batch_size,
+        "device": str(loaded.model.device),
+        "world_size": 1,
+        "seed": options.seed,
+    }
+    return runs.open_run(request.output, KIND, identity, options.experiment_id, facts)
+
+
+@contextmanager
+def _logged(folder: Path) -> Iterator[None]:
+    """While open, the log goes to ``analysis.log``."""
+    handler = logging.FileHandler(folder / "analysis.log", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    _log.addHandler(handler)
+    _log.setLevel(logging.INFO)
+    try:
+        yield
+        _log.info("complete")
+    except BaseException as error:
+        _log.error("failed: %s: %s", type(error).__name__, error)
+        raise
+    finally:
+        _log.removeHandler(handler)
+        handler.close()
+
+
+def _record_baseline(request: Request, losses: Tensor, folder: Path) -> None:
+    found = baseline.measured(request.loaded, request.corpus, losses)
+    _log.info("baseline: %(nll).6f nats per token, perplexity %(ppl).6g", found)
+    if request.expected:
+        baseline.check_same(request.expected, found, request.options.baseline)
+    write_json(folder / "baseline.json", found)
+
+
+def _write_tables(options: Options, found: Discovery, tops: Tops, folder: Path) -> None:
+    for metric, by_k in tops.items():
+        for k, top in by_k.items():
+            if "global" in options.mode:
+                write_table(folder / f"top_{k}_weights_{metric}.csv", top, TOP_WEIGHTS)
+            if "per_layer" in options.mode:
+                within = found.rankings[metric].top_per_layer(k)
+                write_table(folder / f"top_{k}_per_layer_{metric}.csv", within, TOP_WEIGHTS)
+        summary = found.summaries[metric].table(by_k)
+        write_table(folder / f"layer_summary_{metric}.csv", summary, LAYER_SUMMARY)
+        _log.info("%s: tables of the top %s written", metric, ", ".join(map(str, by_k)))
+
+
+def _write_plots(found: Discovery, tops: Tops, folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    for metric, by_k in tops.items():
+        summary = found.summaries[metric].table(by_k)
+        for k in by_k:
+            plots.plot_heat_map(summary, k, metric, folder / f"top_{k}_by_layer_{metric}.png")
+    plots.plot_scores_by_rank({metric: by_k[max(by_k)] for metric, by_k in tops.items()}, folder / "score_by_rank.png")
+
+
+def _say(folder: Path, tops: Tops) -> None:
+    for metric, by_k in tops.items():
+        for k, top in by_k.items():
+            print(f"\nTop {k} by {metric}, the first {min(k, _ROWS_SHOWN)}:")
+            print(top.head(_ROWS_SHOWN).drop(columns="layer").to_string(index=False))
+    print(f"\nwritten to {folder}")

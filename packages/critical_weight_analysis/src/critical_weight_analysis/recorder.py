@@ -1,0 +1,174 @@
+"""See every use of a parameter while a piece of the model runs, and what its gradient is made of.
+
+A torch function mode receives every call of torch. Where a parameter is the weight of a linear map or the
+table of an embedding, the call's input is kept and, on the way back, the gradient at its output: the
+parameter's gradient is their product, which is then taken sequence by sequence. Everywhere else the parameter is
+replaced by an alias that shares its memory and requires a gradient, so that autograd finds it. No flag of the
+model is touched, and no use is missed, whatever the module is called and however it reaches its weight.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own name for it
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_any, tree_map_only
+
+
+@dataclass
+class Use:
+    """One linear map or embedding that took part.
+
+    Attributes:
+        kind: ``linear`` (weight (O, I)), ``addmm`` (weight (I, O), as in Conv1D) or ``embedding`` (table (V, H)).
+        weight: the name of the weight, None if it is not of interest.
+        bias: likewise of the bias.
+        x: the input: (..., I), or the ids.
+        section: where it happened, ``Recorder.section`` at that time.
+        grad: the gradient at the output, (..., O); None if the output led nowhere.
+        node: the output's place in autograd's graph, kept if ``Recorder.with_nodes``.
+    """
+
+    kind: str
+    weight: str | None
+    bias: str | None
+    x: Tensor
+    section: Any
+    grad: Tensor | None = None
+    node: Node | None = None
+    version: int = 0
+
+    def keep_grad(self, grad: Tensor) -> None:
+        """Called by autograd on the way back."""
+        assert self.x._version == self.version, f"the input of {self.weight} was overwritten after its use"
+        self.grad = grad if self.grad is None else self.grad + grad
+
+
+@dataclass
+class Parts:
+    """The gradient of one parameter, as the sum of the parts that its uses gave.
+
+    Attributes:
+        products: (left (T, R), right (T, C)), which stand for leftᵀ right.
+        rows: (ids (T,), gradient (T, H)), to be added to the rows of a table.
+        dense: tensors of the parameter's shape.
+    """
+
+    products: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    rows: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    dense: list[Tensor] = field(default_factory=list)
+
+
+class Recorder(TorchFunctionMode):
+    """Records the uses of the given parameters while it is active (``with recorder:``).
+
+    Attributes:
+        uses: linear maps and embeddings, in the order of the calls.
+        aliases: by (section, name), the stand-in of a parameter that was used in any other way; its ``.grad``
+            holds the gradient once autograd has run. It may have been asked only for its dtype or shape.
+        used: the (section, name) of those aliases that a result depends on.
+        section: what is being run; set by the caller.
+        paused: while true, calls are passed on as they are.
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter], with_nodes: bool = False):
+        super().__init__()
+        self.uses: list[Use] = []
+        self.aliases: dict[tuple[Any, str], Tensor] = {}
+        self.used: set[tuple[Any, str]] = set()
+        self.section: Any = None
+        self.paused = False
+        self._with_nodes = with_nodes
+        self._names = {id(parameter): name for name, parameter in parameters.items()}
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:  # noqa: ANN401 - torch's signature
+        kwargs = kwargs or {}
+        if self.paused or not tree_any(self._is_ours, (args, kwargs)):
+            return func(*args, **kwargs)
+        operands = _operands(func, args, kwargs)
+        if operands is None:
+            return self._with_aliases(func, args, kwargs)
+        kind, x, weight, bias = operands
+        if self._is_ours(x):
+            return self._with_aliases(func, args, kwargs)
+        use = Use(kind, self._name(weight), self._name(bias), x.detach(), self.section, version=x._version)
+        out = func(*args, **kwargs)
+        if not torch.is_grad_enabled():
+            return out
+        if not out.requires_grad:  # nothing before it does: an embedding, whose output is then a leaf
+            out.requires_grad_()
+        out.register_hook(use.keep_grad)
+        use.node = out.grad_fn if self._with_nodes else None
+        self.uses.append(use)
+        return out.clone() if out.is_leaf else out  # a leaf could not be changed in place by what follows
+
+    def _with_aliases(self, func: Callable, args: tuple, kwargs: dict) -> Any:  # noqa: ANN401
+        touched = set()
+
+        def alias(tensor: Tensor) -> Tensor:
+            if not self._is_ours(tensor):
+                return tensor
+            key = (self.section, self._name(tensor))
+            touched.add(key)
+            if key not in self.aliases:
+                self.aliases[key] = tensor.detach().requires_grad_()
+            return self.aliases[key]
+
+        args, kwargs = tree_map_only(Tensor, alias, (args, kwargs))
+        result = func(*args, **kwargs)
+        if tree_any(lambda leaf: isinstance(leaf, Tensor) and leaf.requires_grad, result):
+            self.used |= touched
+        return result
+
+    def parts(self, index: int = 0, batch: int = 1, length: int | None = None) -> dict[str, Parts]:
+        """The gradients after the way back, by parameter.
+
+        Args:
+            index: which sequence of the batch.
+            batch: how many were run; 1 also where several need not be told apart.
+            length: how many of its tokens are real; None for all.
+        """
+        found: dict[str, Parts] = {}
+        for use in self.uses:
+            for name, kind, *part in _use_parts(use, index, batch, length):
+                getattr(found.setdefault(name, Parts()), kind).append(part[0] if kind == "dense" else tuple(part))
+        for (_, name), alias in self.aliases.items():
+            if alias.grad is not None:
+                assert batch == 1, f"{name} cannot be told apart by sequence in a batch"
+                found.setdefault(name, Parts()).dense.append(alias.grad)
+        return found
+
+    def _is_ours(self, thing: object) -> bool:
+        return id(thing) in self._names
+
+    def _name(self, tensor: Tensor | None) -> str | None:
+        return self._names.get(id(tensor))
+
+
+def _operands(func: Callable, args: Sequence, kwargs: dict) -> tuple[str, Tensor, Tensor, Tensor | None] | None:
+    """(kind, x, weight, bias) of a call whose parameter gradients are products, else None."""
+    if func is F.linear and len(args) >= 2 and not kwargs.keys() - {"bias"}:
+        return "linear", args[0], args[1], args[2] if len(args) > 2 else kwargs.get("bias")
+    if func is torch.addmm and len(args) == 3 and not kwargs:
+        return "addmm", args[1], args[2], args[0]
+    if func is F.embedding and len(args) >= 2 and not kwargs.get("scale_grad_by_freq"):
+        return "embedding", args[0], args[1], None
+    return None
+
+
+def _use_parts(use: Use, index: int, batch: int, length: int | None) -> Iterator[tuple]:
+    if use.grad is None:
+        return
+    grad = use.grad.reshape(batch, -1, use.grad.shape[-1])[index, :length]  # (T, O)
+    if use.kind == "embedding":
+        yield use.weight, "rows", use.x.reshape(batch, -1)[index, :length], grad
+        return
+    x = use.x.reshape(batch, -1, use.x.shape[-1])[index, :length]  # (T, I)
+    if use.weight:
+        yield use.weight, "products", *((grad, x) if use.kind == "linear" else (x, grad))
+    if use.bias:
+        yield use.bias, "dense", grad.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32))

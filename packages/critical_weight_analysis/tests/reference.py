@@ -1,0 +1,96 @@
+"""Brute force: the same quantities, computed the slow and obvious way, sharing no code with the package."""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class Naive:
+    """What ``naive_sensitivities`` finds: the summed losses, and by parameter name the weights and gradient sums."""
+
+    losses: torch.Tensor
+    n_tokens: int
+    weight: dict[str, torch.Tensor]
+    grad: dict[str, torch.Tensor]
+    fisher: dict[str, torch.Tensor]
+    curvature: dict[str, torch.Tensor]
+
+
+def naive_loss(model, sequence):
+    """The summed loss of one sequence, from the logits and a log-softmax written out."""
+    logits = model(input_ids=sequence[None]).logits[0]
+    log_probabilities = logits - logits.logsumexp(dim=-1, keepdim=True)
+    return -sum(log_probabilities[t, sequence[t + 1]] for t in range(len(sequence) - 1))
+
+
+def naive_gradients(model, sequence):
+    """The loss of one sequence and its gradient for every parameter, tied ones once, under their first name."""
+    model = copy.deepcopy(model)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    loss = naive_loss(model, sequence)
+    loss.backward()
+    return loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def naive_sensitivities(model, sequences) -> Naive:
+    """Every field that the metrics use, from one gradient per sequence, all of them kept."""
+    found = [naive_gradients(model, sequence) for sequence in sequences]
+    lengths = [len(sequence) - 1 for sequence in sequences]
+    n_tokens = sum(lengths)
+    weight = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    grad, fisher, curvature = {}, {}, {}
+    for name in weight:
+        gradients = [by_name[name] for _, by_name in found]
+        grad[name] = sum(gradients) / n_tokens
+        fisher[name] = sum((g / length) ** 2 for g, length in zip(gradients, lengths, strict=True)) / len(sequences)
+        curvature[name] = sum(g**2 for g in gradients) / n_tokens
+    losses = torch.tensor([loss.item() for loss, _ in found], dtype=torch.float64)
+    return Naive(losses, n_tokens, weight, grad, fisher, curvature)
+
+
+def naive_score(metric, naive: Naive, name):
+    """The score of every weight of a parameter, from the definition."""
+    theta, g, h = naive.weight[name], naive.grad[name], naive.curvature[name]
+    return {
+        "grad_x_weight": abs(theta * g),
+        "grad_squared": naive.fisher[name],
+        "obd": theta * theta * h / 2,
+        "taylor2": abs(theta * theta * h / 2 - theta * g),
+        "magnitude": abs(theta),
+    }[metric]
+
+
+def finite_difference(model, sequences, name, index, step=1e-5):
+    """dL/dθ of one weight by central differences of the mean loss per token."""
+    n_tokens = sum(len(sequence) - 1 for sequence in sequences)
+    losses = []
+    for sign in (1, -1):
+        moved = copy.deepcopy(model)
+        with torch.no_grad():
+            dict(moved.named_parameters())[name][index] += sign * step
+            losses.append(sum(naive_loss(moved, sequence).item() for sequence in sequences) / n_tokens)
+    return (losses[0] - losses[1]) / (2 * step)
+
+
+def naive_top(scores, k):
+    """(parameter name, row, col, score) of the K highest, by sorting everything.
+
+    ``scores`` maps names to tensors, in parameter order; ties go by (parameter order, row, col). The col of a
+    one-dimensional tensor is None.
+    """
+    everything = []
+    for order, (name, tensor) in enumerate(scores.items()):
+        for row, entry in enumerate(tensor.tolist()):
+            columns = enumerate(entry) if isinstance(entry, list) else [(None, entry)]
+            everything += [(-score, order, row, col or 0, name, col) for col, score in columns]
+    everything.sort(key=lambda line: line[:4])
+    return [(name, row, col, -minus) for minus, _, row, _, name, col in everything[:k]]
+
+
+def naive_p99(tensor):
+    """The smallest value that at least 99 % of the values do not exceed."""
+    values = sorted(tensor.flatten().tolist())
+    return next(v for v in values if 100 * sum(other <= v for other in values) >= 99 * len(values))

@@ -1,0 +1,51 @@
+import json
+
+import pytest
+from bridge.errors import RequestError
+from critical_weight_analysis import baseline
+
+FOUND = {"model": "gpt2", "revision": "abc", "dtype": "float32", "corpus_sha256": "1f", "nll": 3.0, "ppl": 20.1}
+
+
+def test_reads_what_was_written(tmp_path):
+    file = tmp_path / "baseline.json"
+    file.write_text(json.dumps(FOUND))
+    assert baseline.read(str(file)) == FOUND
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "cannot be read: No such file"),
+        ("{", "is not JSON"),
+        ("[]", "lacks model, revision, dtype, corpus_sha256, nll"),
+        (json.dumps({k: v for k, v in FOUND.items() if k != "nll"}), "lacks nll; expected a baseline.json"),
+        (json.dumps(FOUND | {"nll": "3.0"}), "has nll '3.0', which is not a number"),
+        (json.dumps(FOUND | {"nll": None}), "has nll None, which is not a number"),
+    ],
+)
+def test_what_is_no_baseline_is_refused(tmp_path, text, message):
+    file = tmp_path / "baseline.json"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(RequestError, match=message):
+        baseline.read(str(file))
+
+
+@pytest.mark.parametrize("key", ["model", "revision", "dtype", "corpus_sha256"])
+def test_difference_of_the_setup_is_named(key):
+    with pytest.raises(RequestError, match=f"--baseline b.json has {key} {FOUND[key]}, this run has other"):
+        baseline.check_same(FOUND, FOUND | {key: "other"}, "b.json")
+
+
+def test_loss_may_differ_by_rounding_only():
+    baseline.check_same(FOUND, FOUND | {"nll": 3.0 * (1 + 0.9e-4)}, "b.json")
+    with pytest.raises(RequestError, match=r"has nll 3\.0, this run measured 3\.0006"):
+        baseline.check_same(FOUND, FOUND | {"nll": 3.0006}, "b.json")
+
+
+def test_setup_is_compared_before_there_is_a_loss():
+    setup = {key: value for key, value in FOUND.items() if key not in {"nll", "ppl"}}
+    baseline.check_same(FOUND, setup, "b.json")
+    with pytest.raises(RequestError, match="has dtype float32, this run has bfloat16"):
+        baseline.check_same(FOUND, setup | {"dtype": "bfloat16"}, "b.json")

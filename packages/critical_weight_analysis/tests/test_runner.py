@@ -1,0 +1,282 @@
+import importlib.util
+import inspect
+import json
+import math
+import random
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from bridge import argv
+from bridge.records import LAYER_SUMMARY, TOP_WEIGHTS, read_table
+from bridge.runs import open_run, read_manifest
+from critical_weight_analysis.phase1 import Options
+from llm_perturb import models
+from llm_perturb.perplexity import sequence_losses
+from reference import naive_score, naive_sensitivities, naive_top
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
+
+RUNNER = Path(__file__).parents[1] / "phase1_runner.py"
+
+
+def load_runner():
+    spec = importlib.util.spec_from_file_location("phase1_runner", RUNNER)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+runner = load_runner()
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """A tiny GPT-NeoX with a tokenizer of 50 words, saved as any checkpoint is."""
+    from conftest import build
+
+    folder = tmp_path_factory.mktemp("checkpoint")
+    build("neox", torch.float32).save_pretrained(folder)
+    vocabulary = {"<unk>": 0} | {f"w{i}": i for i in range(1, 50)}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory):
+    """Twelve texts of 2 to 12 words."""
+    draw = random.Random(3)
+    lines = [" ".join(f"w{draw.randint(1, 49)}" for _ in range(draw.randint(2, 12))) for _ in range(12)]
+    file = tmp_path_factory.mktemp("texts") / "texts.txt"
+    file.write_text("\n".join(lines))
+    return file
+
+
+def flags(checkpoint, texts, output, *more):
+    words = ["--model", checkpoint, "--data-file", texts, "--max-length", 16, "--output", output, *more]
+    return [str(word) for word in words]
+
+
+def phase1(*words):
+    """Run the command in this process; returns its exit code."""
+    try:
+        argv.run(runner.phase1, "phase1_runner.py", list(map(str, words)))
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+@pytest.fixture(scope="module")
+def finished(checkpoint, texts, tmp_path_factory):
+    """One run of the script itself, as the shell starts it, from another folder."""
+    output = tmp_path_factory.mktemp("results")
+    more = ["--metric", "grad_x_weight", "grad_squared", "--topk", "100", "20", "100", "--eval-limit", "10"]
+    command = [sys.executable, str(RUNNER), *flags(checkpoint, texts, output / "new", *more)]
+    done = subprocess.run(command, cwd=output, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (folder,) = (output / "new").glob("critical_analysis_*")
+    return folder, done
+
+
+@pytest.fixture(scope="module")
+def naive(checkpoint, texts):
+    """The same model and texts by brute force, in the float32 of the run."""
+    loaded = models.load(str(checkpoint), device="cpu")
+    sequences = [torch.tensor(loaded.tokenizer(line).input_ids) for line in texts.read_text().splitlines()[:10]]
+    return naive_sensitivities(loaded.model, sequences), sequence_losses(loaded.model, sequences)
+
+
+def test_every_file_is_there_and_no_other(finished):
+    folder, _ = finished
+    tables = [
+        name
+        for metric in ("grad_x_weight", "grad_squared")
+        for name in (
+            *(f"top_{k}_{kind}_{metric}.csv" for k in (20, 100) for kind in ("weights", "per_layer")),
+            f"layer_summary_{metric}.csv",
+        )
+    ]
+    found = {path.name for path in folder.iterdir()} - {".lock"}
+    assert found == {*tables, "baseline.json", "manifest.json", "analysis.log", "plots"}
+    assert len(list((folder / "plots").glob("*.png"))) == 5
+
+
+@pytest.mark.parametrize("metric", ["grad_x_weight", "grad_squared"])
+def test_tables_hold_the_full_sort(finished, naive, metric):
+    folder, _ = finished
+    sums, _ = naive
+    scores = {name: naive_score(metric, sums, name) for name, weight in sums.weight.items() if weight.ndim >= 2}
+    for k in (20, 100):
+        top = read_table(folder / f"top_{k}_weights_{metric}.csv", TOP_WEIGHTS)
+        assert list(top) == list(TOP_WEIGHTS.columns)
+        assert top["rank"].tolist() == list(range(1, k + 1))
+        expected = naive_top(scores, k)
+        assert top["score"].tolist() == pytest.approx([line[3] for line in expected], rel=1e-4)
+        same = [tuple(a) == b[:3] for a, b in zip(top[["parameter", "row", "col"]].to_numpy(), expected, strict=True)]
+        assert sum(same) >= k - 4  # float32 sums taken in another order may exchange neighbours
+        within = read_table(folder / f"top_{k}_per_layer_{metric}.csv", TOP_WEIGHTS)
+        assert list(dict.fromkeys(within["parameter"])) == list(scores)
+        assert within["parameter"].value_counts().to_dict() == {n: min(k, s.numel()) for n, s in scores.items()}
+    summary = read_table(folder / f"layer_summary_{metric}.csv", LAYER_SUMMARY)
+    assert list(summary) == [*LAYER_SUMMARY.columns, "in_top_20", "in_top_100"]
+    assert summary["parameter"].tolist() == list(scores)
+    assert summary["score_sum"].tolist() == pytest.approx([s.sum().item() for s in scores.values()], rel=1e-4)
+
+
+def test_values_come_back_bit_for_bit(finished, naive):
+    folder, _ = finished
+    top = read_table(folder / "top_100_per_layer_grad_x_weight.csv", TOP_WEIGHTS)
+    for name, rows in top.groupby("parameter"):
+        stored = naive[0].weight[name][rows["row"].tolist(), rows["col"].tolist()]
+        assert torch.equal(torch.tensor(rows["value"].tolist()), stored)
+        assert (rows["score"].astype("float32").astype("float64") == rows["score"]).all()
+
+
+def test_the_layers_can_be_counted_as_in_the_guide(finished):
+    folder, _ = finished
+    top_weights = pd.read_csv(folder / "top_100_weights_grad_x_weight.csv")
+    critical_layers = top_weights["layer"].value_counts().head(5).index.tolist()
+    assert len(critical_layers) == 5
+    assert all(f"{layer}.weight" in set(top_weights["parameter"]) for layer in critical_layers)
+
+
+def test_baseline_and_manifest(finished, naive, checkpoint, texts):
+    folder, _ = finished
+    sums, losses = naive
+    baseline = json.loads((folder / "baseline.json").read_text())
+    manifest = read_manifest(folder)
+    assert baseline["nll"] == pytest.approx(losses.sum().item() / sums.n_tokens, rel=1e-6)
+    assert baseline["ppl"] == pytest.approx(math.exp(baseline["nll"]))
+    assert (baseline["model"], baseline["n_tokens"], baseline["n_sequences"]) == (str(checkpoint), sums.n_tokens, 10)
+    assert manifest["status"] == "complete" and manifest["error"] is None
+    assert manifest["identity"]["model"]["id"] == manifest["identity"]["options"]["model"] == str(checkpoint)
+    assert manifest["identity"]["corpus"]["corpus_sha256"] == baseline["corpus_sha256"]
+    options = manifest["identity"]["options"]
+    assert options["topk"] == [20, 100] and options["metric"] == ["grad_x_weight", "grad_squared"]
+    assert options["data_file"] == str(texts)
+    assert manifest["n_weights_in_scope"] == sum(w.numel() for w in sums.weight.values() if w.ndim >= 2)
+
+
+def test_says_where_the_files_are_and_shows_the_first_rows(finished):
+    folder, done = finished
+    assert f"written to {folder}" in done.stdout
+    first = pd.read_csv(folder / "top_20_weights_grad_squared.csv").iloc[0]
+    assert "Top 20 by grad_squared, the first 5:" in done.stdout
+    assert f"{first['parameter']}" in done.stdout
+    log = (folder / "analysis.log").read_text()
+    assert "10 sequences" in log and "baseline:" in log and log.endswith("complete\n")
+
+
+def test_the_same_baseline_is_accepted_and_another_refused(finished, checkpoint, texts, tmp_path, capsys):
+    baseline = finished[0] / "baseline.json"
+    words = flags(checkpoint, texts, tmp_path, "--topk", 5, "--no-save-plots", "--baseline", baseline)
+    assert phase1(*words, "--eval-limit", 10) == 0
+    assert phase1(*words, "--eval-limit", 9) == 2
+    assert "has corpus_sha256" in capsys.readouterr().err
+    assert len(list(tmp_path.glob("critical_analysis_*"))) == 1  # refused before a folder was opened
+
+
+def test_another_loss_on_the_same_setup_fails_the_run(finished, checkpoint, texts, tmp_path, capsys):
+    content = json.loads((finished[0] / "baseline.json").read_text())
+    baseline = tmp_path / "baseline.json"
+    baseline.write_text(json.dumps(content | {"nll": content["nll"] * 1.001}))
+    words = flags(checkpoint, texts, tmp_path, "--eval-limit", 10, "--baseline", baseline, "--experiment-id", "x")
+    assert phase1(*words) == 2
+    assert "this run measured" in capsys.readouterr().err
+    manifest = read_manifest(tmp_path / "critical_analysis_x")
+    assert manifest["status"] == "failed" and "this run measured" in manifest["error"]
+    assert not list((tmp_path / "critical_analysis_x").glob("*.csv"))
+
+
+def test_only_what_the_mode_names(checkpoint, texts, tmp_path):
+    common = ["--topk", 3, "--no-save-plots", "--metric", "magnitude", "--scope", "all", "--include", "*.mlp.*"]
+    for mode in ("global", "per_layer"):
+        assert phase1(*flags(checkpoint, texts, tmp_path, *common, "--mode", mode, "--experiment-id", mode)) == 0
+    tables = lambda mode: {path.name for path in (tmp_path / f"critical_analysis_{mode}").glob("*.csv")}  # noqa: E731
+    assert tables("global") == {"top_3_weights_magnitude.csv", "layer_summary_magnitude.csv"}
+    assert tables("per_layer") == {"top_3_per_layer_magnitude.csv", "layer_summary_magnitude.csv"}
+    within = read_table(tmp_path / "critical_analysis_per_layer" / "top_3_per_layer_magnitude.csv", TOP_WEIGHTS)
+    assert within.loc[within["parameter"].str.endswith("bias"), "col"].isna().all()
+    assert within["parameter"].str.contains(r"\.mlp\.").all()
+    assert within["parameter"].nunique() == 12
+
+
+def test_a_finished_id_is_refused(checkpoint, texts, tmp_path, capsys):
+    words = flags(checkpoint, texts, tmp_path, "--topk", 3, "--no-save-plots", "--experiment-id", "one")
+    assert phase1(*words) == 0
+    before = {p.name: p.read_bytes() for p in (tmp_path / "critical_analysis_one").iterdir() if p.is_file()}
+    assert phase1(*words) == 2
+    assert "is already complete" in capsys.readouterr().err
+    after = {p.name: p.read_bytes() for p in (tmp_path / "critical_analysis_one").iterdir() if p.is_file()}
+    assert after == before
+
+
+def test_a_failed_run_says_so_and_can_be_begun_again(checkpoint, texts, tmp_path, capsys, monkeypatch):
+    words = flags(checkpoint, texts, tmp_path, "--topk", 3, "--no-save-plots", "--experiment-id", "one")
+    load = models.load
+
+    def load_broken(*arguments, **options):
+        loaded = load(*arguments, **options)
+        loaded.model.gpt_neox.layers[1].mlp.dense_4h_to_h.weight[0, 0] = torch.nan
+        return loaded
+
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "load", load_broken)
+        assert phase1(*words) == 1
+    assert "loss of sequence 0" in capsys.readouterr().err
+    folder = tmp_path / "critical_analysis_one"
+    assert read_manifest(folder)["status"] == "failed"
+    assert "failed: RunError" in (folder / "analysis.log").read_text()
+    assert phase1(*words) == 0
+    manifest = read_manifest(folder)
+    assert manifest["status"] == "complete" and manifest["error"] is None
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--topk", 0], "--topk must be at least 1, not 0"),
+        (["--topk", 10, -3], "--topk must be at least 1, not -3"),
+        (["--topk", 10**6], "--topk 1000000 is more than the"),
+        (["--batch-size", 0], "--batch-size must be at least 1, not 0"),
+        (["--metric", "grad_x_wieght"], "--metric 'grad_x_wieght' is unknown (did you mean 'grad_x_weight'?)"),
+        (["--mode", "local"], "--mode 'local' is unknown"),
+        (["--include", "*.nothing.*"], "leaves no parameter"),
+        (["--baseline", "/no/such/baseline.json"], "--baseline /no/such/baseline.json cannot be read"),
+        (["--eval-limit", 0], "--eval-limit must be at least 1"),
+        (["--experiment-id", "a/b"], "must be a plain name"),
+    ],
+)
+def test_wrong_requests_end_with_one_line_and_open_no_folder(checkpoint, texts, tmp_path, capsys, more, message):
+    assert phase1(*flags(checkpoint, texts, tmp_path / "out", *more)) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("phase1_runner.py: error: ") and message in error
+    assert not list(tmp_path.glob("out/critical_analysis_*"))
+
+
+def test_a_run_at_work_is_left_alone(checkpoint, texts, tmp_path, capsys):
+    held = open_run(tmp_path, "critical_analysis", {}, "one")
+    words = flags(checkpoint, texts, tmp_path, "--topk", 3, "--experiment-id", "one")
+    assert phase1(*words) == 2
+    assert "another process is at work" in capsys.readouterr().err
+    held.finish("failed")
+
+
+def test_the_script_hands_every_flag_on():
+    parameters = inspect.signature(runner.phase1).parameters
+    assert list(parameters) == [field.name for field in fields(Options)]
+    assert all(f"        {name}: " in runner.phase1.__doc__ for name in parameters)
+    assert len(RUNNER.read_text().splitlines()) < 80

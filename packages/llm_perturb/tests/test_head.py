@@ -1,0 +1,86 @@
+import pytest
+import torch
+from llm_perturb import head
+from llm_perturb.perplexity import sequence_losses
+from reference import naive_losses
+from torch import nn
+from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM
+
+
+def linear(n_tokens, n_hidden, bias, dtype=torch.float64):
+    torch.manual_seed(2)
+    return nn.Linear(n_hidden, n_tokens, bias=bias, dtype=dtype).requires_grad_(False)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("vocabulary", [5, 1023, 1024, 1025, 2500])
+def test_chunks_of_the_vocabulary_add_up(vocabulary, bias):
+    output = linear(vocabulary, 6, bias)
+    hidden = torch.randn(9, 6, dtype=torch.float64)
+    edges = [0, 1, 1022, 1023, 1024, 1025, 2047, 2048, vocabulary - 1]
+    targets = torch.tensor([min(edge, vocabulary - 1) for edge in edges])
+    expected = -output(hidden).log_softmax(1)[torch.arange(9), targets]
+    torch.testing.assert_close(head.token_nats(output, hidden, targets), expected, rtol=1e-12, atol=1e-14)
+
+
+def test_large_logits_do_not_overflow():
+    output, hidden = linear(2500, 6, True, torch.float32), 1e4 * torch.randn(9, 6)
+    targets = torch.arange(9) * 250
+    expected = -output(hidden).double().log_softmax(1)[torch.arange(9), targets]
+    torch.testing.assert_close(head.token_nats(output, hidden, targets).double(), expected, rtol=1e-5, atol=1e-3)
+
+
+def test_narrow_logits_are_summed_wide():
+    output, hidden = linear(2500, 6, True, torch.bfloat16), torch.randn(9, 6).to(torch.bfloat16)
+    targets = torch.arange(9) * 250
+    expected = -output(hidden).float().log_softmax(1)[torch.arange(9), targets]
+    found = head.token_nats(output, hidden, targets)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("columns", [1, 7, 49, 50, 51])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_the_size_of_a_chunk_changes_nothing(model, sequences, monkeypatch, columns, batch_size):
+    monkeypatch.setattr(head, "COLUMNS", columns)
+    torch.testing.assert_close(
+        sequence_losses(model, sequences, batch_size), naive_losses(model, sequences), rtol=1e-12, atol=0
+    )
+
+
+def test_ordinary_models_have_a_plain_head(model):
+    assert head.is_plain(model)
+
+
+SIZES = {
+    "vocab_size": 50,
+    "hidden_size": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "intermediate_size": 12,
+    "max_position_embeddings": 16,
+}
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=4, final_logit_softcapping=0.5)),
+        lambda: GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=3.0)),
+    ],
+    ids=["softcap", "scaled"],
+)
+def test_a_head_that_does_more_than_a_product_is_not_shortened(build, sequences):
+    torch.manual_seed(0)
+    model = build().to(torch.float64).eval().requires_grad_(False)
+    assert not head.is_plain(model)
+    torch.testing.assert_close(sequence_losses(model, sequences, 3), naive_losses(model, sequences), rtol=1e-5, atol=0)
+
+
+def test_the_trial_changes_no_random_state(model):
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    head.is_plain(model)
+    assert torch.equal(torch.rand(3), expected)

@@ -1,0 +1,104 @@
+import math
+
+import pytest
+import torch
+from bridge.errors import RunError
+from llm_perturb import perplexity
+from llm_perturb.corpus import Corpus
+from llm_perturb.perplexity import Perplexity, sequence_losses, summarize
+from reference import naive_losses
+from tiny_models import build
+
+
+def test_losses_are_those_of_each_sequence_alone(model, sequences):
+    losses = sequence_losses(model, sequences)
+    assert losses.dtype == torch.float64
+    assert losses.shape == (len(sequences),)
+    torch.testing.assert_close(losses, naive_losses(model, sequences), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("batch_size", [2, 3, 8, 100])
+def test_padding_and_batching_change_nothing(model, sequences, batch_size):
+    alone = naive_losses(model, sequences)
+    torch.testing.assert_close(sequence_losses(model, sequences, batch_size), alone, rtol=1e-12, atol=0)
+
+
+def test_the_order_of_the_sequences_is_kept(model, sequences):
+    forwards, backwards = sequence_losses(model, sequences, 3), sequence_losses(model, sequences[::-1], 3)
+    torch.testing.assert_close(forwards, backwards.flip(0), rtol=1e-12, atol=0)
+
+
+def test_the_same_call_gives_the_same_bits(model, sequences):
+    assert torch.equal(sequence_losses(model, sequences, 3), sequence_losses(model, sequences, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_narrow_models_are_summed_wide(sequences, dtype):
+    """The loss of bfloat16 logits, taken in float32 or wider: no further digit is lost on the way."""
+    model = build("llama", dtype)
+    torch.testing.assert_close(sequence_losses(model, sequences), naive_losses(model, sequences), rtol=1e-5, atol=0)
+
+
+def test_perplexity_weights_tokens_not_texts():
+    corpus = Corpus([torch.zeros(2, dtype=torch.int64), torch.zeros(10, dtype=torch.int64)], {})
+    losses = torch.tensor([5.0, 9.0])  # one token at 5 nats, nine at 1
+    found = summarize(losses, corpus)
+    assert found == Perplexity(nll=1.4, ppl=math.exp(1.4), n_tokens=10, n_sequences=2)
+    mean_of_perplexities = (math.exp(5) + math.exp(1)) / 2
+    assert abs(found.ppl - mean_of_perplexities) > 10
+
+
+def test_perplexity_of_a_corpus_is_exp_of_its_mean_token_loss(model, sequences):
+    corpus = Corpus(sequences, {})
+    found = summarize(sequence_losses(model, sequences, 3), corpus)
+    nll = naive_losses(model, sequences).sum().item() / sum(len(sequence) - 1 for sequence in sequences)
+    assert found.nll == pytest.approx(nll, rel=1e-12)
+    assert found.ppl == pytest.approx(math.exp(nll), rel=1e-12)
+    assert found.n_tokens == sum(len(sequence) for sequence in sequences) - len(sequences)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_the_run(sequences, value, batch_size):
+    model = build("llama")
+    with torch.no_grad():
+        model.model.norm.weight[0] = value
+    with pytest.raises(RunError, match="loss of sequence 0 is not finite"):
+        sequence_losses(model, sequences, batch_size)
+
+
+def test_the_error_names_the_first_bad_sequence(sequences):
+    model = build("gpt2")
+    rare = next(
+        t for t in range(50) if not any((s == t).any() for s in sequences[:4]) and (sequences[4][:1] == t).any()
+    )
+    with torch.no_grad():
+        model.transformer.wte.weight.data = model.transformer.wte.weight.data.clone()
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.data.clone())
+        model.transformer.wte.weight[rare] = math.nan
+    with pytest.raises(RunError, match="loss of sequence 4 is not finite"):
+        sequence_losses(model, sequences)
+
+
+def test_a_loss_that_is_not_finite_is_a_result_where_that_is_asked_for(sequences):
+    model = build("llama")
+    with torch.no_grad():
+        model.model.norm.weight[0] = math.nan
+    assert sequence_losses(model, sequences, check=False).isnan().all()
+
+
+def test_exp_never_overflows():
+    assert perplexity.exp(1.0) == math.e
+    assert perplexity.exp(708.9) < math.inf
+    assert perplexity.exp(1e6) == math.inf
+    assert perplexity.exp(math.inf) == math.inf
+    assert math.isnan(perplexity.exp(math.nan))
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 8, 50])
+def test_batches_hold_every_sequence_once_with_its_neighbours_by_length(sequences, batch_size):
+    batches = perplexity.batches(sequences, batch_size)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(sequences)))
+    assert all(len(batch) == batch_size for batch in batches[:-1])
+    lengths = [len(sequences[i]) for batch in batches for i in batch]
+    assert lengths == sorted(lengths)

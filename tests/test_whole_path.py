@@ -1,0 +1,78 @@
+"""Discovery, validation and report through the commands, on a random model."""
+
+import json
+
+import pandas as pd
+import pytest
+from conftest import PACKAGES
+
+PYTHON = {name: PACKAGES / name / ".venv" / "bin" for name in ("bridge", "llm_perturb", "critical_weight_analysis")}
+
+
+@pytest.fixture(scope="module")
+def results(shell, workspace):
+    """A discovery and its validation."""
+    done = shell(
+        f"{PYTHON['critical_weight_analysis']}/python {PACKAGES}/critical_weight_analysis/phase1_runner.py --model gpt2 "
+        "--metric grad_x_weight magnitude --topk 20 --eval-limit 20 --output discovery_results/\n"
+        f"{PYTHON['bridge']}/bridge validate --from discovery_results/ --layers 2 --control-layers 4",
+        workspace,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (validation,) = (workspace / "discovery_results").glob("validation_*/")
+    return validation, done.stdout
+
+
+def test_validation_measures_layers_and_the_global_set(results):
+    validation, _ = results
+    measured = pd.read_csv(validation / "measurements.csv")
+    assert measured["target_layer"].nunique() == 2 + 4 + 1
+    assert set(measured["selection"]) == {"top_grad_x_weight", "top_magnitude", "random"}
+    everywhere = measured.query("target_layer == 'ALL' and selection == 'top_grad_x_weight'")
+    discovered = pd.read_csv(next(validation.parent.glob("critical_analysis_*/top_20_weights_grad_x_weight.csv")))
+    assert everywhere["n_weights"].item() == 20
+    assert everywhere["score_sum"].item() == pytest.approx(discovered["score"].sum(), rel=1e-9)
+    assert everywhere["delta_nll"].item() != 0
+
+
+def test_validation_writes_a_report_and_says_where(results):
+    validation, said = results
+    assert str(validation / "report.html") in said
+    assert (validation / "report.html").read_text().count("<img") >= 2
+    correlations = pd.read_csv(validation / "correlations.csv")
+    layers = correlations.query("unit == 'layers'")
+    assert set(layers["metric"]) >= {"grad_x_weight", "magnitude"}
+    assert layers["n"].tolist() == [6] * len(layers)
+    assert json.loads((validation / "manifest.json").read_text())["status"] == "complete"
+
+
+def test_both_ends_saw_the_same_tokens(results):
+    validation, _ = results
+    (discovery,) = validation.parent.glob("critical_analysis_*/")
+    baseline = json.loads((discovery / "baseline.json").read_text())
+    measured = pd.read_csv(validation / "measurements.csv")
+    assert set(measured["corpus_sha256"]) == {baseline["corpus_sha256"]}
+    assert measured["baseline_nll"].tolist() == pytest.approx([baseline["nll"]] * len(measured), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("command", "complaint"),
+    [
+        ("critical_weight_analysis/python PACKAGES/critical_weight_analysis/phase1_runner.py --metrik x", "unknown flag"),
+        ("critical_weight_analysis/python PACKAGES/critical_weight_analysis/phase1_runner.py --metric x", "is unknown"),
+        ("critical_weight_analysis/python PACKAGES/critical_weight_analysis/phase1_runner.py --model no/such", "no/such"),
+        ("llm_perturb/python PACKAGES/llm_perturb/scripts/run_baseline.py --data-file absent.txt", "absent.txt"),
+        ("bridge/bridge validate --from empty", "empty"),
+        ("bridge/bridge targets --from nowhere", "nowhere"),
+    ],
+)
+def test_a_wrong_request_gets_one_line_and_exit_code_2(shell, tmp_path, command, complaint):
+    (tmp_path / "empty").mkdir()
+    package, _, rest = command.partition("/")
+    done = shell(f"{PYTHON[package]}/{rest.replace('PACKAGES', str(PACKAGES))} 2>error", tmp_path)
+    assert done.returncode == 2
+    last = (tmp_path / "error").read_text().strip().splitlines()[-1]
+    assert ": error: " in last
+    assert complaint in last
+    assert "Traceback" not in (tmp_path / "error").read_text()
+    assert not list(tmp_path.glob("outputs/*"))
