@@ -79,7 +79,7 @@ def sensitivities(
     assert structure is not None, "ask supports() first"
     lengths = [len(sequence) - 1 for sequence in sequences]
     owned, parameters = structure.owned(model), dict(model.named_parameters())
-    budget = Budget(sum(p.nbytes for p in parameters.values()) if needs else 0)
+    budget = Budget.of(parameters.values()) if needs else Budget(0)
     batch_size = _batch_size(structure, names, needs, batch_size)
     batches = _batches(
         sequences, batch_size, next(model.parameters()).device, lambda: Keeper(budget, structure.unneeded)
@@ -232,7 +232,7 @@ def _embedding(structure: Structure, batch: Batch, outside: dict[str, Sums]) -> 
         try:
             with torch.enable_grad(), recorder:
                 structure.runner(input_ids=batch.ids[real], use_cache=False)
-        except _Reached as reached:
+        except _ReachedLayersError as reached:
             reached.hidden.backward(batch.gradient[real])
         finally:
             stop.remove()
@@ -240,15 +240,15 @@ def _embedding(structure: Structure, batch: Batch, outside: dict[str, Sums]) -> 
             outside[name].add(i, parts)
 
 
-class _Reached(Exception):
+class _ReachedLayersError(Exception):
     """The first decoder layer is about to begin, on ``hidden``."""
 
-    def __init__(self, hidden: Tensor):
+    def __init__(self, hidden: Tensor) -> None:
         self.hidden = hidden
 
 
 def _stop(module: nn.Module, args: tuple, kwargs: dict) -> None:
-    raise _Reached(hidden_of(args, kwargs))
+    raise _ReachedLayersError(hidden_of(args, kwargs))
 
 
 def _add(recorder: Recorder, batch: Batch, sums: dict[str, Sums]) -> None:

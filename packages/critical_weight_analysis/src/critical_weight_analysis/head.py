@@ -64,7 +64,9 @@ def any_loss(logits: Tensor, z: Tensor, of: tuple[int, slice], targets: Tensor) 
         targets: as above.
     """
     wide = torch.promote_types(logits.dtype, torch.float32)
-    loss = F.cross_entropy(logits[of].to(wide), targets, reduction="none").double().sum()
+    logits = logits[of].to(wide)
+    # not F.cross_entropy, which adds the exponentials of a whole float32 row one by one
+    loss = (logits.logsumexp(1) - logits.gather(1, targets[:, None])[:, 0]).double().sum()
     gradient = torch.autograd.grad(loss, z, retain_graph=True)[0][of].to(wide)
     columns = (slice(start, start + COLUMNS) for start in range(0, z.shape[-1], COLUMNS))
     return loss.detach(), ((block, gradient[:, block]) for block in columns)

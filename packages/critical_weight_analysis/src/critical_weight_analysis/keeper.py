@@ -6,10 +6,11 @@ it need not be computed again at all.
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from torch import Tensor, nn
@@ -25,6 +26,14 @@ class Budget:
 
     left: int
 
+    @staticmethod
+    def of(parameters: Iterable[nn.Parameter]) -> "Budget":
+        """Twice the bytes of the model, or a quarter of the memory that is free, whichever is less."""
+        parameters = list(parameters)
+        device = parameters[0].device
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+        return Budget(min(2 * sum(p.nbytes for p in parameters), free // 4))
+
 
 class Keeper(TorchFunctionMode):
     """Active while a batch runs through the layers: first it keeps, then, layer by layer, it gives back.
@@ -38,7 +47,7 @@ class Keeper(TorchFunctionMode):
         replaying: whether the layer is run for the second time.
     """
 
-    def __init__(self, budget: Budget, unneeded: frozenset[int]):
+    def __init__(self, budget: Budget, unneeded: frozenset[int]) -> None:
         super().__init__()
         self.layer: str | None = None
         self.replaying = False

@@ -7,7 +7,7 @@ replaced by an alias that shares its memory and requires a gradient, so that aut
 model is touched, and no use is missed, whatever the module is called and however it reaches its weight.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,7 +75,7 @@ class Recorder(TorchFunctionMode):
         paused: while true, calls are passed on as they are.
     """
 
-    def __init__(self, parameters: dict[str, nn.Parameter], with_nodes: bool = False):
+    def __init__(self, parameters: dict[str, nn.Parameter], with_nodes: bool = False) -> None:
         super().__init__()
         self.uses: list[Use] = []
         self.aliases: dict[tuple[Any, str], Tensor] = {}
@@ -87,7 +87,7 @@ class Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:  # noqa: ANN401 - torch's signature
         kwargs = kwargs or {}
-        if self.paused or not tree_any(self._is_ours, (args, kwargs)):
+        if self.paused or not (self._among(args) or self._among(kwargs.values())):
             return func(*args, **kwargs)
         operands = _operands(func, args, kwargs)
         if operands is None:
@@ -141,6 +141,11 @@ class Recorder(TorchFunctionMode):
                 assert batch == 1, f"{name} cannot be told apart by sequence in a batch"
                 found.setdefault(name, Parts()).dense.append(alias.grad)
         return found
+
+    def _among(self, things: Iterable) -> bool:
+        return any(
+            id(thing) in self._names or (isinstance(thing, list | tuple) and self._among(thing)) for thing in things
+        )
 
     def _is_ours(self, thing: object) -> bool:
         return id(thing) in self._names

@@ -96,7 +96,7 @@ def find(model: nn.Module) -> Structure | None:
 class _Trace:
     """What one watched forward pass shows."""
 
-    def __init__(self, layers: dict[str, nn.Module], base: nn.Module, head: nn.Linear, recorder: Recorder):
+    def __init__(self, layers: dict[str, nn.Module], base: nn.Module, head: nn.Linear, recorder: Recorder) -> None:
         self.layers, self.base, self.head, self.recorder = layers, base, head, recorder
         self.called: list[str] = []
         self.inputs: list[Tensor] = []

@@ -29,7 +29,7 @@ class Sums:
         lengths: T_i of every sequence of the corpus.
     """
 
-    def __init__(self, name: str, parameter: nn.Parameter, needs: frozenset[str], lengths: Sequence[int]):
+    def __init__(self, name: str, parameter: nn.Parameter, needs: frozenset[str], lengths: Sequence[int]) -> None:
         self.name, self.parameter = name, parameter
         self.dtype = torch.promote_types(parameter.dtype, torch.float32)
         self._n_tokens = sum(lengths)
