@@ -7,13 +7,14 @@ import pytest
 from conftest import PACKAGES
 
 PYTHON = {name: PACKAGES / name / ".venv" / "bin" for name in ("bridge", "llm_perturb", "critical_weight_analysis")}
+DISCOVER = PACKAGES / "critical_weight_analysis" / "phase1_runner.py"
 
 
 @pytest.fixture(scope="module")
 def results(shell, workspace):
     """A discovery and its validation."""
     done = shell(
-        f"{PYTHON['critical_weight_analysis']}/python {PACKAGES}/critical_weight_analysis/phase1_runner.py --model gpt2 "
+        f"{PYTHON['critical_weight_analysis']}/python {DISCOVER} --model gpt2 "
         "--metric grad_x_weight magnitude --topk 20 --eval-limit 20 --output discovery_results/\n"
         f"{PYTHON['bridge']}/bridge validate --from discovery_results/ --layers 2 --control-layers 4",
         workspace,
@@ -58,10 +59,10 @@ def test_both_ends_saw_the_same_tokens(results):
 @pytest.mark.parametrize(
     ("command", "complaint"),
     [
-        ("critical_weight_analysis/python PACKAGES/critical_weight_analysis/phase1_runner.py --metrik x", "unknown flag"),
-        ("critical_weight_analysis/python PACKAGES/critical_weight_analysis/phase1_runner.py --metric x", "is unknown"),
-        ("critical_weight_analysis/python PACKAGES/critical_weight_analysis/phase1_runner.py --model no/such", "no/such"),
-        ("llm_perturb/python PACKAGES/llm_perturb/scripts/run_baseline.py --data-file absent.txt", "absent.txt"),
+        (f"critical_weight_analysis/python {DISCOVER} --metrik x", "unknown flag"),
+        (f"critical_weight_analysis/python {DISCOVER} --metric x", "is unknown"),
+        (f"critical_weight_analysis/python {DISCOVER} --model no/such", "no/such"),
+        (f"llm_perturb/python {PACKAGES}/llm_perturb/scripts/run_baseline.py --data-file absent.txt", "absent.txt"),
         ("bridge/bridge validate --from empty", "empty"),
         ("bridge/bridge targets --from nowhere", "nowhere"),
     ],
@@ -69,7 +70,7 @@ def test_both_ends_saw_the_same_tokens(results):
 def test_a_wrong_request_gets_one_line_and_exit_code_2(shell, tmp_path, command, complaint):
     (tmp_path / "empty").mkdir()
     package, _, rest = command.partition("/")
-    done = shell(f"{PYTHON[package]}/{rest.replace('PACKAGES', str(PACKAGES))} 2>error", tmp_path)
+    done = shell(f"{PYTHON[package]}/{rest} 2>error", tmp_path)
     assert done.returncode == 2
     last = (tmp_path / "error").read_text().strip().splitlines()[-1]
     assert ": error: " in last

@@ -25,9 +25,12 @@ def perturb(
     *,
     target_layer: list[str] | None = None,
     k: list[int] = (100,),
-    selection: list[Literal["top", "random", "bottom"]] = ("top", "random", "bottom"),
+    selection: list[Literal["top", "random", "bottom", "matched"]] = ("top", "random", "bottom"),
     metric: list[Metric] = ("grad_x_weight",),
     weights_csv: list[str] | None = None,
+    per_weight: str | None = None,
+    rows: list[int] | None = None,
+    cols: list[int] | None = None,
     perturbation: list[Kind] = ("zero",),
     factor: float = 0.5,
     sigma: float = 1.0,
@@ -58,9 +61,13 @@ def perturb(
         target_layer: layers or parameters, with or without .weight; ALL for every matrix. Default: the
             environment's TARGET_LAYER (separated by commas).
         k: how many weights; several give a curve.
-        selection: top: highest scores; random: controls from the same target; bottom: lowest scores.
+        selection: top: highest scores; random: controls from the same target; bottom: lowest scores; matched:
+            random weights of the same magnitudes as the top.
         metric: the score that top and bottom go by, computed for the target alone.
         weights_csv: take the top weights from these files of a discovery instead.
+        per_weight: also perturb each weight of this CSV alone.
+        rows: perturb these whole rows of the matrix as stored, and a random one per seed, instead of sets.
+        cols: likewise columns.
         perturbation: what is done to the weights.
         factor: of scale.
         sigma: of gaussian_noise, in standard deviations of the tensor.
@@ -95,6 +102,7 @@ def perturb(
     request = experiment.Request(
         [part.strip() for part in targets], sorted(set(k)), list(selection), list(metric),
         [Perturbation(kind, factor, sigma, bit, n_bits) for kind in perturbation], list(seeds), weights_csv or [],
+        per_weight, rows or [], cols or [],
     )  # fmt: skip
     corpus = CorpusOptions(data_file, dataset, dataset_config, split, text_column, packing, max_length, eval_limit)
     experiment.measure_perturbations(request, options, corpus, batch_size, output, experiment_id)

@@ -11,6 +11,7 @@ former, and each of these ``| None``.
 import difflib
 import inspect
 import math
+import os
 import re
 import shlex
 import sys
@@ -57,6 +58,9 @@ def run(command: Command | dict[str, Command], name: str | None = None, argv: Se
         raise SystemExit(_complain(name, error, 1)) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except BrokenPipeError:  # the reader of our output, such as head, has gone; nothing more can be said there
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
 
 
 def _show_help(command: Command | dict[str, Command], name: str) -> None:

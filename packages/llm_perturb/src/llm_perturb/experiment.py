@@ -1,29 +1,27 @@
 """A whole experiment: from the flags of the scripts to a table of measurements in a run folder."""
 
-import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import pandas as pd
-import torch
 from bridge.errors import RequestError, RunError
-from bridge.records import MEASUREMENTS, atomic_path, write_json, write_table
+from bridge.records import write_json
 from bridge.runs import Run, check_output, open_run
 from torch import Tensor
 from tqdm import tqdm
 
 from llm_perturb import models, weights
 from llm_perturb.corpus import Corpus, CorpusOptions, read_texts, tokenize
-from llm_perturb.intervals import MIN_SEQUENCES, ratio_interval
+from llm_perturb.intervals import MIN_SEQUENCES
 from llm_perturb.models import LoadedModel
-from llm_perturb.perplexity import Perplexity, exp, sequence_losses, summarize
+from llm_perturb.perplexity import Perplexity, sequence_losses, summarize
 from llm_perturb.perturbation import Perturbation
-from llm_perturb.plan import Plan, choose_weights, share
+from llm_perturb.plan import Plan, choose_weights, lines, share, single_weights
 from llm_perturb.processes import Processes
 from llm_perturb.selection import Target
-from llm_perturb.sweep import Condition, Outcome, sweep
+from llm_perturb.sweep import sweep
+from llm_perturb.table import row_of, write_records
 from llm_perturb.weight_list import hash_file, read_weight_list
 
 
@@ -54,6 +52,9 @@ class Request:
     perturbations: list[Perturbation] = field(default_factory=lambda: [Perturbation("zero")])
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     weights_csv: list[str] = field(default_factory=list)
+    per_weight: str | None = None
+    rows: list[int] = field(default_factory=list)
+    cols: list[int] = field(default_factory=list)
 
 
 def measure_baseline(
@@ -92,7 +93,8 @@ def measure_perturbations(
     plan = _make_plan(request, loaded)
     identity = _identity(model_options, corpus_options, loaded, corpus, batch_size)
     identity["options"] |= {**asdict(request), "perturbations": [p.label for p in request.perturbations]}
-    identity["weights_csv_sha256"] = [hash_file(path) for path in request.weights_csv]
+    csvs = [*request.weights_csv, *([request.per_weight] if request.per_weight else [])]
+    identity["weights_csv_sha256"] = [hash_file(path) for path in csvs]
     facts = {"world_size": processes.world, "device": str(loaded.model.device)}
     run: Run | None = None
 
@@ -110,13 +112,25 @@ def measure_perturbations(
 
 def _make_plan(request: Request, loaded: LoadedModel) -> Plan:
     """Check the request against the model, before anything is measured."""
-    if not request.target_layers:
+    if not request.target_layers and not request.per_weight:
         raise RequestError("no target: set TARGET_LAYER or --target-layer; --list-layers shows what there is")
     named = weights.named_parameters(loaded.model)
     targets = [
         Target(layer, {name: named[name] for name in weights.match(loaded.model, layer)})
         for layer in dict.fromkeys(request.target_layers)
     ]
+    changes = request.perturbations, request.seeds
+    fixed = [
+        condition
+        for target in targets
+        for axis, indices in enumerate([request.rows, request.cols])
+        if indices
+        for condition in lines(target, axis, indices, *changes)
+    ]
+    if fixed:  # the lines are what is selected, not sets of the target's weights
+        targets = []
+    if request.per_weight:
+        fixed += single_weights(read_weight_list(request.per_weight, named), named, *changes)
     for target in targets:
         if max(request.k) > target.n_weights:
             raise RequestError(f"--k {max(request.k)} is more than the {target.n_weights} weights of {target.layer}")
@@ -124,7 +138,7 @@ def _make_plan(request: Request, loaded: LoadedModel) -> Plan:
     for weight_list in lists:
         for target in targets:
             weight_list.within(target, 1)
-    return Plan(targets, lists, request.k, request.selections, request.metrics, request.perturbations, request.seeds)
+    return Plan(targets, lists, request.k, request.selections, request.metrics, *changes, fixed)
 
 
 def _identity(
@@ -157,7 +171,7 @@ def _run(run: Run, plan: Plan, loaded: LoadedModel, corpus: Corpus, batch_size: 
     if len({tuple(losses) for losses in processes.gather(baseline.tolist())}) > 1:
         raise RunError("the processes do not agree on the baseline; do they run on different hardware?")
     finished = {record["key"] for record in run.records()}
-    shells = [shell for shell in share(plan, processes.rank, processes.world) if shell.key not in finished]
+    shells = [shell for shell in share(plan.shells(), processes.rank, processes.world) if shell.key not in finished]
     todo = choose_weights(plan, shells, loaded.model, corpus)
     bar = tqdm(
         sweep(loaded.model, corpus, todo, baseline, batch_size),
@@ -167,7 +181,7 @@ def _run(run: Run, plan: Plan, loaded: LoadedModel, corpus: Corpus, batch_size: 
     )
     for outcome in bar:
         bar.set_postfix_str(outcome.condition.target.layer)
-        row = _row(outcome, baseline, perplexity, corpus, loaded)
+        row = row_of(outcome, baseline, perplexity, corpus, loaded.facts["id"])
         record = {
             "key": outcome.condition.key,
             "row": row,
@@ -180,87 +194,8 @@ def _run(run: Run, plan: Plan, loaded: LoadedModel, corpus: Corpus, batch_size: 
         _finish(run, plan, baseline, corpus)
 
 
-def _row(outcome: Outcome, baseline: Tensor, before: Perplexity, corpus: Corpus, loaded: LoadedModel) -> dict:
-    """One row of the table: d_i = S_i after - S_i before, on the same tokens."""
-    condition: Condition = outcome.condition
-    differences = outcome.losses - baseline  # (n,)
-    lengths = torch.tensor([len(sequence) - 1 for sequence in corpus.sequences])
-    delta_nll = differences.sum().item() / corpus.n_tokens
-    interval = ratio_interval(differences.numpy(), lengths.numpy())
-    perturbed_ppl = exp(before.nll + delta_nll)
-    names = list(condition.target.parameters)
-    return {
-        "target_layer": condition.target.layer,
-        "parameter": ",".join(names) if len(names) <= 3 else f"{len(names)} parameters",
-        "selection": condition.selection,
-        "perturbation": condition.perturbation.label,
-        "k": condition.k,
-        "seed": condition.seed,
-        "n_weights": len(condition.positions),
-        "score_sum": condition.score_sum,
-        "baseline_nll": before.nll,
-        "perturbed_nll": before.nll + delta_nll,
-        "delta_nll": delta_nll,
-        "ci_low": interval.low,
-        "ci_high": interval.high,
-        "baseline_ppl": before.ppl,
-        "perturbed_ppl": perturbed_ppl,
-        "delta_ppl": perturbed_ppl - before.ppl,
-        "n_tokens": before.n_tokens,
-        "n_sequences": before.n_sequences,
-        "corpus_sha256": corpus.facts["corpus_sha256"],
-        "model": loaded.facts["id"],
-    }
-
-
 def _finish(run: Run, plan: Plan, baseline: Tensor, corpus: Corpus) -> None:
     """Merge the finished records of all processes, in the order of the request, into the files."""
     records = {record["key"]: record for record in run.records()}
-    ordered = [records[key] for key in plan.order()]
-    frame = pd.DataFrame([record["row"] for record in ordered])
-    frame["seed"] = frame["seed"].astype("Int64")
-    _warn(run, ordered)
-    write_table(run.folder / "measurements.csv", frame, MEASUREMENTS)
-    _write_losses(run.folder / "sequence_losses.parquet", ordered, baseline, corpus)
-    _print_rows(frame)
-    print(f"{len(frame)} measurements written to {run.folder / 'measurements.csv'}", flush=True)
-
-
-def _warn(run: Run, records: list[dict]) -> None:
-    for record in records:
-        row = record["row"]
-        what = f"{row['perturbation']} of {row['selection']}, k={row['k']}, in {row['target_layer']}"
-        if record["n_changed"] == 0:
-            run.warn(f"{what} changed no bit of the model")
-        elif row["delta_nll"] == 0 and row["selection"].startswith("top_"):
-            run.warn(f"{what} changed {record['n_changed']} weights and no loss at all")
-        if row["n_weights"] < row["k"]:
-            run.warn(f"{what}: the CSV holds {row['n_weights']} weights of this target, fewer than k")
-        if not math.isfinite(row["delta_nll"]):
-            run.warn(f"{what}: the perturbed loss is {row['delta_nll']}")
-
-
-def _write_losses(path: Path, records: list[dict], baseline: Tensor, corpus: Corpus) -> None:
-    """The paired losses: one row per condition and sequence, nats summed over the sequence."""
-    n = len(corpus.sequences)
-    columns = ["target_layer", "selection", "perturbation", "k", "seed"]
-    frame = pd.DataFrame({c: [r["row"][c] for r in records for _ in range(n)] for c in columns})
-    frame["sequence"] = list(range(n)) * len(records)
-    frame["n_tokens"] = [len(sequence) - 1 for sequence in corpus.sequences] * len(records)
-    frame["baseline_nats"] = baseline.tolist() * len(records)
-    frame["perturbed_nats"] = [loss for record in records for loss in record["losses"]]
-    frame["seed"] = frame["seed"].astype("Int64")
-    with atomic_path(path) as temporary:
-        frame.to_parquet(temporary)
-
-
-def _print_rows(frame: pd.DataFrame) -> None:
-    names = {"top": "TOPK", "random": "CONTROL", "bottom": "BOTTOMK"}
-    for row in frame.itertuples():
-        seed = "" if pd.isna(row.seed) else f" seed {row.seed}"
-        print(
-            f"{names[row.selection.split('_')[0]]}_PERPLEXITY: {row.perturbed_ppl:.6g}  ({row.target_layer}, "
-            f"{row.selection}{seed}, {row.perturbation}, k={row.k}: delta_nll {row.delta_nll:+.6f}, "
-            f"95 % interval {row.ci_low:+.6f} to {row.ci_high:+.6f})",
-            flush=True,
-        )
+    ordered = [records[shell.key] for shell in plan.shells()]
+    write_records(run, ordered, baseline, corpus)

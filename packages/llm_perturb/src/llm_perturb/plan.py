@@ -1,24 +1,38 @@
 """Which conditions a request means, in order, and the weights of each."""
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
+from bridge.errors import RequestError
+from torch.nn import Parameter
 from transformers import PreTrainedModel
 
 from llm_perturb.corpus import Corpus
 from llm_perturb.perturbation import Perturbation
 from llm_perturb.scores import target_scores
-from llm_perturb.selection import Ranked, Target, draw, highest, lowest
+from llm_perturb.selection import Ranked, Target, draw, draw_matched, highest, lowest
 from llm_perturb.sweep import Condition
 from llm_perturb.weight_list import WeightList, csv_label
+from llm_perturb.weights import layer_of
 
 _WEIGHTS_AT_ONCE = 2**27  # whose sums of gradients are held at the same time
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Targets, where their top weights come from, and what is done to them."""
+    """Targets, where their top weights come from, and what is done to them.
+
+    Attributes:
+        targets: of which sets are selected.
+        lists: CSVs of weights that ``top`` goes by; without any, it goes by the metrics.
+        ks: sizes of the sets.
+        selections: ``top``, ``random``, ``bottom``, ``matched``.
+        metrics: the scores computed here.
+        perturbations: what is done to every set.
+        seeds: of everything that is drawn.
+        fixed: further conditions, whose weights are known: single weights, rows, columns.
+    """
 
     targets: list[Target]
     lists: list[WeightList]
@@ -27,42 +41,97 @@ class Plan:
     metrics: list[str]
     perturbations: list[Perturbation]
     seeds: list[int]
+    fixed: list[Condition] = field(default_factory=list)
 
     def labels(self) -> list[str]:
-        """The selections by their names in the table: ``top_<metric>`` per metric or CSV, ``random``, ``bottom_<metric>``."""
+        """The selections as the table names them: ``top_<metric or CSV>``, ``random``, ``bottom_<metric>``."""
         top = [csv_label(weight_list.path) for weight_list in self.lists] or self.metrics
-        names = {"top": [f"top_{name}" for name in top], "random": ["random"]}
-        names["bottom"] = [f"bottom_{metric}" for metric in self.metrics]
+        names = {kind: [f"{kind}_{name}" for name in top] for kind in ("top", "matched")}
+        names |= {"random": ["random"], "bottom": [f"bottom_{metric}" for metric in self.metrics]}
         return [label for selection in dict.fromkeys(self.selections) for label in dict.fromkeys(names[selection])]
 
-    def shells(self, target: Target) -> Iterator[Condition]:
-        """The conditions of a target in the order of the table, their weights not chosen yet."""
+    def shells(self) -> list[Condition]:
+        """All conditions in the order of the table; those that select a set of a target have no weights yet."""
         nothing = torch.empty(0, dtype=torch.int64)
-        for label in self.labels():
-            for perturbation in self.perturbations:
-                drawn = label == "random" or perturbation.kind == "gaussian_noise"
-                for k in self.ks:
-                    for seed in self.seeds if drawn else [None]:
-                        yield Condition(target, label, perturbation, k, seed, nothing)
-
-    def order(self) -> list[str]:
-        """The keys of all conditions, in the order of the table."""
-        return [shell.key for target in self.targets for shell in self.shells(target)]
+        return [
+            Condition(target, label, perturbation, k, seed, nothing)
+            for target in self.targets
+            for label in self.labels()
+            for perturbation in self.perturbations
+            for k in self.ks
+            for seed in seeds_of(label, perturbation, self.seeds)
+        ] + self.fixed
 
 
-def share(plan: Plan, rank: int, world: int) -> list[Condition]:
-    """The part of one process, weights not chosen yet: whole targets if there are enough, else single conditions."""
-    shells = [(number, shell) for number, target in enumerate(plan.targets) for shell in plan.shells(target)]
-    by_target = len(plan.targets) >= 2 * world
-    return [shell for at, (number, shell) in enumerate(shells) if (number if by_target else at) % world == rank]
+def seeds_of(label: str, perturbation: Perturbation, seeds: list[int]) -> Sequence[int | None]:
+    """The seeds where something is drawn, else one None."""
+    drawn = label.startswith(("random", "matched")) or perturbation.kind == "gaussian_noise"
+    return seeds if drawn else [None]
+
+
+def single_weights(
+    weights: WeightList, named: dict[str, Parameter], perturbations: list[Perturbation], seeds: list[int]
+) -> list[Condition]:
+    """One condition for each weight of a list, perturbed alone."""
+    conditions = []
+    for name, index, score in zip(weights.names, weights.indices, weights.scores, strict=True):
+        target = Target(layer_of(name), {name: named[name]})
+        row, col = divmod(int(index), named[name][0].numel()) if named[name].ndim > 1 else (int(index), None)
+        position = torch.tensor([index])
+        conditions += [
+            Condition(target, "weight", perturbation, 1, seed, position, float(score), row, col)
+            for perturbation in perturbations
+            for seed in seeds_of("weight", perturbation, seeds)
+        ]
+    return conditions
+
+
+def lines(
+    target: Target, axis: int, indices: list[int], perturbations: list[Perturbation], seeds: list[int]
+) -> list[Condition]:
+    """Whole rows (axis 0) or columns (axis 1) of a matrix as stored, and a random other one for each seed.
+
+    Raises:
+        RequestError: the target is not one matrix, or a line is out of range.
+    """
+    label, shape = ("row", "col")[axis], [tuple(p.shape) for p in target.parameters.values()]
+    if len(shape) != 1 or len(shape[0]) != 2:
+        raise RequestError(f"--{label}s needs a TARGET_LAYER that is one matrix, and '{target.layer}' is not")
+    n_lines, n_columns = shape[0][axis], shape[0][1]
+    for index in indices:
+        if not 0 <= index < n_lines:
+            raise RequestError(f"--{label}s {index} is out of range: {target.layer} has {n_lines} {label}s, from 0")
+    if len(set(indices)) >= n_lines:
+        raise RequestError(f"--{label}s leaves no other {label} of {target.layer} for the random control")
+    conditions = []
+    every = torch.arange(shape[0][0] * n_columns).view(shape[0])
+    for perturbation in perturbations:
+        chosen = [(label, index, seed) for index in indices for seed in seeds_of(label, perturbation, seeds)]
+        for seed in seeds:
+            other = draw(n_lines, 1, torch.tensor(sorted(set(indices))), [seed, f"random {label}", target.layer])
+            chosen.append((f"random_{label}", int(other), seed))
+        for selection, index, seed in chosen:
+            positions = every.select(axis, index).clone()
+            place = {label: index}
+            conditions.append(Condition(target, selection, perturbation, len(positions), seed, positions, **place))
+    return conditions
+
+
+def share(shells: list[Condition], rank: int, world: int) -> list[Condition]:
+    """The part of one process: whole targets if there are enough of them, else single conditions."""
+    layers = list(dict.fromkeys(shell.target.layer for shell in shells))
+    number = {layer: at for at, layer in enumerate(layers)}
+    by_target = len(layers) >= 2 * world
+    return [s for at, s in enumerate(shells) if (number[s.target.layer] if by_target else at) % world == rank]
 
 
 def choose_weights(plan: Plan, shells: list[Condition], model: PreTrainedModel, corpus: Corpus) -> list[Condition]:
     """The conditions with their weights."""
-    filled = []
-    for targets in _groups({shell.target.layer: shell.target for shell in shells}.values()):
+    filled = [shell for shell in shells if len(shell.positions)]
+    empty = [shell for shell in shells if not len(shell.positions)]
+    for targets in _groups({shell.target.layer: shell.target for shell in empty}.values()):
         ranked = _rankings(plan, targets, model, corpus)
-        filled += [_filled(shell, ranked[shell.target.layer]) for shell in shells if shell.target.layer in ranked]
+        filled += [_filled(shell, ranked[shell.target.layer]) for shell in empty if shell.target.layer in ranked]
     return filled
 
 
@@ -102,11 +171,15 @@ def _rankings(
 
 
 def _filled(shell: Condition, ranked: dict[str, Ranked]) -> Condition:
-    if shell.selection != "random":
+    """The condition with its weights; what is drawn avoids the top sets of this size."""
+    if shell.selection in ranked:
         chosen = ranked[shell.selection].first(shell.k)
         return replace(shell, positions=chosen.positions, score_sum=float(chosen.scores.sum()))
-    top = [ranking.first(shell.k).positions for label, ranking in ranked.items() if label.startswith("top_")]
-    sizes = [len(positions) for positions in top]
-    excluded = torch.cat(top).unique()
-    key = [shell.seed, "random control", shell.target.layer, shell.k]
-    return replace(shell, positions=draw(shell.target.n_weights, min(sizes), excluded, key))
+    top = {label: ranking.first(shell.k).positions for label, ranking in ranked.items() if label.startswith("top_")}
+    excluded, n_drawn = torch.cat(list(top.values())).unique(), min(map(len, top.values()))
+    kind, _, of = shell.selection.partition("_")
+    key = [shell.seed, f"{kind} control", of, shell.target.layer, shell.k]
+    if kind == "matched":
+        magnitudes = torch.cat([p.detach().float().abs().reshape(-1) for p in shell.target.parameters.values()])
+        return replace(shell, positions=draw_matched(magnitudes, top[f"top_{of}"], excluded, key))
+    return replace(shell, positions=draw(shell.target.n_weights, n_drawn, excluded, key))

@@ -13,6 +13,8 @@ from bridge.errors import RequestError
 from torch import Tensor
 from torch.nn import Parameter
 
+_NEAREST = 50
+
 
 @dataclass(frozen=True)
 class Target:
@@ -90,6 +92,45 @@ def draw(n_weights: int, k: int, excluded: Tensor, key: Sequence[object]) -> Ten
     chosen = np.sort(generator(key).choice(free, size=k, replace=False))
     barriers = np.sort(excluded.numpy()) - np.arange(len(excluded))  # free positions before each excluded one
     return torch.from_numpy(chosen + np.searchsorted(barriers, chosen, side="right"))
+
+
+def draw_matched(magnitudes: Tensor, chosen: Tensor, excluded: Tensor, key: Sequence[object]) -> Tensor:
+    """For each chosen weight another one of nearly the same magnitude: a control for magnitude alone.
+
+    Each is drawn from the ``_NEAREST`` weights whose magnitude is nearest in rank, without repetition.
+
+    Args:
+        magnitudes: abs(θ) of the whole target, (n,).
+        chosen: positions, (k,).
+        excluded: positions that may not be drawn.
+        key: what the draw depends on.
+
+    Returns:
+        Positions (k,), in the order of ``chosen``.
+
+    Raises:
+        RequestError: fewer than k weights are left.
+    """
+    order = torch.argsort(magnitudes, stable=True).cpu()
+    free = torch.ones(len(magnitudes), dtype=torch.bool)
+    free[excluded] = False
+    free[chosen] = False
+    order = order[free[order]]
+    if len(order) < len(chosen):
+        raise RequestError(
+            f"a matched control of {len(chosen)} weights is impossible: {len(order)} are outside the top sets"
+        )
+    places = torch.searchsorted(magnitudes.cpu()[order].contiguous(), magnitudes.cpu()[chosen].contiguous()).numpy()
+    rng, left = generator(key), np.ones(len(order), dtype=bool)
+    found = []
+    for place in places:
+        reach = _NEAREST // 2
+        while not left[max(0, place - reach) : place + reach].any():
+            reach *= 2
+        near = np.flatnonzero(left[max(0, place - reach) : place + reach]) + max(0, place - reach)
+        found.append(rng.choice(near))
+        left[found[-1]] = False
+    return order[torch.tensor(found, dtype=torch.int64)]
 
 
 def generator(key: Sequence[object]) -> np.random.Generator:

@@ -28,12 +28,15 @@ class Condition:
 
     Attributes:
         target: the tensors.
-        selection: ``top_<metric>``, ``bottom_<metric>`` or ``random``.
+        selection: ``top_<metric>``, ``bottom_<metric>``, ``matched_<metric>``, ``random``, ``row``, ``col``,
+            ``random_row``, ``random_col`` or ``weight``.
         perturbation: the change.
         k: how many weights were asked for.
         seed: of a random selection or random change, else None.
         positions: the weights, int64, in the order of selection.
         score_sum: their scores added, NaN where they have none.
+        row: of the one row or weight that is perturbed, else None.
+        col: likewise.
     """
 
     target: Target
@@ -43,11 +46,19 @@ class Condition:
     seed: int | None
     positions: Tensor
     score_sum: float = math.nan
+    row: int | None = None
+    col: int | None = None
 
     @property
     def key(self) -> str:
         """What tells this condition from every other of a run."""
-        return "|".join(map(str, [self.target.layer, self.selection, self.perturbation.label, self.k, self.seed]))
+        of = next(iter(self.target.parameters))  # a layer's weight and its bias are two targets of one layer
+        return "|".join(
+            map(
+                str,
+                [self.target.layer, of, self.row, self.col, self.selection, self.perturbation.label, self.k, self.seed],
+            )
+        )
 
 
 @dataclass(frozen=True)
@@ -75,8 +86,8 @@ def sweep(
         RunError: the instrument does not give the same bits twice, or a top set changes no bit of the model.
     """
     restart = Restart(model, corpus.sequences, batch_size)
-    for condition in sorted(conditions, key=lambda c: restart.depth_of(list(c.target.parameters))):
-        depth = restart.depth_of(list(condition.target.parameters))
+    depths = [restart.depth_of(list(c.target.split(c.positions))) for c in conditions]
+    for depth, condition in sorted(zip(depths, conditions, strict=True), key=lambda pair: pair[0]):
         if depth != restart.boundary:
             restart.move_to(depth)
             _check_same(_apply(model, condition, restart, no_op=True).losses, baseline, "a change of nothing")

@@ -1,0 +1,120 @@
+"""Discovery against an ordinary backward pass: time and peak memory on the embedded model.
+
+    packages/critical_weight_analysis/.venv/bin/python benchmarks/discovery_speed.py
+    nox -s benchmark -- discovery_speed
+
+Both run over the same windows of the shipped passages, 8 of 256 predicted tokens. Plain: Hugging Face forward and
+backward, the gradient of every weight summed in ``.grad``, at its best batch size among 1, 2, 4 and 8. Discovery:
+`grad_x_weight` and `grad_squared` with the exact top 500 (hence top 100) of every matrix and of all of them; then all
+metrics together. The timings alternate inside one process and the fastest of each counts, so that what else
+the machine does weighs on both alike; peak memory (VmHWM) is that of a process which does nothing else.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from bridge import argv
+from critical_weight_analysis.discovery import discover, engine_for
+from critical_weight_analysis.metrics import FORMULAS
+from llm_perturb import models
+from llm_perturb.corpus import CorpusOptions, read_texts, tokenize
+from llm_perturb.models import LoadedModel
+from llm_perturb.weights import in_scope
+from torch import Tensor
+
+N_SEQUENCES, N_TOKENS, K = 8, 256, 500
+TWO = ["grad_x_weight", "grad_squared"]
+
+
+def windows(loaded: LoadedModel) -> list[Tensor]:
+    """The sequences, each (N_TOKENS + 1,)."""
+    options = CorpusOptions(packing="windows", max_length=N_TOKENS + 1, eval_limit=N_SEQUENCES)
+    sequences = tokenize(read_texts(options), loaded.tokenizer, options).sequences
+    assert [len(sequence) for sequence in sequences] == [N_TOKENS + 1] * N_SEQUENCES
+    return sequences
+
+
+def plain(loaded: LoadedModel, sequences: list[Tensor], batch_size: int) -> None:
+    """Forward and backward as anyone would write it."""
+    loaded.model.requires_grad_(True)
+    for start in range(0, len(sequences), batch_size):
+        ids = torch.stack(sequences[start : start + batch_size])
+        loaded.model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    loaded.model.requires_grad_(False)
+    loaded.model.zero_grad(set_to_none=True)
+
+
+def discovery(loaded: LoadedModel, sequences: list[Tensor], metrics: list[str], batch_size: int = 1) -> None:
+    """What `phase1_runner.py` does between loading and writing."""
+    engine = engine_for(loaded.model)
+    assert engine.__name__.endswith("backward")
+    discover(engine, loaded.model, sequences, in_scope(loaded.model), metrics, K, batch_size=batch_size)
+
+
+JOBS: dict[str, Callable[[LoadedModel, list[Tensor]], None]] = {
+    **{f"plain, batch {b}": lambda loaded, sequences, b=b: plain(loaded, sequences, b) for b in (1, 2, 4, 8)},
+    "discovery, two metrics": lambda loaded, sequences: discovery(loaded, sequences, TWO),
+    "discovery, all metrics": lambda loaded, sequences: discovery(loaded, sequences, list(FORMULAS)),
+}
+
+
+def seconds(job: str, loaded: LoadedModel, sequences: list[Tensor]) -> float:
+    """Wall time of one run."""
+    start = time.perf_counter()
+    JOBS[job](loaded, sequences)
+    return time.perf_counter() - start
+
+
+def peak_gigabytes(job: str) -> float:
+    """VmHWM of a process that loads the model and does the job once."""
+    command = [sys.executable, __file__, "--only", job]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def do_only(job: str) -> None:
+    """The job in this process, then its peak memory as the last line."""
+    loaded = models.load()
+    JOBS[job](loaded, windows(loaded))
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    print(int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1e6)
+
+
+def compare(repeats: int) -> None:
+    """Time everything in turn, then measure memory, and print both."""
+    loaded = models.load()
+    sequences = windows(loaded)
+    print(f"{N_SEQUENCES} x {N_TOKENS} tokens, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    seconds("plain, batch 1", loaded, sequences[:1])  # warm up
+    rounds = [{job: seconds(job, loaded, sequences) for job in JOBS} for _ in range(repeats)]
+    best = {job: min(one[job] for one in rounds) for job in JOBS}
+    fastest = min((job for job in JOBS if job.startswith("plain")), key=best.get)
+    for job, duration in best.items():
+        print(f"{job:24} {duration:7.1f} s   {duration / best[fastest]:5.2f} of {fastest}")
+    two, everything = best["discovery, two metrics"], best["discovery, all metrics"]
+    print(f"{len(FORMULAS)} metrics instead of two: {everything / two:.2f}")
+    for job in ("plain, batch 1", fastest, "discovery, two metrics"):
+        print(f"{job:24} {peak_gigabytes(job):7.2f} GB peak")
+
+
+def main(*, repeats: int = 2, only: str | None = None) -> None:
+    """Print the ratios and peaks.
+
+    Args:
+        repeats: how often each is timed.
+        only: do this one job and print its peak memory.
+    """
+    if only:
+        do_only(only)
+    else:
+        compare(repeats)
+
+
+if __name__ == "__main__":
+    argv.run(main)

@@ -1,0 +1,54 @@
+"""Tiny decoders of further families, for what the common three do not have; all computed in float64 throughout."""
+
+import torch
+import transformers as hf
+
+_LLAMA_LIKE = {
+    "vocab_size": 50,
+    "hidden_size": 8,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 20,
+    "max_position_embeddings": 16,
+    "pad_token_id": None,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+
+
+def _opt(**options):
+    sizes = {"vocab_size": 50, "hidden_size": 8, "num_hidden_layers": 3, "num_attention_heads": 2, "ffn_dim": 20}
+    return hf.OPTForCausalLM(hf.OPTConfig(**sizes, max_position_embeddings=16, pad_token_id=1, **options))
+
+
+DECODERS = {
+    "opt": lambda: _opt(word_embed_proj_dim=6),  # products before and after the layers, positions with an offset
+    "opt_post_norm": lambda: _opt(word_embed_proj_dim=8, do_layer_norm_before=False),
+    "gemma": lambda: hf.GemmaForCausalLM(hf.GemmaConfig(**_LLAMA_LIKE, head_dim=4)),  # scaled embedding, gains 1 + w
+    "gemma2": lambda: hf.Gemma2ForCausalLM(  # logits capped by tanh, two kinds of mask, norms after the products
+        hf.Gemma2Config(**_LLAMA_LIKE, head_dim=4, sliding_window=4, final_logit_softcapping=3.0)
+    ),
+    "qwen2": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**_LLAMA_LIKE)),  # biases of query, key and value only
+    "mistral": lambda: hf.MistralForCausalLM(hf.MistralConfig(**_LLAMA_LIKE, head_dim=4, sliding_window=4)),
+    "mixtral": lambda: hf.MixtralForCausalLM(  # experts: three-dimensional weights, tokens picked out by a router
+        hf.MixtralConfig(**_LLAMA_LIKE, num_local_experts=3, experts_implementation="eager")
+    ),
+    "phi": lambda: hf.PhiForCausalLM(hf.PhiConfig(**_LLAMA_LIKE)),  # a head with a bias
+    "falcon": lambda: hf.FalconForCausalLM(  # a linear map written as a product with the transposed weight
+        hf.FalconConfig(vocab_size=50, hidden_size=8, num_hidden_layers=3, num_attention_heads=2)
+    ),
+    "bloom": lambda: hf.BloomForCausalLM(  # a norm between embedding and layers
+        hf.BloomConfig(vocab_size=50, hidden_size=8, n_layer=3, n_head=2)
+    ),
+}
+
+
+def build_decoder(name):
+    """The model of that name, every parameter random, ready to be measured."""
+    torch.manual_seed(0)
+    model = DECODERS[name]().to(torch.float64).eval()
+    for parameter in model.parameters():
+        parameter.data.add_(0.2 * torch.randn_like(parameter))
+        parameter.requires_grad_(False)
+    return model

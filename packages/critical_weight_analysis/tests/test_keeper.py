@@ -1,0 +1,91 @@
+import pytest
+import torch
+from critical_weight_analysis import backward, keeper, structure
+from critical_weight_analysis.keeper import Budget, Keeper, only_added
+from reference import naive_sensitivities
+from test_backward import ALL, assert_same_sums, measure
+from torch.nn.functional import linear
+
+
+@pytest.mark.parametrize("left", [0, 3000, 1 << 30])
+def test_budget_changes_no_sum(model, sequences, monkeypatch, left):
+    monkeypatch.setattr(Budget, "of", lambda parameters: Budget(left))
+    naive = naive_sensitivities(model, sequences)
+    _, found = measure(model, sequences, batch_size=2)
+    assert_same_sums(found, naive, ALL)
+
+
+def test_budget_is_given_back_and_never_exceeded(tiny_model, sequences, monkeypatch):
+    budget, lowest = Budget(3000), []
+    monkeypatch.setattr(Budget, "of", lambda parameters: budget)
+    keep = Keeper._keep
+    monkeypatch.setattr(Keeper, "_keep", lambda self, *call: (keep(self, *call), lowest.append(budget.left))[0])
+    measure(tiny_model("llama"), sequences)
+    assert 0 <= min(lowest) < 1000
+    assert budget.left == 3000
+
+
+def test_second_run_computes_no_product_that_is_kept(tiny_model, sequences, monkeypatch):
+    model = tiny_model("llama")
+    products = []
+    known = keeper._Known.apply
+    monkeypatch.setattr(keeper._Known, "apply", lambda *call: (products.append(call[1]), known(*call))[1])
+    measure(model, sequences[:1])
+    assert len(products) == 3 * 7
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [
+        ("llama", ["down_proj"]),
+        ("gpt2", ["mlp.c_proj"]),
+        ("neox", ["attention.dense", "dense_4h_to_h"]),  # both are added to the residual in parallel
+    ],
+)
+def test_products_that_are_only_added_to_the_residual_are_found(tiny_model, name, weights):
+    model = tiny_model(name)
+    unneeded = structure.find(model).unneeded
+    found = [name for name, parameter in model.named_parameters() if id(parameter) in unneeded]
+    assert len(found) == 3 * len(weights)
+    assert all(any(f"{weight}.weight" in name for weight in weights) for name in found)
+
+
+def test_only_added_looks_at_every_way_to_the_output():
+    x = torch.randn(3, requires_grad=True)
+    added, squared, both = x * 2, x * 3, x * 4
+    output = (x + added + squared.square()) + both.view(3) + both.exp()
+    nodes = {tensor.grad_fn: name for tensor, name in ((added, "added"), (squared, "squared"), (both, "both"))}
+    assert only_added(output, nodes, None) == {"added"}
+
+
+def test_result_that_was_overwritten_is_computed_again():
+    weight = torch.nn.Parameter(torch.randn(4, 3), requires_grad=False)
+    x = torch.randn(2, 3)
+    kept = Keeper(Budget(1 << 20), frozenset())
+    kept.layer = "layer"
+    with kept:
+        linear(x, weight).mul_(2)
+    with kept.replay("layer"):
+        again = linear(x, weight)
+    assert torch.equal(again, x @ weight.T)
+
+
+def test_budget_of_a_model_is_bounded_by_its_size():
+    parameter = torch.nn.Parameter(torch.zeros(10, 10))
+    assert Budget.of([parameter]).left == 800
+
+
+def test_a_layer_that_makes_other_calls_is_noticed():
+    weights = [torch.nn.Parameter(torch.randn(3, 3), requires_grad=False) for _ in range(2)]
+    kept = Keeper(Budget(1 << 20), frozenset())
+    kept.layer = "layer"
+    with kept:
+        linear(torch.randn(2, 3), weights[0])
+    with kept.replay("layer"), pytest.raises(AssertionError, match="other calls"):
+        linear(torch.randn(2, 3), weights[1])
+
+
+def test_losses_alone_keep_nothing(tiny_model, sequences, monkeypatch):
+    monkeypatch.setattr(Budget, "of", lambda parameters: pytest.fail("nothing is to be kept"))
+    losses, _ = backward.sensitivities(tiny_model("gpt2"), sequences, ["transformer.wte.weight"], frozenset())
+    assert losses.isfinite().all()

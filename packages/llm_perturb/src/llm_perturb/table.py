@@ -1,0 +1,112 @@
+"""The table of measurements: its rows, its files, what is printed of it."""
+
+import math
+from pathlib import Path
+
+import pandas as pd
+import torch
+from bridge.records import MEASUREMENTS, atomic_path, write_table
+from bridge.runs import Run
+from torch import Tensor
+
+from llm_perturb.corpus import Corpus
+from llm_perturb.intervals import ratio_interval
+from llm_perturb.perplexity import Perplexity, exp
+from llm_perturb.sweep import Condition, Outcome
+
+_WHOLE = {"seed": "Int64", "row": "Int64", "col": "Int64"}  # columns that may be empty
+
+
+def row_of(outcome: Outcome, baseline: Tensor, before: Perplexity, corpus: Corpus, model: str) -> dict:
+    """One row of the table: d_i = S_i after - S_i before, on the same tokens."""
+    condition: Condition = outcome.condition
+    differences = outcome.losses - baseline  # (n,)
+    lengths = torch.tensor([len(sequence) - 1 for sequence in corpus.sequences])
+    delta_nll = differences.sum().item() / corpus.n_tokens
+    interval = ratio_interval(differences.numpy(), lengths.numpy())
+    perturbed_ppl = exp(before.nll + delta_nll)
+    names = list(condition.target.parameters)
+    return {
+        "target_layer": condition.target.layer,
+        "parameter": ",".join(names) if len(names) <= 3 else f"{len(names)} parameters",
+        "selection": condition.selection,
+        "perturbation": condition.perturbation.label,
+        "k": condition.k,
+        "seed": condition.seed,
+        "n_weights": len(condition.positions),
+        "score_sum": condition.score_sum,
+        "baseline_nll": before.nll,
+        "perturbed_nll": before.nll + delta_nll,
+        "delta_nll": delta_nll,
+        "ci_low": interval.low,
+        "ci_high": interval.high,
+        "baseline_ppl": before.ppl,
+        "perturbed_ppl": perturbed_ppl,
+        "delta_ppl": perturbed_ppl - before.ppl,
+        "n_tokens": before.n_tokens,
+        "n_sequences": before.n_sequences,
+        "corpus_sha256": corpus.facts["corpus_sha256"],
+        "model": model,
+        "ppl_ratio": exp(delta_nll),
+        "row": condition.row,
+        "col": condition.col,
+    }
+
+
+def write_records(run: Run, records: list[dict], baseline: Tensor, corpus: Corpus) -> None:
+    """Write the table and the losses behind it, and print it.
+
+    Args:
+        run: the folder.
+        records: of each condition, in the order of the table, ``row``, ``losses`` and ``n_changed``.
+        baseline: S_i of the unperturbed model, (n,).
+        corpus: the sequences.
+    """
+    frame = pd.DataFrame([record["row"] for record in records]).astype(_WHOLE)
+    _warn(run, records)
+    write_table(run.folder / "measurements.csv", frame, MEASUREMENTS)
+    _write_losses(run.folder / "sequence_losses.parquet", records, baseline, corpus)
+    _print_rows(frame)
+    print(f"{len(frame)} measurements written to {run.folder / 'measurements.csv'}", flush=True)
+
+
+def _warn(run: Run, records: list[dict]) -> None:
+    for record in records:
+        row = record["row"]
+        what = f"{row['perturbation']} of {row['selection']}, k={row['k']}, in {row['target_layer']}"
+        if record["n_changed"] == 0:
+            run.warn(f"{what} changed no bit of the model")
+        elif row["delta_nll"] == 0 and row["selection"].startswith("top_"):
+            run.warn(f"{what} changed {record['n_changed']} weights and no loss at all")
+        if row["n_weights"] < row["k"]:
+            run.warn(f"{what}: the CSV holds {row['n_weights']} weights of this target, fewer than k")
+        if not math.isfinite(row["delta_nll"]):
+            run.warn(f"{what}: the perturbed loss is {row['delta_nll']}")
+
+
+def _write_losses(path: Path, records: list[dict], baseline: Tensor, corpus: Corpus) -> None:
+    """The paired losses: one row per condition and sequence, nats summed over the sequence."""
+    n = len(corpus.sequences)
+    columns = ["target_layer", "selection", "perturbation", "k", "seed", "row", "col"]
+    frame = pd.DataFrame({c: [r["row"][c] for r in records for _ in range(n)] for c in columns})
+    frame["sequence"] = list(range(n)) * len(records)
+    frame["n_tokens"] = [len(sequence) - 1 for sequence in corpus.sequences] * len(records)
+    frame["baseline_nats"] = baseline.tolist() * len(records)
+    frame["perturbed_nats"] = [loss for record in records for loss in record["losses"]]
+    frame = frame.astype(_WHOLE)
+    with atomic_path(path) as temporary:
+        frame.to_parquet(temporary)
+
+
+def _print_rows(frame: pd.DataFrame) -> None:
+    names = {"top": "TOPK", "random": "CONTROL", "matched": "MATCHED", "bottom": "BOTTOMK"}
+    for row in frame.itertuples():
+        kind = row.selection.split("_")[0]
+        seed = "" if pd.isna(row.seed) else f" seed {row.seed}"
+        place = "" if pd.isna(row.row) and pd.isna(row.col) else f"[{row.row}, {row.col}]".replace("<NA>", ":")
+        interval = "" if pd.isna(row.ci_low) else f", 95 % interval {row.ci_low:+.6f} to {row.ci_high:+.6f}"
+        print(
+            f"{names.get(kind, kind.upper())}_PERPLEXITY: {row.perturbed_ppl:.6g}  ({row.target_layer}{place}, "
+            f"{row.selection}{seed}, {row.perturbation}, k={row.k}: delta_nll {row.delta_nll:+.6f}{interval})",
+            flush=True,
+        )
