@@ -24,6 +24,7 @@ def make_discovery(
     folder = output / f"critical_analysis_{name}"
     folder.mkdir(parents=True)
     names = parameters()
+    sampled = []
     for number, metric in enumerate(metrics):
         rng = np.random.default_rng(number)
         scores = {p: rng.exponential(1 + 5 * rng.random(), N_WEIGHTS) for p in names}
@@ -31,6 +32,10 @@ def make_discovery(
             weights(scores, k, by_layer=False).to_csv(folder / f"top_{k}_weights_{metric}.csv", index=False)
             weights(scores, k, by_layer=True).to_csv(folder / f"top_{k}_per_layer_{metric}.csv", index=False)
         summary(scores).to_csv(folder / f"layer_summary_{metric}.csv", index=False)
+        every = weights(scores, N_WEIGHTS, by_layer=True).drop(columns="rank")
+        places = ["layer", "parameter", "row", "col", "value"]
+        sampled.append(every.rename(columns={"score": f"score_{metric}"}).set_index(places).sort_index())
+    pd.concat(sampled, axis=1).iloc[::7].to_csv(folder / "sampled_weights.csv")
     model = MODEL | (model or {})
     baseline = {"model": model["id"], "revision": model["revision"], "dtype": model["dtype"]}
     baseline |= {key: CORPUS[key] for key in ("corpus_sha256", "n_tokens", "n_sequences")}

@@ -1,8 +1,8 @@
 """Stands in for run_topk_perturb.py: the same flags, folder, files and way of resuming, numbers made up.
 
 ``FAKE`` says what it should do wrong: refuse, fail, zero (no effect), baseline (another corpus), short (rows
-missing), hold (wait after five rows until the file ``FAKE_RELEASE`` exists). ``FAKE_STARTS`` names a file that
-gets a line for each start.
+missing), lost (a single weight missing), hold (wait after five rows until the file ``FAKE_RELEASE`` exists).
+``FAKE_STARTS`` names a file that gets a line for each start.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from pathlib import Path
 import pandas as pd
 from bridge import argv
 from bridge.errors import RequestError, RunError
-from bridge.records import MEASUREMENTS, write_json, write_table
+from bridge.records import MEASUREMENTS, TOP_WEIGHTS, read_table, write_json, write_table
 from bridge.runs import open_run
 from discovery_folder import CORPUS, MODEL
 
@@ -39,6 +39,7 @@ def run_topk_perturb(
     device: str,
     max_length: int,
     metric: list[str] | None = None,
+    per_weight: str | None = None,
     revision: str | None = None,
     data_file: str | None = None,
     dataset: str | None = None,
@@ -62,7 +63,7 @@ def run_topk_perturb(
     print("BASELINE_PERPLEXITY: 33.1", flush=True)
     metrics = [re.fullmatch(r"top_\d+_per_layer_(\w+)\.csv", Path(file).name)[1] for file in weights_csv]
     assert all(Path(file).is_file() for file in weights_csv)
-    wanted = list(cells(target_layer, k, metrics, perturbation, seeds))
+    wanted = [*cells(target_layer, k, metrics, perturbation, seeds), *single_weights(per_weight, perturbation)]
     done = run.records()
     for number, cell in enumerate(wanted[len(done) :], start=len(done)):
         print(f"\rmeasuring {number + 1}/{len(wanted)}", end="", file=sys.stderr, flush=True)
@@ -70,8 +71,9 @@ def run_topk_perturb(
             raise RunError("the loss of sequence 2 is not finite")
         while MODE == "hold" and number == 5 and not Path(os.environ["FAKE_RELEASE"]).exists():
             time.sleep(0.02)
-        run.append(row(*cell, baseline))
-    table = pd.DataFrame(run.records()[: -5 if MODE == "short" else None]).astype({"seed": "Int64"})
+        run.append(row(*cell, baseline=baseline))
+    table = pd.DataFrame(run.records()[: {"short": -5, "lost": -1}.get(MODE)])
+    table = table.astype({"seed": "Int64", "row": "Int64", "col": "Int64"})
     write_table(run.folder / "measurements.csv", table, MEASUREMENTS)
     run.finish("complete")
 
@@ -86,20 +88,28 @@ def cells(target_layer, k, metrics, perturbation, seeds):
                     yield target, "random", change, size, seed
 
 
-def row(target, selection, perturbation, k, seed, baseline) -> dict:
-    name = repr((target, selection, perturbation, k, seed)).encode()
+def single_weights(per_weight, perturbation):
+    if per_weight:
+        for weight in read_table(Path(per_weight), TOP_WEIGHTS).itertuples():
+            for change in perturbation:
+                place = (weight.parameter, weight.row, weight.col)
+                yield weight.layer, "weight", change, 1, None, place, weight.score
+
+
+def row(target, selection, perturbation, k, seed, place=(None, None, None), score=None, *, baseline) -> dict:
+    name = repr((target, selection, perturbation, k, seed, *place[1:])).encode()
     delta = int.from_bytes(hashlib.sha256(name).digest()[:4], "big") / 2**32 * (1e-3 if selection == "random" else 1)
     delta = 0.0 if MODE == "zero" else delta
     nll = baseline["nll"]
     return {
         "target_layer": target,
-        "parameter": "ALL" if target == "ALL" else f"{target}.weight",
+        "parameter": place[0] or ("ALL" if target == "ALL" else f"{target}.weight"),
         "selection": selection,
         "perturbation": {"scale": "scale(0.5)"}.get(perturbation, perturbation),
         "k": k,
         "seed": seed,
         "n_weights": k,
-        "score_sum": None if selection == "random" else delta**2,
+        "score_sum": {"random": None, "weight": score}.get(selection, delta**2),
         "baseline_nll": nll,
         "perturbed_nll": nll + delta,
         "delta_nll": delta,
@@ -112,6 +122,8 @@ def row(target, selection, perturbation, k, seed, baseline) -> dict:
         "n_sequences": baseline["n_sequences"],
         "corpus_sha256": baseline["corpus_sha256"],
         "model": baseline["model"],
+        "row": place[1],
+        "col": place[2],
     }
 
 

@@ -57,6 +57,40 @@ def _row(target, selection, k, seed, score, delta, half_width) -> dict:
     }
 
 
+def sampled(n: int = 40, metrics=METRICS, seed: int = 5) -> pd.DataFrame:
+    """Weights of one matrix and one vector; the first metric predicts well, each further one worse."""
+    rng = np.random.default_rng(seed)
+    strength = np.sort(np.exp(rng.normal(-7, 2, n)))[::-1]
+    vector = np.arange(n) % 5 == 4
+    frame = pd.DataFrame(
+        {
+            "layer": np.where(vector, "model.norm", "model.layers.0.mlp.down_proj"),
+            "row": range(n),
+            "col": pd.array(np.arange(n) * 3, dtype="Int64"),
+            "value": rng.normal(0, 1, n),
+        }
+    )
+    frame["col"] = frame["col"].mask(vector)
+    frame.insert(1, "parameter", frame["layer"] + ".weight")
+    for number, metric in enumerate(metrics):
+        frame[f"score_{metric}"] = strength * np.exp(rng.normal(0, 0.3 + 3 * number, n))
+    return frame
+
+
+def with_single_weights(table: pd.DataFrame, weights: pd.DataFrame, seed: int = 6) -> pd.DataFrame:
+    """Measurements and, after them, those of each weight alone; about half of these lower the loss."""
+    rng = np.random.default_rng(seed)
+    scores = weights[next(column for column in weights if column.startswith("score_"))]
+    rows = []
+    for weight, score in zip(weights.itertuples(), scores, strict=True):
+        delta = score * rng.choice([-1.0, 1.0]) * np.exp(rng.normal(0, 0.3))
+        row = _row(weight.layer, "weight", 1, None, score, delta, abs(delta) / 5)
+        rows.append(row | {"parameter": weight.parameter, "row": weight.row, "col": weight.col})
+    both = pd.concat([table.assign(row=None, col=None).astype(object), pd.DataFrame(rows).astype(object)])
+    kinds = table.dtypes.to_dict() | {"row": "Int64", "col": "Int64"}
+    return both.reset_index(drop=True).astype(kinds)
+
+
 def targets(n: int = 30, n_control: int = 10) -> pd.DataFrame:
     names = layer_names(n)
     return pd.DataFrame(
@@ -66,6 +100,7 @@ def targets(n: int = 30, n_control: int = 10) -> pd.DataFrame:
             "n_top": [*range(n, 0, -1), 100],
             "score_sum": [*np.linspace(2, 0.01, n), 30.0],
             "score_rank": [*range(1, n + 1), 0],
+            "n_layers": 100,
         }
     )
 

@@ -178,6 +178,7 @@ def test_perturbation_with_a_number(output, python, no_plots, monkeypatch):
         ({"k": [20]}, "no layer has the 60 weights that the top 20 of 2 metrics and a control of 20 take; lower --k"),
         ({"k": [0]}, "--k must be at least 1, not 0"),
         ({"seeds": [-1]}, "--seeds must be at least 0"),
+        ({"single_weights": -1}, "--single-weights must be at least 0, not -1"),
         ({"batch_size": 0}, "--batch-size must be at least 1"),
         ({"layers": -2}, "cannot be negative: -2"),
         ({"layers": 0, "control_layers": 0, "global_set": False}, "no layer is to be measured"),
@@ -204,6 +205,74 @@ def test_default_environment_and_script_are_those_of_the_repository():
     packages = HERE.parents[1]
     assert packages / "llm_perturb" / ".venv" / "bin" / "python" == instrument.PYTHON
     assert packages / "llm_perturb" / "scripts" / "run_topk_perturb.py" == instrument.SCRIPT
+
+
+def test_single_weights_are_chosen_written_measured_and_correlated(tmp_path, output, python):
+    lines = batch.validate(options(output, python, single_weights=12, metrics=["magnitude"]))
+    folder = output / "validation_v"
+    chosen = pd.read_csv(folder / "single_weights.csv")
+    sampled = pd.read_csv(folder / "sampled_weights.csv")
+    assert sampled.equals(pd.read_csv(output / "critical_analysis_1" / "sampled_weights.csv"))
+    assert len(chosen) == 12
+    assert chosen["score"].iloc[[0, -1]].tolist() == [
+        sampled["score_magnitude"].max(),
+        sampled["score_magnitude"].min(),
+    ]
+    assert f"--per-weight={folder / 'single_weights.csv'}" in starts(tmp_path)[0]["argv"]
+    measured = pd.read_csv(folder / "measurements.csv").query("selection == 'weight'")
+    places = ["parameter", "row", "col"]
+    assert measured[places].astype({"row": int, "col": int}).values.tolist() == chosen[places].values.tolist()
+    correlations = pd.read_csv(folder / "correlations.csv").query("unit == 'weights'")
+    assert correlations["metric"].tolist() == ["grad_x_weight", "magnitude"]
+    assert correlations["n"].tolist() == [12, 12]
+    assert len(lines) == 7
+    assert "Over 12 single weights, " in lines[6]
+    assert lines[6] in (folder / "report.md").read_text().replace("\\[", "[").replace("\\]", "]")
+    identity = read_manifest(folder)["identity"]
+    assert identity["options"]["single_weights"] == 12
+    assert "sampled_weights.csv" in identity["discovery"]
+
+
+def test_other_single_weights_are_another_validation(output, python):
+    identities = [plan(options(output, python, single_weights=n)).identity for n in (0, 5, 6)]
+    path = output / "critical_analysis_1" / "sampled_weights.csv"
+    path.write_text(path.read_text().replace(",0.0,", ",0.5,"))
+    identities.append(plan(options(output, python, single_weights=6)).identity)
+    assert identities[0].keys() == identities[1].keys() - {"single_weights"}
+    assert len({identity.get("single_weights") for identity in identities}) == 4
+
+
+def test_more_single_weights_than_were_sampled(output, python, no_plots, capsys):
+    batch.validate(options(output, python, single_weights=1000))
+    warning = "--single-weights 1000: the discovery sampled 69, all of them are taken"
+    assert f"WARNING: {warning}" in capsys.readouterr().err
+    assert read_manifest(output / "validation_v")["warnings"] == [warning]
+    assert len(pd.read_csv(output / "validation_v" / "single_weights.csv")) == 69
+
+
+def test_discovery_without_sampled_weights(output, python):
+    (output / "critical_analysis_1" / "sampled_weights.csv").unlink()
+    assert plan(options(output, python)).single_weights is None
+    with pytest.raises(RequestError, match=r"sampled_weights\.csv is missing: .* run the discovery again"):
+        batch.validate(options(output, python, single_weights=3))
+    assert not (output / "validation_v").exists()
+
+
+@pytest.mark.parametrize(
+    ("column", "text", "message"),
+    [
+        ("score_magnitude", "inf", "is damaged: a value or a score is not a finite number"),
+        ("score_magnitude", "high", "column score_magnitude should be a number, not 'high'"),
+        ("parameter", "twice.weight", "is damaged: a weight is there twice"),
+    ],
+)
+def test_damaged_sampled_weights(output, python, column, text, message):
+    path = output / "critical_analysis_1" / "sampled_weights.csv"
+    table = pd.read_csv(path, dtype=str)
+    table.loc[[0, 6, 12, 18, 24, 30, 35, 41, 47, 53, 58, 64], column] = text
+    table.to_csv(path, index=False)
+    with pytest.raises(RequestError, match=message):
+        plan(options(output, python, single_weights=3))
 
 
 @pytest.mark.parametrize("file", ["layer_summary_magnitude.csv", "top_5_per_layer_magnitude.csv", "baseline.json"])
@@ -249,6 +318,13 @@ def test_instrument_that_goes_wrong(output, python, monkeypatch, mode, error, me
     assert read_manifest(folder)["status"] == "failed"
     assert not (folder / "report.html").exists()
     assert not (folder / "measurements.csv").exists()
+
+
+def test_single_weight_that_was_not_measured(output, python, monkeypatch, no_plots):
+    monkeypatch.setenv("FAKE", "lost")
+    with pytest.raises(RunError, match=r"the measurements lack 1 of 4 single weights \(sign_flip\)"):
+        batch.validate(options(output, python, single_weights=4, perturbations=["zero", "sign_flip"]))
+    monkeypatch.setenv("FAKE", "")
 
 
 def test_wrong_baseline_stops_the_instrument_at_once(output, python, monkeypatch, no_plots):

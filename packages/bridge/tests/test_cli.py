@@ -3,7 +3,7 @@ import sys
 
 import pandas as pd
 import pytest
-from bridge import batch, cli
+from bridge import batch, cli, validation
 from bridge.records import CORRELATIONS
 from discovery_folder import make_discovery, snapshot
 from test_batch import no_plots, options, output, python  # noqa: F401 (fixtures)
@@ -84,6 +84,18 @@ def test_correlate_and_report_rewrite_only_what_they_derive(output, python, no_p
     code, out, _ = bridge(monkeypatch, capsys, "report", f"--from={folder}")
     assert code == 0
     assert out == f"report: {folder / 'report.html'}\na finding\n"
+    assert snapshot(output) == before
+
+
+def test_correlate_and_report_find_the_single_weights_again(output, python, no_plots, monkeypatch, capsys):  # noqa: F811
+    batch.validate(options(output, python, single_weights=9))
+    before = snapshot(output)
+    (output / "validation_v" / "correlations.csv").unlink()
+    assert "weights" in bridge(monkeypatch, capsys, "correlate", f"--from={output}")[1]
+    given = []
+    monkeypatch.setattr(validation, "write_report", lambda folder, **content: given.append(content["sampled"]) or [])
+    assert bridge(monkeypatch, capsys, "report", f"--from={output}")[0] == 0
+    assert list(given[0].columns[-2:]) == ["score_grad_x_weight", "score_magnitude"]
     assert snapshot(output) == before
 
 

@@ -3,8 +3,16 @@ import pandas as pd
 import pytest
 import reference
 import synthetic
-from bridge.correlation import ablation_curves, compare_metrics, correlate, top_against_random
-from bridge.records import CORRELATIONS, read_table, write_table
+from bridge.correlation import (
+    ablation_curves,
+    compare_metrics,
+    compare_metrics_on_weights,
+    correlate,
+    is_restricted,
+    top_against_random,
+)
+from bridge.records import CORRELATIONS, MEASUREMENTS, read_table, write_table
+from bridge.single_weights import weight_effects
 
 
 @pytest.fixture(scope="module")
@@ -96,12 +104,82 @@ def test_seeds_of_a_random_perturbation_are_averaged():
     assert row["spearman"] == pytest.approx(reference.spearman(*layers_of(measurements, "obd")))
 
 
-def test_single_weights_are_units_of_their_own(measurements):
-    weights = measurements[measurements["selection"] == "top_obd"].assign(selection="weight_obd", k=1, n_weights=1)
-    row = correlate(weights).iloc[0]
-    assert (row["unit"], row["metric"], row["n"]) == ("weights", "obd", 31)
-    x, y = weights["score_sum"].tolist(), weights["delta_nll"].tolist()
-    assert row["spearman"] == pytest.approx(reference.spearman(x, y))
+def test_layers_of_the_whole_summary_are_not_a_restricted_range(measurements):
+    every = synthetic.targets(n_control=0).assign(n_layers=30)
+    assert not correlate(measurements, targets=every)["note"].str.contains("restricted").any()
+    assert is_restricted(every.assign(n_layers=32))
+
+
+@pytest.fixture(scope="module")
+def with_weights(measurements):
+    """Thirty of forty sampled weights, measured in another order than they were sampled in."""
+    return synthetic.with_single_weights(measurements, synthetic.sampled().sample(30, random_state=1))
+
+
+def test_every_metric_is_compared_on_the_same_single_weights(with_weights):
+    sampled = synthetic.sampled()
+    found = correlate(with_weights, targets=synthetic.targets(n_control=0), sampled=sampled)
+    rows = found[found["unit"] == "weights"].set_index("metric")
+    assert list(rows.index) == list(synthetic.METRICS)
+    scores = {(w.parameter, w.row): w._asdict() for w in sampled.itertuples()}
+    weights = with_weights[with_weights["selection"] == "weight"]
+    for metric in synthetic.METRICS:
+        x = [scores[w.parameter, w.row][f"score_{metric}"] for w in weights.itertuples()]
+        assert rows.loc[metric, "spearman"] == pytest.approx(reference.spearman(x, weights["delta_nll"].abs().tolist()))
+    assert set(rows["n"]) == {30} and set(rows["k"]) == {1}
+    assert rows["p_adjusted"].tolist() == pytest.approx(reference.benjamini_hochberg(rows["p_value"].tolist()))
+    assert not rows["note"].str.contains("restricted").any()
+
+
+def test_weights_are_left_out_without_scores_or_measurements(with_weights, measurements):
+    assert set(correlate(with_weights)["unit"]) == {"layers"}
+    assert set(correlate(measurements, sampled=synthetic.sampled())["unit"]) == {"layers"}
+
+
+def test_single_weights_change_nothing_else(measurements, with_weights):
+    layer = synthetic.layer_names()[0]
+    here = with_weights["selection"] == "weight"
+    mixed = with_weights.assign(target_layer=with_weights["target_layer"].mask(here, layer))
+    pd.testing.assert_frame_equal(correlate(mixed), correlate(measurements))
+    pd.testing.assert_frame_equal(top_against_random(mixed), top_against_random(measurements))
+    pd.testing.assert_frame_equal(ablation_curves(mixed), ablation_curves(measurements))
+
+
+def test_measurements_of_single_weights_come_back_from_their_file(tmp_path, with_weights):
+    write_table(tmp_path / "measurements.csv", with_weights, MEASUREMENTS)
+    back = read_table(tmp_path / "measurements.csv", MEASUREMENTS)
+    sampled = synthetic.sampled()
+    pd.testing.assert_frame_equal(weight_effects(back, sampled), weight_effects(with_weights, sampled))
+
+
+def test_seeds_of_one_weight_are_one_effect_of_mean_size():
+    sampled = synthetic.sampled(6, metrics=("obd",))
+    once = synthetic.with_single_weights(synthetic.measurements(n=1, metrics=("obd",)), sampled)
+    weights = once[once["selection"] == "weight"]
+    twice = pd.concat([weights.assign(seed=0), weights.assign(seed=1, delta_nll=-3 * weights["delta_nll"])])
+    effects = weight_effects(twice, sampled)
+    assert effects["size"].tolist() == pytest.approx((2 * weights["delta_nll"].abs()).tolist())
+    assert effects["delta_nll"].tolist() == pytest.approx((-weights["delta_nll"]).tolist())
+
+
+def test_an_infinite_effect_of_a_weight_ranks_first(with_weights):
+    broken = with_weights.copy()
+    where = broken.index[broken["selection"] == "weight"][3]
+    broken.loc[where, ["delta_nll", "ci_low", "ci_high"]] = np.nan
+    found = correlate(broken, sampled=synthetic.sampled())
+    notes = found.loc[found["unit"] == "weights", "note"]
+    assert notes.str.contains("ranked as the largest: 1").all()
+
+
+def test_two_metrics_are_compared_over_the_same_weights(with_weights):
+    effects = weight_effects(with_weights, synthetic.sampled())
+    difference, low, high = compare_metrics_on_weights(effects, "grad_x_weight", "obd", "zero")
+    rhos = [
+        reference.spearman(effects[f"score_{metric}"].tolist(), effects["size"].tolist())
+        for metric in ("grad_x_weight", "obd")
+    ]
+    assert difference == pytest.approx(rhos[0] - rhos[1])
+    assert low < difference < high
 
 
 def test_several_k_give_a_correlation_of_the_areas():

@@ -5,21 +5,24 @@ import numpy as np
 import pytest
 import synthetic
 from bridge.correlation import correlate
-from bridge.findings import Evidence, answer, beaten_random, summary_lines
+from bridge.findings import Evidence, answer, beaten_random, setup_facts, summary_lines
 from bridge.limits import limits
 
 
-def evidence(n=12, n_control=4, metrics=("grad_x_weight", "magnitude"), **choices):
+def evidence(n=12, n_control=4, metrics=("grad_x_weight", "magnitude"), sampled=None, **choices):
     measurements = synthetic.measurements(n=n, metrics=metrics, **choices)
+    if sampled is not None:
+        measurements = synthetic.with_single_weights(measurements, sampled)
     targets = synthetic.targets(n, n_control)
     return Evidence(
         synthetic.manifest("validation"),
         synthetic.manifest(),
         measurements,
         targets,
-        correlate(measurements, targets=targets),
+        correlate(measurements, targets=targets, sampled=sampled),
         {metric: synthetic.top_weights() for metric in metrics},
         {metric: synthetic.summary() for metric in metrics},
+        sampled,
     )
 
 
@@ -137,3 +140,48 @@ def test_limits_of_the_corpus_and_the_manifests(found):
     assert "Warning of the validation: the corpus is short" in text
     assert "model.embed_tokens.weight = lm_head.weight" in text
     assert "same texts" in "\n".join(limits(found))
+
+
+def test_single_weights_get_a_sentence_with_the_baseline_on_the_same_ones(found):
+    metrics = ("grad_x_weight", "obd", "magnitude")
+    both = evidence(sampled=synthetic.sampled(metrics=metrics))
+    rows = both.weight_correlations().set_index("metric")
+    sentence = answer(both)[3]
+    assert summary_lines(both)[5] == sentence
+    assert sentence.startswith(
+        "Over 40 single weights, grad_x_weight ranks the size of the effect best: Spearman's rho "
+    )
+    for metric in ("grad_x_weight", "magnitude"):
+        row = rows.loc[metric]
+        assert f"{metric} " in sentence
+        assert f"{row['spearman']:.2f} [{row['ci_low']:.2f},".replace("-", "−") in sentence
+    assert "(difference " in sentence
+    assert any("40 single weights are of those that the discovery sampled" in text for text in limits(both))
+    assert summary_lines(both)[:5] == summary_lines(found)
+    assert setup_facts(both) == setup_facts(found)
+    assert len(answer(found)) == 3
+
+
+@pytest.mark.parametrize(
+    ("sampled", "words"),
+    [
+        (synthetic.sampled(metrics=("obd",)), "no other metric was scored on them."),
+        (synthetic.sampled(3), "no metric has a rank correlation (3 weights are too few"),
+        (synthetic.sampled(metrics=("obd", "taylor2")), "; taylor2 "),
+    ],
+)
+def test_single_weights_that_say_less(sampled, words):
+    assert words in answer(evidence(sampled=sampled))[3]
+
+
+def test_an_order_of_single_weights_that_may_be_chance_is_not_claimed():
+    both = evidence(sampled=synthetic.sampled())
+    unsure = both.correlations.assign(ci_low=-0.2)
+    assert "grad_x_weight is not shown to rank the effect: " in answer(replace(both, correlations=unsure))[3]
+
+
+def test_a_model_of_few_layers_has_no_restricted_range():
+    found = evidence(n_control=0)
+    every = replace(found, targets=found.targets.assign(n_layers=12))
+    assert any("range is restricted" in text for text in limits(found))
+    assert not any("range is restricted" in text for text in limits(every))

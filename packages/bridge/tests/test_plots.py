@@ -5,7 +5,7 @@ import synthetic
 from bridge.canvas import DARK, LIGHT
 from bridge.correlation import correlate
 from bridge.placement import where_top_weights_sit
-from bridge.plots import ablation, effect_by_layer, predicted_and_measured
+from bridge.plots import ablation, effect_by_layer, predicted_and_measured, single_weights
 from matplotlib.image import imread
 
 METRICS = ("grad_x_weight", "magnitude")
@@ -24,12 +24,15 @@ def assert_drawn(path):
 
 
 def figures(measurements, folder, theme):
+    sampled = synthetic.sampled(metrics=METRICS)
+    weights = synthetic.with_single_weights(measurements, sampled)
     top = {metric: synthetic.top_weights() for metric in METRICS}
     summaries = {metric: synthetic.summary() for metric in METRICS}
     return [
         predicted_and_measured(measurements, correlate(measurements), folder / "predicted.png", theme),
         effect_by_layer(measurements, folder / "layers.png", theme),
         ablation(measurements, folder / "ablation.png", theme),
+        single_weights(weights, sampled, correlate(weights, sampled=sampled), folder / "weights.png", theme),
         where_top_weights_sit(top, summaries, folder / "where.png", theme),
     ]
 
@@ -53,6 +56,8 @@ def test_nothing_to_draw_is_no_file(tmp_path, measurements):
     assert effect_by_layer(whole, tmp_path / "b.png") is None
     assert ablation(measurements[measurements["k"] == 1], tmp_path / "c.png") is None
     assert where_top_weights_sit({}, {}, tmp_path / "d.png") is None
+    assert single_weights(whole, synthetic.sampled(), correlate(whole), tmp_path / "e.png") is None
+    assert single_weights(whole, None, correlate(whole), tmp_path / "e.png") is None
     assert list(tmp_path.iterdir()) == []
 
 
@@ -78,6 +83,23 @@ def test_extreme_effects_are_drawn(tmp_path, effects):
     assert_drawn(effect_by_layer(measurements, tmp_path / "layers.png"))
     curve = pd.concat([measurements, measurements.assign(k=10)])
     assert_drawn(ablation(curve[curve["target_layer"] == "ALL"], tmp_path / "ablation.png"))
+
+
+@pytest.mark.parametrize("effects", [[np.inf, np.nan, 0.0, -0.5, 1e-9], [np.nan] * 5, [0.0] * 5])
+def test_extreme_single_weights_are_drawn(tmp_path, effects):
+    sampled = synthetic.sampled(5, metrics=("obd", "magnitude")).assign(score_obd=[0.0, 1e-12, 2.0, 0.0, 0.0])
+    table = synthetic.with_single_weights(synthetic.measurements(n=1), sampled)
+    for column in ["delta_nll", "ci_low", "ci_high"]:
+        table.loc[table["selection"] == "weight", column] = effects
+    assert_drawn(single_weights(table, sampled, correlate(table, sampled=sampled), tmp_path / "weights.png"))
+
+
+def test_single_weights_enter_no_other_figure(tmp_path, measurements):
+    weights = synthetic.with_single_weights(measurements, synthetic.sampled())
+    for draw in (effect_by_layer, ablation):
+        assert draw(weights, tmp_path / "1.png").read_bytes() == draw(measurements, tmp_path / "2.png").read_bytes()
+    pair = [predicted_and_measured(m, correlate(m), tmp_path / f"{len(m)}.png") for m in (weights, measurements)]
+    assert pair[0].read_bytes() == pair[1].read_bytes()
 
 
 def test_scores_of_zero_are_drawn(tmp_path):

@@ -27,7 +27,7 @@ def write(folder, measurements, targets, manifest, weights, **choices):
         discovery_folder=Path("outputs/critical_analysis_1"),
         measurements=measurements,
         targets=targets,
-        correlations=correlate(measurements, targets=targets),
+        correlations=correlate(measurements, targets=targets, sampled=choices.get("sampled")),
         top_weights=dict.fromkeys(METRICS, weights),
         summaries=dict.fromkeys(METRICS, synthetic.summary(4)),
         **choices,
@@ -47,11 +47,13 @@ def hostile(tmp_path_factory):
     """Everything that names something is an attack."""
     folder = tmp_path_factory.mktemp("hostile")
     names = {"target_layer": {synthetic.layer_names()[0]: HOSTILE}}
+    sampled = synthetic.sampled(8, metrics=(*METRICS, HOSTILE)).assign(layer=HOSTILE, parameter=HOSTILE)
     measurements = synthetic.measurements(n=4, metrics=METRICS).replace(names).assign(model=HOSTILE)
+    measurements = synthetic.with_single_weights(measurements, sampled)
     manifest = synthetic.manifest(model=HOSTILE) | {"warnings": [HOSTILE], "argv": [HOSTILE, "`````"]}
     manifest["identity"]["corpus"]["source"] = HOSTILE
     weights = synthetic.top_weights(4).assign(parameter=HOSTILE, layer=HOSTILE)
-    write(folder, measurements, synthetic.targets(4, 1).replace(names), manifest, weights)
+    write(folder, measurements, synthetic.targets(4, 1).replace(names), manifest, weights, sampled=sampled)
     return folder
 
 
@@ -196,6 +198,25 @@ def test_a_report_of_next_to_nothing(tmp_path):
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "Only 1 layer tested" in text
     assert "only 0 random draws" in text
+
+
+def test_single_weights_have_a_section_of_their_own(report, tmp_path):
+    sampled = synthetic.sampled(metrics=METRICS)
+    table = synthetic.with_single_weights(synthetic.measurements(n=5, metrics=METRICS), sampled)
+    lines = write(
+        tmp_path, table, synthetic.targets(5, 2), synthetic.manifest(), synthetic.top_weights(4), sampled=sampled
+    )
+    page = Reader((tmp_path / "report.html").read_text(encoding="utf-8"))
+    text = "".join(page.text)
+    assert lines[5] in text
+    assert "Zeroing one weight: the 20 of largest effect among 40" in text
+    assert "absolute change of loss" in text
+    assert "absolute change of loss" not in (report[0] / "report.html").read_text(encoding="utf-8")
+    links = [value for name, value in page.attributes if name in {"src", "href", "srcset"}]
+    assert all(link.startswith("data:image/png;base64,") for link in links)
+    drawn = (tmp_path / "plots" / "single_weights.png").read_bytes()
+    assert drawn in [base64.b64decode(link.partition(",")[2]) for link in links]
+    assert "](plots/single_weights.png)" in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium here; install it to see that a browser renders the report")

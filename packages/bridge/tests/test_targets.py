@@ -96,7 +96,7 @@ def test_render():
     chosen = choose_targets(top({1: 2}), summary([3.0, 2.0]), 2, 0)
     assert render(chosen, "env") == 'TARGET_LAYER="h.1,h.0"'
     assert render(chosen, "list") == "h.1\nh.0"
-    assert render(chosen, "csv").splitlines()[1] == "h.1,top,2,2.0,2"
+    assert render(chosen, "csv").splitlines()[1] == "h.1,top,2,2.0,2,2"
 
 
 def test_the_count_is_that_of_pandas(tmp_path):

@@ -110,7 +110,7 @@ def test_every_file_is_there_and_no_other(finished):
         )
     ]
     found = {path.name for path in folder.iterdir()} - {".lock"}
-    assert found == {*tables, "baseline.json", "manifest.json", "analysis.log", "plots"}
+    assert found == {*tables, "sampled_weights.csv", "baseline.json", "manifest.json", "analysis.log", "plots"}
     assert len(list((folder / "plots").glob("*.png"))) == 5
 
 
@@ -206,8 +206,9 @@ def test_only_what_the_mode_names(checkpoint, texts, tmp_path):
     for mode in ("global", "per_layer"):
         assert phase1(*flags(checkpoint, texts, tmp_path, *common, "--mode", mode, "--experiment-id", mode)) == 0
     tables = lambda mode: {path.name for path in (tmp_path / f"critical_analysis_{mode}").glob("*.csv")}  # noqa: E731
-    assert tables("global") == {"top_3_weights_magnitude.csv", "layer_summary_magnitude.csv"}
-    assert tables("per_layer") == {"top_3_per_layer_magnitude.csv", "layer_summary_magnitude.csv"}
+    always = {"layer_summary_magnitude.csv", "sampled_weights.csv"}
+    assert tables("global") == {"top_3_weights_magnitude.csv", *always}
+    assert tables("per_layer") == {"top_3_per_layer_magnitude.csv", *always}
     within = read_table(tmp_path / "critical_analysis_per_layer" / "top_3_per_layer_magnitude.csv", TOP_WEIGHTS)
     assert within.loc[within["parameter"].str.endswith("bias"), "col"].isna().all()
     assert within["parameter"].str.contains(r"\.mlp\.").all()

@@ -55,7 +55,7 @@ def test_a_tied_tensor_has_the_gradients_of_both_uses(family, sequences):
 
 
 def test_grad_x_weight_predicts_the_effect_of_a_small_shrink(sequences):
-    """A check that owes nothing to autograd: shrinking one weight by a millionth moves L by a millionth of its score."""
+    """A check that owes nothing to autograd: a weight smaller by a millionth moves L by a millionth of its score."""
     model, name = build("llama"), "model.layers.1.mlp.down_proj.weight"
     scores = scores_of(model, sequences, [name], ["grad_x_weight"])["grad_x_weight"][name]
     row, col = divmod(int(scores.argmax()), scores.shape[1])

@@ -12,10 +12,12 @@ import pandas as pd
 from bridge import instrument
 from bridge.errors import RequestError, RunError
 from bridge.plan import Options, Plan, plan
-from bridge.records import MEASUREMENTS, TARGETS, atomic_path, read_table, write_table
+from bridge.records import MEASUREMENTS, TARGETS, TOP_WEIGHTS, atomic_path, read_table, write_table
 from bridge.runs import Run, open_run, read_manifest
+from bridge.single_weights import FILE, PLACE, weight_rows
 from bridge.validation import KIND, Validation
 
+SINGLE_WEIGHTS = "single_weights.csv"
 BASELINE_TOLERANCE = 1e-4  # relative; another device or batch size changes the sum by less
 
 
@@ -41,6 +43,9 @@ def validate(options: Options) -> list[str]:
     with run.recorded():
         for warning in ready.warnings:
             run.warn(warning)
+        if ready.single_weights is not None:
+            write_table(run.folder / SINGLE_WEIGHTS, ready.single_weights, TOP_WEIGHTS)
+            _copy(ready.discovery.folder / FILE, run.folder / FILE)
         _measure(ready, run)
         write_table(run.folder / "targets.csv", ready.targets, TARGETS)
         validation = Validation(run.folder, run.manifest, ready.discovery)
@@ -55,6 +60,8 @@ def _measure(ready: Plan, run: Run) -> None:
     check = _baseline_check(ready, folder)
     if not _is_complete(folder):
         command = [*ready.command, f"--output={folder.parent}", "--experiment-id=measure"]
+        if ready.single_weights is not None:
+            command.append(f"--per-weight={folder.parent / SINGLE_WEIGHTS}")
         run.update(instrument=command)
         instrument.measure(command, ready.discovery.folder, run.folder / "perturb.log", folder, check)
     try:
@@ -66,8 +73,13 @@ def _measure(ready: Plan, run: Run) -> None:
     check()
     _check_baseline(ready, _baseline_of(measurements), folder)
     _check_effects(ready, measurements)
-    with atomic_path(run.folder / "measurements.csv") as temporary:
-        shutil.copyfile(folder / "measurements.csv", temporary)
+    _check_single_weights(ready, measurements)
+    _copy(folder / "measurements.csv", run.folder / "measurements.csv")
+
+
+def _copy(source: Path, path: Path) -> None:
+    with atomic_path(path) as temporary:
+        shutil.copyfile(source, temporary)
 
 
 def _is_complete(folder: Path) -> bool:
@@ -128,3 +140,21 @@ def _check_effects(ready: Plan, measurements: pd.DataFrame) -> None:
         raise RunError(
             "perturbing the chosen weights changed the loss nowhere: the perturbation did not reach the model"
         )
+
+
+def _check_single_weights(ready: Plan, measurements: pd.DataFrame) -> None:
+    """Refuse measurements that lack a weight that was to be perturbed alone."""
+    if ready.single_weights is None:
+        return
+    found = weight_rows(measurements)
+    kinds = found["perturbation"].str.partition("(")[0]
+    for perturbation in ready.options["perturbations"]:
+        absent = _places(ready.single_weights) - _places(found[kinds == perturbation])
+        if absent:
+            raise RunError(
+                f"the measurements lack {len(absent)} of {len(ready.single_weights)} single weights ({perturbation})"
+            )
+
+
+def _places(weights: pd.DataFrame) -> set[tuple]:
+    return set(weights[PLACE].astype(str).itertuples(index=False, name=None)) if len(weights) else set()

@@ -64,6 +64,7 @@ def validate(
     seeds: list[int] = [0, 1, 2],  # noqa: B006
     global_set: bool = True,
     bottom: bool = False,
+    single_weights: int = 0,
     output: str | None = None,
     experiment_id: str | None = None,
     perturb_python: str | None = None,
@@ -88,6 +89,8 @@ def validate(
         seeds: of the random controls, one draw each.
         global_set: also perturb the top-K across all layers at once (target ALL).
         bottom: also perturb the K weights of the lowest score; costs gradients.
+        single_weights: how many single weights to perturb one by one, over the whole range of the first metric's
+            rank among those that the discovery sampled; compares all its metrics on the same weights.
         output: the folder for the new validation folder; by default where the discovery run's folder is.
         experiment_id: names the folder; by default the time, or the unfinished run of the same request.
         perturb_python: the Python that has llm_perturb; by default its own environment.
@@ -108,6 +111,7 @@ def validate(
         seeds=seeds,
         global_set=global_set,
         bottom=bottom,
+        single_weights=single_weights,
         output=output,
         experiment_id=experiment_id,
         perturb_python=perturb_python,

@@ -1,7 +1,8 @@
 """Does the predicted criticality agree with the measured effect? Tables from the measurements table.
 
 The unit is named in each row: ``layers`` (the score of a layer's perturbed weights against what perturbing
-them did), ``weights`` (single weights), ``ablation_curve`` (layers again, over all k at once).
+them did), ``weights`` (single weights, all metrics on the same ones), ``ablation_curve`` (layers again, over all k
+at once).
 """
 
 from collections.abc import Iterator
@@ -12,30 +13,39 @@ from scipy import stats
 
 from bridge.ranks import MIN_POINTS, agreement, rank_p_value, rho_difference_interval
 from bridge.records import CORRELATIONS
+from bridge.single_weights import sampled_metrics, weight_effects
 
 ALL = "ALL"
 RANGE_NOTE = "only the top-ranked layers were tested: the range is restricted and rho is biased"
 _KEYS = ["metric", "perturbation", "k"]
 
 
-def correlate(measurements: pd.DataFrame, seed: int = 0, targets: pd.DataFrame | None = None) -> pd.DataFrame:
+def correlate(
+    measurements: pd.DataFrame,
+    seed: int = 0,
+    targets: pd.DataFrame | None = None,
+    sampled: pd.DataFrame | None = None,
+) -> pd.DataFrame:
     """Rank agreement of prediction and effect, one row per unit, metric, perturbation and k.
 
-    The prediction is ``score_sum``, the effect ``delta_nll`` (the mean over seeds where a perturbation is
-    random). The target ALL is no layer and is left out. ``p_adjusted`` controls the false discovery rate
-    over the metrics that share unit, perturbation and k (Benjamini & Hochberg 1995).
+    For layers the prediction is ``score_sum``, the effect ``delta_nll`` (the mean over seeds where a
+    perturbation is random). The target ALL is no layer and is left out. For single weights the prediction is
+    the score of that weight by each metric, the effect abs(``delta_nll``): a score is the size of a change, and
+    taking one weight away may as well lower the loss. ``p_adjusted`` controls the false discovery rate over
+    the metrics that share unit, perturbation and k (Benjamini & Hochberg 1995).
 
     Args:
         measurements: a table of MEASUREMENTS.
         seed: of the bootstrap and the permutations.
-        targets: a table of TARGETS; without a ``control`` among its roles, the note says so.
+        targets: a table of TARGETS; where they restrict the range, the note says so.
+        sampled: a table of SAMPLED_WEIGHTS; without it there are no rows of the unit weights.
 
     Returns:
         A table of CORRELATIONS; an estimate that cannot be had is empty, and its note says why.
     """
-    restricted = targets is not None and "control" not in set(targets["role"])
+    restricted = targets is not None and is_restricted(targets)
     rows = []
-    for unit, key, points in _comparisons(measurements):
+    for unit, key, points in _comparisons(measurements, sampled):
         purpose = "/".join(["correlation", unit, *map(str, key)])
         rng = np.random.default_rng([seed, *purpose.encode()])
         found = agreement(
@@ -53,24 +63,35 @@ def correlate(measurements: pd.DataFrame, seed: int = 0, targets: pd.DataFrame |
     return _with_adjusted_p(pd.DataFrame(rows, columns=list(CORRELATIONS.columns)))
 
 
-def _comparisons(measurements: pd.DataFrame) -> Iterator[tuple[str, tuple, pd.DataFrame]]:
+def is_restricted(targets: pd.DataFrame) -> bool:
+    """Whether only the highest layers of more are among the targets (table TARGETS)."""
+    return "control" not in set(targets["role"]) and bool((targets["n_layers"] > len(targets)).any())
+
+
+def _comparisons(measurements: pd.DataFrame, sampled: pd.DataFrame | None) -> Iterator[tuple[str, tuple, pd.DataFrame]]:
     """Unit, (metric, perturbation, k), and the points as ``score_sum`` and ``delta_nll``."""
-    tops = _selected(measurements, "top_")
+    tops = _tops(measurements)
     for key, points in tops.groupby(_KEYS, sort=False):
         yield "layers", key, _per_target(points)
-    weights = _selected(measurements, "weight_")
-    for key, points in weights[weights["k"] == 1].groupby(_KEYS, sort=False):
-        yield "weights", key, points
+    effects = weight_effects(measurements, sampled)
+    for perturbation in effects["perturbation"].unique() if len(effects) else ():
+        for metric in sampled_metrics(sampled):
+            yield "weights", (metric, perturbation, 1), _weight_points(effects, metric, perturbation)
     for (metric, perturbation), points in tops.groupby(_KEYS[:2], sort=False):
         areas = _layer_areas(points)
         if len(areas):
             yield "ablation_curve", (metric, perturbation, int(points["k"].max())), areas
 
 
-def _selected(measurements: pd.DataFrame, prefix: str) -> pd.DataFrame:
-    """The rows of ``<prefix><metric>``, with their metric, and undefined effects as infinite."""
-    frame = measurements[measurements["selection"].str.startswith(prefix)].copy()
-    frame["metric"] = frame["selection"].str.removeprefix(prefix)
+def _weight_points(effects: pd.DataFrame, metric: str, perturbation: str) -> pd.DataFrame:
+    rows = effects[effects["perturbation"] == perturbation]
+    return pd.DataFrame({"score_sum": rows[f"score_{metric}"], "delta_nll": rows["size"]})
+
+
+def _tops(measurements: pd.DataFrame) -> pd.DataFrame:
+    """The rows of ``top_<metric>``, with their metric, and undefined effects as infinite."""
+    frame = measurements[measurements["selection"].str.startswith("top_")].copy()
+    frame["metric"] = frame["selection"].str.removeprefix("top_")
     frame["delta_nll"] = _unbounded(frame["delta_nll"])
     return frame
 
@@ -123,17 +144,29 @@ def compare_metrics(
 
     None if there is no rank correlation for either.
     """
-    tops = _selected(measurements, "top_")
+    tops = _tops(measurements)
     tops = tops[(tops["perturbation"] == perturbation) & (tops["k"] == k)]
     pair = [_per_target(tops[tops["metric"] == name]).dropna() for name in (metric, other)]
+    return _rho_difference(pair, [seed, *f"difference/{metric}/{other}/{perturbation}/{k}".encode()])
+
+
+def compare_metrics_on_weights(
+    effects: pd.DataFrame, metric: str, other: str, perturbation: str, seed: int = 0
+) -> tuple[float, float, float] | None:
+    """The same over single weights, their effects as ``weight_effects`` gives them."""
+    pair = [_weight_points(effects, name, perturbation) for name in (metric, other)]
+    return _rho_difference(pair, [seed, *f"weights/{metric}/{other}/{perturbation}".encode()])
+
+
+def _rho_difference(pair: list[pd.DataFrame], key: list[int]) -> tuple[float, float, float] | None:
+    """Over the units that both tables hold; the first column predicts, the second is the effect."""
     shared = pair[0].index.intersection(pair[1].index, sort=False)
     first, second = (tuple(points.loc[shared].to_numpy(float).T) for points in pair)
     if len(shared) < MIN_POINTS or any(
         np.ptp(ranks) == 0 for xy in (first, second) for ranks in map(stats.rankdata, xy)
     ):
         return None
-    rng = np.random.default_rng([seed, *f"difference/{metric}/{other}/{perturbation}/{k}".encode()])
-    return rho_difference_interval(first, second, rng)
+    return rho_difference_interval(first, second, np.random.default_rng(key))
 
 
 def top_against_random(measurements: pd.DataFrame) -> pd.DataFrame:
@@ -143,7 +176,7 @@ def top_against_random(measurements: pd.DataFrame) -> pd.DataFrame:
     random_high (smallest and largest draw), n_random, p_value = (1 + r) / (B + 1) with r of the B draws doing
     at least as much damage: with 3 draws it cannot be below 0.25. Empty where nothing random was measured.
     """
-    tops = _selected(measurements, "top_")
+    tops = _tops(measurements)
     controls = _random_effects(measurements)
     rows = []
     for (target, metric, perturbation, k), points in tops.groupby(["target_layer", *_KEYS], sort=False):
@@ -180,7 +213,7 @@ def ablation_curves(measurements: pd.DataFrame) -> pd.DataFrame:
     """
     controls = {key: effects.mean() for key, effects in _random_effects(measurements).items()}
     rows = []
-    tops = _selected(measurements, "top_").groupby(["target_layer", "metric", "perturbation"], sort=False)
+    tops = _tops(measurements).groupby(["target_layer", "metric", "perturbation"], sort=False)
     for (target, metric, perturbation), points in tops:
         curve = points.groupby("k")["delta_nll"].mean().to_frame().T
         if curve.shape[1] < 2:

@@ -14,8 +14,9 @@ import pandas as pd
 
 from bridge.argv import did_you_mean
 from bridge.errors import RequestError
-from bridge.records import LAYER_SUMMARY, TOP_WEIGHTS, read_table
+from bridge.records import LAYER_SUMMARY, SAMPLED_WEIGHTS, TOP_WEIGHTS, Table, read_table
 from bridge.runs import find_runs, read_manifest
+from bridge.single_weights import FILE, PLACE
 
 KIND = "critical_analysis"
 
@@ -109,12 +110,30 @@ class Discovery:
             )
         return weights
 
+    def sampled(self) -> pd.DataFrame:
+        """A few weights of every parameter with the scores of all metrics: table SAMPLED_WEIGHTS."""
+        path = self.folder / FILE
+        if not path.exists():
+            raise RequestError(f"{path} is missing: --single-weights takes them from there; run the discovery again")
+        return read_sampled(path, self.metrics())
+
+
+def read_sampled(path: Path, metrics: Sequence[str]) -> pd.DataFrame:
+    """A table of SAMPLED_WEIGHTS with the scores of all the metrics, checked."""
+    scores = [f"score_{metric}" for metric in metrics]
+    sampled = read_table(path, Table(SAMPLED_WEIGHTS.name, SAMPLED_WEIGHTS.columns | dict.fromkeys(scores, "float")))
+    if not np.isfinite(sampled[["value", *scores]].to_numpy()).all():
+        raise RequestError(f"{path} is damaged: a value or a score is not a finite number")
+    if sampled.duplicated(PLACE).any():
+        raise RequestError(f"{path} is damaged: a weight is there twice")
+    return sampled
+
 
 def _read_weights(path: Path) -> pd.DataFrame:
     weights = read_table(path, TOP_WEIGHTS)
     if not np.isfinite(weights[["value", "score"]].to_numpy()).all():
         raise RequestError(f"{path} is damaged: a value or a score is not a finite number")
-    if weights.duplicated(["parameter", "row", "col"]).any():
+    if weights.duplicated(PLACE).any():
         raise RequestError(f"{path} is damaged: a weight is there twice")
     return weights
 

@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from bridge.correlation import ALL, compare_metrics, top_against_random
+from bridge.correlation import ALL, compare_metrics, compare_metrics_on_weights, top_against_random
+from bridge.single_weights import SELECTION, weight_effects
 from bridge.wording import count, exp, measured, nats, number, p_value, perplexity, plural, rho, spread
 
 BASELINE = "magnitude"
@@ -24,6 +25,7 @@ class Evidence:
     correlations: pd.DataFrame
     top_weights: dict[str, pd.DataFrame]
     summaries: dict[str, pd.DataFrame]
+    sampled: pd.DataFrame | None = None
 
     @property
     def setting(self) -> tuple[str, int]:
@@ -51,6 +53,11 @@ class Evidence:
         table, (perturbation, k) = self.correlations, self.setting
         return table[(table["unit"] == "layers") & (table["perturbation"] == perturbation) & (table["k"] == k)]
 
+    def weight_correlations(self) -> pd.DataFrame:
+        """The rows of the unit weights under the first perturbation."""
+        table = self.correlations
+        return table[(table["unit"] == "weights") & (table["perturbation"] == self.setting[0])]
+
     def layer_effects(self, metric: str | None = None) -> pd.DataFrame:
         """Top against random over the single layers in the setting."""
         perturbation, k = self.setting
@@ -60,13 +67,18 @@ class Evidence:
 
 
 def summary_lines(found: Evidence) -> list[str]:
-    """The result in five lines: the setup, the weight, the top-K, the layer, the agreement."""
-    return [_setup(found), _weight(found), _global(found), _layer(found), _agreement(found)]
+    """The result in lines: the setup, the weight, the top-K, the layer, the agreement; that of single weights."""
+    return [_setup(found), _weight(found), _global(found), _layer(found), _agreement(found), *_single_weights(found)]
 
 
 def answer(found: Evidence) -> list[str]:
-    """Three sentences: is the top-K critical, where does it hurt most, do the scores predict it."""
-    return [_global(found), f"{_layer(found).rstrip('.')}; {_beaten(found)}", _verdict(found)]
+    """Sentences: is the top-K critical, where does it hurt most, do the scores predict it, and for single weights."""
+    return [
+        _global(found),
+        f"{_layer(found).rstrip('.')}; {_beaten(found)}",
+        _verdict(found),
+        *_single_weights(found),
+    ]
 
 
 def _setup(found: Evidence) -> str:
@@ -224,11 +236,33 @@ def _claim(row: pd.Series) -> str:
     return "the score orders the layers the wrong way round" if row["ci_high"] < 0 else "no agreement is shown"
 
 
+def _single_weights(found: Evidence) -> list[str]:
+    """Which metric ranks single weights best, and how the baseline does on the same ones; nothing if none were."""
+    rows = found.weight_correlations()
+    if rows.empty:
+        return []
+    measured_weights = plural(int(rows["n"].max()), "single weight")
+    ranked = rows.dropna(subset=["spearman"]).set_index("metric").sort_values("spearman", ascending=False)
+    if ranked.empty:
+        return [f"Over {measured_weights} no metric has a rank correlation ({rows.iloc[0]['note']})."]
+    best, others = ranked.index[0], list(ranked.index[1:])
+    other = BASELINE if BASELINE in others else next(iter(others), None)
+    claim = "ranks the size of the effect best" if ranked.loc[best, "ci_low"] > 0 else "is not shown to rank the effect"
+    text = f"Over {measured_weights}, {best} {claim}: Spearman's rho {rho_words(ranked.loc[best])}"
+    if other is None:
+        return [f"{text}; no other metric was scored on them." if len(rows) == 1 else f"{text}; no other has a rho."]
+    text += f"; {other} {rho_words(ranked.loc[other])}"
+    effects = weight_effects(found.measurements, found.sampled)
+    difference = compare_metrics_on_weights(effects, best, other, found.setting[0]) if len(effects) else None
+    return [f"{text} (difference {rho(*difference)})." if difference else f"{text}."]
+
+
 def setup_facts(found: Evidence) -> list[tuple[str, str]]:
     """Model, corpus and setting as name and value, for the head of the report."""
     model, corpus = (identity(found.discovery_manifest, part) for part in ("model", "corpus"))
     row = found.measurements.iloc[0]
-    sizes = ", ".join(map(str, sorted(set(found.measurements["k"]))))
+    sets = found.measurements[found.measurements["selection"] != SELECTION]
+    sizes = ", ".join(map(str, sorted(set(sets["k"]))))
     return [
         ("Model", f"{model.get('id') or row['model']} ({model.get('dtype', 'dtype unknown')})"),
         ("Parameters", count(model.get("n_parameters"))),

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from bridge.correlation import RANGE_NOTE, top_against_random
+from bridge.correlation import RANGE_NOTE, is_restricted, top_against_random
 from bridge.findings import BASELINE, Evidence, identity
 from bridge.ranks import ROUGH_POINTS
 from bridge.wording import number, plural
@@ -18,10 +18,16 @@ def limits(found: Evidence) -> list[str]:
 
 def _limits_of_layers(found: Evidence) -> list[str]:
     texts = []
+    n_weights = found.weight_correlations()["n"].max()
+    if n_weights > 0:
+        texts.append(
+            f"The {plural(int(n_weights), 'single weight')} are of those that the discovery sampled: of each parameter "
+            "the highest by each metric and random ones, not a random sample of all weights."
+        )
     n_layers = found.layer_effects()["target_layer"].nunique()
     if 0 < n_layers < ROUGH_POINTS:
         texts.append(f"Only {plural(n_layers, 'layer')} tested: the interval of rho is rough.")
-    if "control" not in set(found.targets["role"]):
+    if is_restricted(found.targets):
         texts.append(f"{RANGE_NOTE[0].upper()}{RANGE_NOTE[1:]}; layers from the whole range would be needed.")
     if len([m for m in found.metrics() if m != BASELINE]) > 1:
         texts.append(

@@ -11,6 +11,7 @@ from bridge import instrument
 from bridge.discovery import Discovery, choose_discovery
 from bridge.errors import RequestError
 from bridge.runs import check_output
+from bridge.single_weights import FILE, choose_weights
 from bridge.targets import choose_targets
 
 ALL = "ALL"  # as a TARGET_LAYER: all matrices of the model, so that the top-K there is the global one
@@ -30,6 +31,7 @@ class Options:
     seeds: Sequence[int] = (0, 1, 2)
     global_set: bool = True
     bottom: bool = False
+    single_weights: int = 0
     output: str | None = None
     experiment_id: str | None = None
     perturb_python: str | None = None
@@ -44,6 +46,7 @@ class Plan:
 
     discovery: Discovery
     targets: pd.DataFrame  # table TARGETS
+    single_weights: pd.DataFrame | None  # table TOP_WEIGHTS: perturbed one by one
     warnings: list[str]
     options: dict  # what decides the numbers, as it goes to the manifest
     identity: dict
@@ -72,6 +75,7 @@ def plan(options: Options) -> Plan:
         "selection": ["top", "random"] + ["bottom"] * options.bottom,
         "target_layers": targets["target_layer"].tolist() + [ALL] * options.global_set,
     }
+    single_weights, more_warnings = _single_weights(discovery, metrics[0], options.single_weights)
     if not chosen["target_layers"]:
         raise RequestError("no layer is to be measured: --layers 0, --control-layers 0 and --no-global-set")
     identity = {
@@ -80,10 +84,24 @@ def plan(options: Options) -> Plan:
         "corpus": discovery.corpus,
         "discovery": _hashes(discovery, metrics, weights),
     }
+    if single_weights is not None:
+        chosen["single_weights"] = len(single_weights)
+        identity["single_weights"] = hashlib.sha256(single_weights.to_csv(index=False).encode()).hexdigest()
+        identity["discovery"][FILE] = _hash(discovery.folder / FILE)
     flags = _model_flags(discovery, options) + _corpus_flags(discovery) + _measurement_flags(chosen, weights)
     command = [str(instrument.find_python(options.perturb_python)), str(instrument.SCRIPT), *flags]
     output = check_output(options.output or str(discovery.folder.parent))
-    return Plan(discovery, targets, warnings, chosen, identity, command, output)
+    warnings += more_warnings
+    return Plan(discovery, targets, single_weights, warnings, chosen, identity, command, output)
+
+
+def _single_weights(discovery: Discovery, metric: str, n: int) -> tuple[pd.DataFrame | None, list[str]]:
+    """The weights to perturb one by one, if any were asked for, and what to say of them."""
+    if n == 0:
+        return None, []
+    sampled = discovery.sampled()
+    warnings = [f"--single-weights {n}: the discovery sampled {len(sampled)}, all of them are taken"]
+    return choose_weights(sampled, metric, n), warnings if n > len(sampled) else []
 
 
 def _targets(discovery: Discovery, metrics: list[str], k: int, options: Options) -> tuple[pd.DataFrame, list[str]]:
@@ -113,12 +131,18 @@ def _hashes(discovery: Discovery, metrics: list[str], weights: dict[str, Path]) 
     used = [discovery.folder / "baseline.json", *weights.values()]
     for metric in metrics:
         used += [discovery.folder / f"layer_summary_{metric}.csv", discovery.path(metric, discovery.ks(metric)[0])]
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in used}
+    return {path.name: _hash(path) for path in used}
+
+
+def _hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _check_numbers(options: Options, ks: list[int]) -> None:
     batch_size = 1 if options.batch_size is None else options.batch_size
-    for flag, values, least in (("k", ks, 1), ("seeds", options.seeds, 0), ("batch-size", [batch_size], 1)):
+    numbers = {"k": (ks, 1), "seeds": (options.seeds, 0), "batch-size": ([batch_size], 1)}
+    numbers["single-weights"] = ([options.single_weights], 0)
+    for flag, (values, least) in numbers.items():
         if min(values) < least:
             raise RequestError(f"--{flag} must be at least {least}, not {min(values)}")
 

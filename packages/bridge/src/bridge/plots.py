@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from bridge.canvas import LIGHT, MARKERS, Theme, metric_order, plain, save, style, symlog
 from bridge.components import place_of
 from bridge.correlation import ALL, top_against_random
+from bridge.single_weights import sampled_metrics, weight_effects
 
 NATS_METRICS = frozenset({"grad_x_weight", "obd", "taylor2"})  # their score estimates the change itself
 MAX_ROWS = 40
@@ -51,7 +52,8 @@ def predicted_and_measured(
         panels = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
         for axes, metric in zip(panels, metrics, strict=False):
             _scatter(axes, tops[tops["selection"] == f"top_{metric}"], metric, theme)
-            axes.set_title(f"{plain(metric)}\n{_rho_title(correlations, metric, tops)}")
+            rho = _rho_title(correlations, "layers", metric, tops["perturbation"].iloc[0], tops["k"].iloc[0])
+            axes.set_title(f"{plain(metric)}\n{rho}")
         for axes in panels[len(metrics) :]:
             axes.set_visible(False)
         symlog(panels[0], "y", tops["delta_nll"].to_numpy(float), _noise(top_against_random(measurements)))
@@ -98,17 +100,69 @@ def _scatter(axes: Axes, points: pd.DataFrame, metric: str, theme: Theme) -> Non
         axes.plot(line, line, color=theme.quiet, linestyle="--", linewidth=1, label="equal", zorder=1)
 
 
-def _rho_title(correlations: pd.DataFrame, metric: str, points: pd.DataFrame) -> str:
+def _rho_title(correlations: pd.DataFrame, unit: str, metric: str, perturbation: str, k: int) -> str:
     row = correlations[
-        (correlations["unit"] == "layers")
+        (correlations["unit"] == unit)
         & (correlations["metric"] == metric)
-        & (correlations["perturbation"] == points["perturbation"].iloc[0])
-        & (correlations["k"] == points["k"].iloc[0])
+        & (correlations["perturbation"] == perturbation)
+        & (correlations["k"] == k)
     ]
     if row.empty or row["spearman"].isna().all():
         return "no rank correlation"
     row = row.iloc[0]
     return f"ρ = {row['spearman']:.2f} [{row['ci_low']:.2f}, {row['ci_high']:.2f}], n = {row['n']}".replace("-", "−")
+
+
+def single_weights(
+    measurements: pd.DataFrame,
+    sampled: pd.DataFrame | None,
+    correlations: pd.DataFrame,
+    path: Path,
+    theme: Theme = LIGHT,
+) -> Path | None:
+    """For each metric, the score of every single weight against the size of its measured effect."""
+    effects = weight_effects(measurements, sampled)
+    if effects.empty:
+        return None
+    perturbation = effects["perturbation"].iloc[0]
+    effects = effects[effects["perturbation"] == perturbation]
+    metrics = metric_order(pd.Series(sampled_metrics(sampled)))
+    with mpl.rc_context(style(theme)):
+        columns = min(3, len(metrics))
+        rows = -(-len(metrics) // columns)
+        figure = Figure(figsize=(8.4 if columns > 1 else 5.0, 3.0 * rows + 0.5), layout="constrained")
+        panels = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
+        for axes, metric in zip(panels, metrics, strict=False):
+            _weight_scatter(axes, effects, metric, perturbation, theme)
+            axes.set_title(f"{plain(metric)}\n{_rho_title(correlations, 'weights', metric, perturbation, 1)}")
+        for axes in panels[len(metrics) :]:
+            axes.set_visible(False)
+        figure.supylabel(f"size of the {_EFFECT}", fontsize=9)
+        figure.supxlabel("predicted: score of the weight", fontsize=9)
+        _legend(figure, panels[: len(metrics)])
+        return save(figure, path)
+
+
+def _weight_scatter(axes: Axes, effects: pd.DataFrame, metric: str, perturbation: str, theme: Theme) -> None:
+    x, y = _on_log_axis(effects[f"score_{metric}"]), _on_log_axis(effects["size"])
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    kinds = {"loss higher": effects["delta_nll"] > 0, "lower": effects["delta_nll"] <= 0}
+    for index, (label, chosen) in enumerate(kinds.items()):
+        look = {"color": theme.series[index], "marker": MARKERS[index], "markersize": 4, "label": label}
+        if chosen.any():
+            axes.plot(x[chosen], y[chosen], linestyle="none", alpha=0.8, **look)
+    if metric in NATS_METRICS and perturbation == "zero":
+        line = np.geomspace(max(x.min(), y.min()), max(x.max(), y.min()), 50)
+        axes.plot(line, line, color=theme.quiet, linestyle="--", linewidth=1, label="equal", zorder=1)
+
+
+def _on_log_axis(values: pd.Series) -> np.ndarray:
+    """Sizes as a logarithmic axis can show them: zero as half of the smallest, infinity as twice the largest."""
+    sizes = values.to_numpy(float)
+    shown = sizes[np.isfinite(sizes) & (sizes > 0)]
+    low, high = (shown.min(), shown.max()) if len(shown) else (1.0, 1.0)
+    return np.where(sizes > 0, np.minimum(sizes, 2 * high), low / 2)
 
 
 def effect_by_layer(measurements: pd.DataFrame, path: Path, theme: Theme = LIGHT) -> Path | None:

@@ -38,6 +38,10 @@ TOP_WEIGHTS = Table(
         "score": "float",
     },
 )
+SAMPLED_WEIGHTS = Table(
+    "sampled weights",
+    {"layer": "str", "parameter": "str", "row": "int", "col": "int?", "value": "float"},
+)  # followed by score_<metric> columns, one for each metric of the run
 LAYER_SUMMARY = Table(
     "layer summary",
     {"layer": "str", "parameter": "str", "n_weights": "int"}
@@ -48,7 +52,7 @@ MEASUREMENTS = Table(
     {
         "target_layer": "str",
         "parameter": "str",  # the parameters perturbed, joined by commas; ALL where they are many
-        "selection": "str",  # top_<metric>, bottom_<metric>, random
+        "selection": "str",  # top_<metric>, bottom_<metric>, random, weight (one weight alone)
         "perturbation": "str",
         "k": "int",
         "seed": "int?",
@@ -67,10 +71,17 @@ MEASUREMENTS = Table(
         "corpus_sha256": "str",
         "model": "str",
     },
-)
+)  # followed by row and col: the place of a weight that was perturbed alone, else empty
 TARGETS = Table(
     "targets",
-    {"target_layer": "str", "role": "str", "n_top": "int", "score_sum": "float", "score_rank": "int"},
+    {
+        "target_layer": "str",
+        "role": "str",  # top, control
+        "n_top": "int",
+        "score_sum": "float",
+        "score_rank": "int",
+        "n_layers": "int",  # from which the targets were chosen
+    },
 )
 CORRELATIONS = Table(
     "correlations",

@@ -44,6 +44,12 @@ METHOD = [
         "Spearman's ρ between score and effect over layers; interval by bootstrap over layers, p by permutation.",
     ),
 ]
+SINGLE_WEIGHTS = (
+    "Single weights",
+    "each perturbed alone, all metrics on the same ones; they are spread evenly over the first metric's rank among "
+    "those that the discovery sampled. A score is the size of a change, and taking one weight away may as well lower "
+    "the loss: the agreement is that of the score with the absolute change of loss.",
+)
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,7 @@ def write_report(
     correlations: pd.DataFrame,
     top_weights: dict[str, pd.DataFrame],
     summaries: dict[str, pd.DataFrame],
+    sampled: pd.DataFrame | None = None,
 ) -> list[str]:
     """Write report.html, report.md and plots/*.png into ``folder``.
 
@@ -89,13 +96,14 @@ def write_report(
         correlations: table CORRELATIONS.
         top_weights: for each metric its global top-K (table TOP_WEIGHTS).
         summaries: for each metric its table LAYER_SUMMARY.
+        sampled: table SAMPLED_WEIGHTS, where single weights were perturbed.
 
     Returns:
         Five plain lines: the setup, the most critical weight, the global top-K, the most damaging layer, the
-        agreement of score and effect.
+        agreement of score and effect. Where single weights were perturbed, a sixth: the agreement there.
     """
     found = Evidence(
-        validation_manifest, discovery_manifest, measurements, targets, correlations, top_weights, summaries
+        validation_manifest, discovery_manifest, measurements, targets, correlations, top_weights, summaries, sampled
     )
     lines = summary_lines(found)
     content = {
@@ -104,7 +112,7 @@ def write_report(
         "facts": setup_facts(found),
         "weight": lines[1],
         "sections": _sections(found, folder),
-        "method": METHOD,
+        "method": METHOD + [SINGLE_WEIGHTS] * (len(found.weight_correlations()) > 0),
         "metrics": _definitions(found),
         "limits": limits(found),
         "discovery_folder": str(discovery_folder),
@@ -180,6 +188,19 @@ def _sections(found: Evidence, folder: Path) -> list[Section]:
                     found.correlations,
                 ),
                 tables.correlations(found),
+            ),
+            Section(
+                "Single weights",
+                figure(
+                    "single_weights.png",
+                    "Each point is one weight, perturbed alone: its score against the size of the measured change of "
+                    "loss. On the dashed line both are equal. What is zero is drawn at the edge, half of the smallest.",
+                    plots.single_weights,
+                    measurements,
+                    found.sampled,
+                    found.correlations,
+                ),
+                tables.effects_of_weights(found),
             ),
             Section(
                 "Layer by layer",

@@ -6,9 +6,11 @@ import pandas as pd
 
 from bridge.correlation import ALL, ablation_curves, top_against_random
 from bridge.findings import Evidence, beaten_random, doing_to, perplexity_interval, weight_name
+from bridge.single_weights import sampled_metrics, weight_effects
 from bridge.wording import DASH, coefficient, count, measured, nats, number, p_value, perplexity, plural, rho, spread
 
 N_WEIGHTS_SHOWN = 10
+N_EFFECTS_SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -205,4 +207,24 @@ def single_weights(found: Evidence) -> list[TextTable]:
         ]
         title = f"The first {len(lines)} of {len(weights)} weights by {metric}"
         tables.append(TextTable(title, ["Weight", "Rank", "Value", "Score"], lines, folded=bool(tables)))
+    return tables
+
+
+def effects_of_weights(found: Evidence) -> list[TextTable]:
+    """What each single weight did, largest effect first, next to its scores; one table a perturbation."""
+    effects = weight_effects(found.measurements, found.sampled)
+    if effects.empty:
+        return []
+    metrics = sampled_metrics(found.sampled)
+    columns = ["Weight", "Value", "Change of loss, nats per token", *(f"Score by {metric}" for metric in metrics)]
+    tables = []
+    for perturbation, rows in effects.groupby("perturbation", sort=False):
+        first = rows.sort_values("size", ascending=False, kind="stable").head(N_EFFECTS_SHOWN)
+        lines = [
+            [weight_name(row), number(row["value"], 4), measured(*row[["delta_nll", "ci_low", "ci_high"]])]
+            + [number(row[f"score_{metric}"]) for metric in metrics]
+            for _, row in first.iterrows()
+        ]
+        title = f"{doing_to(perturbation)} one weight: the {len(first)} of largest effect among {len(rows)}"
+        tables.append(TextTable(title, columns, lines, folded=bool(tables)))
     return tables

@@ -28,7 +28,7 @@ def choose_targets(
 
     Returns:
         Table TARGETS: the top layers, best first, then the controls, highest score first. Fewer than asked
-        for where the model has no more.
+        for where the model has no more. Whether the layers left out restrict the range, ``n_layers`` tells.
 
     Raises:
         RequestError: a negative number of layers.
@@ -65,6 +65,7 @@ def _ranked(top_weights: pd.DataFrame, summary: pd.DataFrame) -> pd.DataFrame:
             "n_top": summary["parameter"].map(counts).fillna(0).astype("int64"),
             "score_sum": summary["score_sum"],
             "score_rank": summary["score_sum"].rank(ascending=False, method="first").astype("int64"),
+            "n_layers": len(summary),
         }
     ).reset_index(drop=True)
 

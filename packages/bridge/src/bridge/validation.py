@@ -8,11 +8,12 @@ from pathlib import Path
 import pandas as pd
 
 from bridge.correlation import correlate
-from bridge.discovery import Discovery, one_place, open_discovery
+from bridge.discovery import Discovery, one_place, open_discovery, read_sampled
 from bridge.errors import RequestError
 from bridge.records import CORRELATIONS, MEASUREMENTS, TARGETS, read_table, write_table
 from bridge.report import write_report
 from bridge.runs import find_runs, read_manifest
+from bridge.single_weights import FILE
 
 KIND = "validation"
 
@@ -38,9 +39,14 @@ class Validation:
         """The layers that were chosen: table TARGETS."""
         return read_table(self.folder / "targets.csv", TARGETS)
 
+    def sampled(self) -> pd.DataFrame | None:
+        """The sampled weights with the scores of all metrics, if single weights were perturbed."""
+        path = self.folder / FILE
+        return read_sampled(path, self.discovery.metrics()) if path.exists() else None
+
     def write_correlations(self, seed: int = 0) -> pd.DataFrame:
         """Compute ``correlations.csv`` from the measurements, write and return it."""
-        correlations = correlate(self.measurements(), seed=seed, targets=self.targets())
+        correlations = correlate(self.measurements(), seed, self.targets(), self.sampled())
         write_table(self.folder / "correlations.csv", correlations, CORRELATIONS)
         return correlations
 
@@ -57,6 +63,7 @@ class Validation:
             correlations=read_table(self.folder / "correlations.csv", CORRELATIONS),
             top_weights={metric: discovery.top_weights(metric, discovery.ks(metric)[0]) for metric in self.metrics},
             summaries={metric: discovery.summary(metric) for metric in self.metrics},
+            sampled=self.sampled(),
         )
 
 

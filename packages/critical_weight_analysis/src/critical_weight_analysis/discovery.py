@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 
+import pandas as pd
 from bridge.errors import RunError
 from torch import Tensor
 from torch.nn import Parameter
@@ -12,16 +13,25 @@ from transformers import PreTrainedModel
 from critical_weight_analysis import autograd, backward
 from critical_weight_analysis.metrics import FORMULAS, NEEDS, Sensitivity
 from critical_weight_analysis.ranking import Ranking
+from critical_weight_analysis.sample import N_HEAD, Sample, highest_few
 from critical_weight_analysis.summary import Summary
 
 
 @dataclass(frozen=True)
 class Discovery:
-    """What one pass leaves: the loss of every sequence, float64 (n,), and by metric a ranking and a summary."""
+    """What one pass leaves.
+
+    Attributes:
+        losses: of every sequence, float64 (n,).
+        rankings: by metric.
+        summaries: by metric.
+        sampled: a few weights of every parameter with the scores of all metrics, as rows of SAMPLED_WEIGHTS.
+    """
 
     losses: Tensor
     rankings: dict[str, Ranking]
     summaries: dict[str, Summary]
+    sampled: pd.DataFrame
 
 
 def engine_for(model: PreTrainedModel) -> ModuleType:
@@ -79,11 +89,15 @@ def discover(
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     rankings = {metric: Ranking(shapes, k, per_layer) for metric in metrics}
     summaries = {metric: Summary(list(shapes)) for metric in metrics}
+    sample = Sample(shapes, metrics)
     losses, stream = engine.sensitivities(model, sequences, list(parameters), needs, batch_size, progress)
     on_losses(losses)
     for sensitivity in stream:
+        highest = []
         for metric in metrics:
             scores = scores_of(metric, sensitivity)
             rankings[metric].update(sensitivity.name, sensitivity.weight, scores)
             summaries[metric].update(sensitivity.name, scores)
-    return Discovery(losses, rankings, summaries)
+            highest.append(highest_few(scores, N_HEAD))
+        sample.update(sensitivity, highest)
+    return Discovery(losses, rankings, summaries, sample.table())

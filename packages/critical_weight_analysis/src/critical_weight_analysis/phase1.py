@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from bridge import runs
 from bridge.errors import RequestError
-from bridge.records import LAYER_SUMMARY, TOP_WEIGHTS, write_json, write_table
+from bridge.records import LAYER_SUMMARY, SAMPLED_WEIGHTS, TOP_WEIGHTS, write_json, write_table
 from llm_perturb import models
 from llm_perturb.corpus import Corpus, CorpusOptions, read_texts, tokenize
 from llm_perturb.models import LoadedModel
@@ -223,6 +223,7 @@ def _write_tables(options: Options, found: Discovery, tops: Tops, folder: Path) 
         summary = found.summaries[metric].table(by_k)
         write_table(folder / f"layer_summary_{metric}.csv", summary, LAYER_SUMMARY)
         _log.info("%s: tables of the top %s written", metric, ", ".join(map(str, by_k)))
+    write_table(folder / "sampled_weights.csv", found.sampled, SAMPLED_WEIGHTS)
 
 
 def _write_plots(found: Discovery, tops: Tops, folder: Path) -> None:

@@ -1,0 +1,112 @@
+import pandas as pd
+import pytest
+import torch
+from bridge.records import SAMPLED_WEIGHTS, Table, read_table, write_table
+from critical_weight_analysis.discovery import discover, engine_for
+from critical_weight_analysis.metrics import FORMULAS, Sensitivity
+from critical_weight_analysis.ranking import top_indices
+from critical_weight_analysis.sample import N_HEAD, Sample, highest_few
+from llm_perturb.weights import in_scope
+from reference import naive_score, naive_sensitivities, naive_top
+
+METRICS = list(FORMULAS)
+
+
+def places(frame):
+    cols = [None if pd.isna(col) else int(col) for col in frame["col"]]
+    return list(zip(frame["parameter"], frame["row"], cols, strict=True))
+
+
+def sampled(weights: dict[str, torch.Tensor], metrics=("magnitude",), order=None) -> pd.DataFrame:
+    sample = Sample({name: tuple(weight.shape) for name, weight in weights.items()}, metrics)
+    for name in order or weights:
+        sensitivity = Sensitivity(name, weights[name])
+        sample.update(sensitivity, [highest_few(FORMULAS[metric](sensitivity), N_HEAD) for metric in metrics])
+    return sample.table()
+
+
+@pytest.mark.parametrize("size", [1, 7, 4095, 4096, 4097, 3 * 4096, 50_000])
+@pytest.mark.parametrize("n_levels", [1, 3, 10**6])
+def test_highest_few_are_the_first_of_the_full_order(size, n_levels):
+    scores = torch.randint(n_levels, (size,), generator=torch.Generator().manual_seed(size)).float()
+    for k in (1, 2, 10):
+        assert highest_few(scores, k).tolist() == top_indices(scores, k).tolist()
+
+
+@pytest.mark.parametrize("scope", ["matrices", "all"])
+def test_tops_of_every_metric_with_the_scores_of_all(model, sequences, scope):
+    parameters = in_scope(model, scope)
+    found = discover(engine_for(model), model, sequences, parameters, METRICS, 5).sampled
+    naive = naive_sensitivities(model, sequences)
+    scores = {metric: {name: naive_score(metric, naive, name) for name in parameters} for metric in METRICS}
+    here = places(found)
+    assert len(set(here)) == len(here)
+    assert here == sorted(here, key=lambda place: (list(parameters).index(place[0]), place[1], place[2] or 0))
+    for metric in METRICS:
+        tops = [naive_top({name: s}, 2) for name, s in scores[metric].items()] + [naive_top(scores[metric], N_HEAD)]
+        assert {line[:3] for top in tops for line in top} <= set(here)
+        expected = [scores[metric][name][row if col is None else (row, col)].item() for name, row, col in here]
+        assert found[f"score_{metric}"].tolist() == pytest.approx(expected, rel=1e-9)
+    per_parameter = found["parameter"].value_counts()
+    assert set(per_parameter.index) == set(parameters)
+    assert len(found) <= len(parameters) * (2 * len(METRICS) + 2) + N_HEAD * len(METRICS)
+    values = [parameters[name][row if col is None else (row, col)].item() for name, row, col in here]
+    assert found["value"].tolist() == values
+
+
+def test_scores_are_those_of_the_ranking_bit_for_bit(tiny_model, sequences):
+    model = tiny_model("neox", torch.float32)
+    found = discover(engine_for(model), model, sequences, in_scope(model), METRICS, 2)
+    keys = ["parameter", "row", "col"]
+    for metric in METRICS:
+        top = found.rankings[metric].top_per_layer(2)
+        both = top.merge(found.sampled, on=keys, suffixes=("", "_sampled"))
+        assert len(both) == len(top)
+        assert both["score"].tolist() == both[f"score_{metric}"].tolist()
+        assert both["value"].tolist() == both["value_sampled"].tolist()
+
+
+def test_two_of_each_parameter_are_drawn_and_depend_on_its_name_alone():
+    flat = {name: torch.ones(300, 200) for name in ("a.weight", "b.weight")}
+    drawn = sampled(flat)
+    rest = drawn[(drawn["row"] > 0) | (drawn["col"] >= N_HEAD)]  # of equal scores the first ones are the highest
+    by_name = {name: set(places(rows)) for name, rows in rest.groupby("parameter")}
+    assert {len(rows) for rows in by_name.values()} == {2}
+    assert len({place[1:] for rows in by_name.values() for place in rows}) == 4
+    alone = sampled({"b.weight": flat["b.weight"]})
+    assert by_name["b.weight"] <= set(places(alone))
+    assert sampled(flat, order=["b.weight", "a.weight"]).equals(drawn)
+
+
+def test_draws_are_spread_over_the_whole_parameter():
+    weights = {f"{n}.weight": torch.ones(10, 50) for n in range(200)}
+    drawn = sampled(weights)
+    drawn = drawn[(drawn["row"] > 0) | (drawn["col"] >= 2)]
+    assert set(drawn["row"]) == set(range(10))
+    flat = drawn["row"] * 50 + drawn["col"]
+    assert 200 < flat.mean() < 300
+
+
+def test_head_of_all_weights_may_lie_in_one_parameter():
+    weights = {"a.weight": torch.zeros(40, 40), "b.weight": 5 + torch.arange(1600.0).reshape(40, 40)}
+    found = sampled(weights)
+    head = {("b.weight", 39, col) for col in range(30, 40)}
+    assert head <= set(places(found))
+    assert len(found) <= 2 + 2 + N_HEAD + 2
+
+
+def test_parameters_of_few_weights_and_of_one_dimension():
+    found = sampled({"a.weight": torch.tensor([[2.0]]), "norm.weight": torch.tensor([1.0, -3.0, 0.5])})
+    assert places(found)[0] == ("a.weight", 0, 0)
+    vector = found[found["parameter"] == "norm.weight"]
+    assert vector["col"].isna().all() and vector["row"].tolist() == [0, 1, 2]
+    assert vector["value"].tolist() == [1.0, -3.0, 0.5]
+    assert found["layer"].tolist() == ["a", "norm", "norm", "norm"]
+
+
+def test_table_is_written_and_read_without_loss(tmp_path):
+    found = sampled({"a.weight": torch.randn(30, 30, generator=torch.Generator().manual_seed(1))})
+    path = tmp_path / "sampled_weights.csv"
+    write_table(path, found, SAMPLED_WEIGHTS)
+    table = Table("sampled weights", SAMPLED_WEIGHTS.columns | {"score_magnitude": "float"})
+    pd.testing.assert_frame_equal(read_table(path, table), found, check_dtype=False, rtol=0, atol=0)
