@@ -92,7 +92,7 @@ def single_weights(per_weight, perturbation):
     if per_weight:
         for weight in read_table(Path(per_weight), TOP_WEIGHTS).itertuples():
             for change in perturbation:
-                place = (weight.parameter, weight.row, weight.col)
+                place = (weight.parameter, int(weight.row), int(weight.col))
                 yield weight.layer, "weight", change, 1, None, place, weight.score
 
 

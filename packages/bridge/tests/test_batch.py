@@ -227,16 +227,24 @@ def test_single_weights_are_chosen_written_measured_and_correlated(tmp_path, out
     assert correlations["n"].tolist() == [12, 12]
     assert len(lines) == 7
     assert "Over 12 single weights, " in lines[6]
-    assert lines[6] in (folder / "report.md").read_text().replace("\\[", "[").replace("\\]", "]")
+    assert " ".join(lines[6].split()) in (folder / "report.md").read_text().replace("\\", "")
     identity = read_manifest(folder)["identity"]
     assert identity["options"]["single_weights"] == 12
     assert "sampled_weights.csv" in identity["discovery"]
 
 
+def test_single_weights_and_the_whole_model_without_layers(output, python):
+    lines = batch.validate(options(output, python, layers=0, control_layers=0, single_weights=5))
+    assert lines[4] == "No single layer was measured."
+    assert "Over 5 single weights" in lines[6]
+    assert not any("restricted" in note for note in pd.read_csv(output / "validation_v" / "correlations.csv")["note"])
+
+
 def test_other_single_weights_are_another_validation(output, python):
     identities = [plan(options(output, python, single_weights=n)).identity for n in (0, 5, 6)]
     path = output / "critical_analysis_1" / "sampled_weights.csv"
-    path.write_text(path.read_text().replace(",0.0,", ",0.5,"))
+    table = pd.read_csv(path)
+    table.assign(value=table["value"] + 1).to_csv(path, index=False)
     identities.append(plan(options(output, python, single_weights=6)).identity)
     assert identities[0].keys() == identities[1].keys() - {"single_weights"}
     assert len({identity.get("single_weights") for identity in identities}) == 4

@@ -137,7 +137,7 @@ def single_weights(
             axes.set_title(f"{plain(metric)}\n{_rho_title(correlations, 'weights', metric, perturbation, 1)}")
         for axes in panels[len(metrics) :]:
             axes.set_visible(False)
-        figure.supylabel(f"size of the {_EFFECT}", fontsize=9)
+        figure.supylabel("size of the change of loss (nats per token)", fontsize=9)
         figure.supxlabel("predicted: score of the weight", fontsize=9)
         _legend(figure, panels[: len(metrics)])
         return save(figure, path)
@@ -147,13 +147,14 @@ def _weight_scatter(axes: Axes, effects: pd.DataFrame, metric: str, perturbation
     x, y = _on_log_axis(effects[f"score_{metric}"]), _on_log_axis(effects["size"])
     axes.set_xscale("log")
     axes.set_yscale("log")
-    kinds = {"loss higher": effects["delta_nll"] > 0, "lower": effects["delta_nll"] <= 0}
+    kinds = {"loss higher": effects["delta_nll"] > 0, "loss lower": effects["delta_nll"] <= 0}
     for index, (label, chosen) in enumerate(kinds.items()):
         look = {"color": theme.series[index], "marker": MARKERS[index], "markersize": 4, "label": label}
         if chosen.any():
             axes.plot(x[chosen], y[chosen], linestyle="none", alpha=0.8, **look)
-    if metric in NATS_METRICS and perturbation == "zero":
-        line = np.geomspace(max(x.min(), y.min()), max(x.max(), y.min()), 50)
+    ends = max(x.min(), y.min()), min(x.max(), y.max())
+    if metric in NATS_METRICS and perturbation == "zero" and ends[0] < ends[1]:
+        line = np.geomspace(*ends, 50)
         axes.plot(line, line, color=theme.quiet, linestyle="--", linewidth=1, label="equal", zorder=1)
 
 

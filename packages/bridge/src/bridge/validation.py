@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from bridge.correlation import correlate
+from bridge.correlation import ALL, correlate
 from bridge.discovery import Discovery, one_place, open_discovery, read_sampled
 from bridge.errors import RequestError
 from bridge.records import CORRELATIONS, MEASUREMENTS, TARGETS, read_table, write_table
@@ -36,7 +36,9 @@ class Validation:
         return read_table(self.folder / "measurements.csv", MEASUREMENTS)
 
     def targets(self) -> pd.DataFrame:
-        """The layers that were chosen: table TARGETS."""
+        """The layers that were chosen: table TARGETS; no rows where only the whole model was perturbed."""
+        if self.manifest["identity"]["options"]["target_layers"] == [ALL]:
+            return pd.DataFrame(columns=list(TARGETS.columns))
         return read_table(self.folder / "targets.csv", TARGETS)
 
     def sampled(self) -> pd.DataFrame | None:

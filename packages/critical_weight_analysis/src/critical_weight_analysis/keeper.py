@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from torch import Tensor, nn
@@ -28,11 +27,8 @@ class Budget:
 
     @staticmethod
     def of(parameters: Iterable[nn.Parameter]) -> "Budget":
-        """Twice the bytes of the model, or a quarter of the memory that is free, whichever is less."""
-        parameters = list(parameters)
-        device = parameters[0].device
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-        return Budget(min(2 * sum(p.nbytes for p in parameters), free // 4))
+        """Half the bytes of the model: with the weights, little more than what the weights alone take."""
+        return Budget(sum(parameter.nbytes for parameter in parameters) // 2)
 
 
 class Keeper(TorchFunctionMode):

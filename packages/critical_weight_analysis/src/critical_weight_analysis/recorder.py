@@ -45,7 +45,7 @@ class Use:
     def keep_grad(self, grad: Tensor) -> None:
         """Called by autograd on the way back."""
         assert self.x._version == self.version, f"the input of {self.weight} was overwritten after its use"
-        self.grad = grad if self.grad is None else self.grad + grad
+        self.grad = grad
 
 
 @dataclass
