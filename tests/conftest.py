@@ -1,9 +1,10 @@
 import os
 import subprocess
+from importlib import resources
 from pathlib import Path
 
 import pytest
-from tiny_models import save_checkpoint
+from tiny_models import save_checkpoint, word_tokenizer
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ROOT / "packages"
@@ -12,12 +13,13 @@ HUB_MODELS = {"gpt2": "gpt2", "EleutherAI/pythia-410m": "neox", "EleutherAI/pyth
 
 def fill_hub_cache(home: Path) -> None:
     """Put random checkpoints where the hub's client looks for downloaded ones, under the names of real models."""
+    tokenizer = word_tokenizer(resources.files("llm_perturb").joinpath("data/eval_texts.txt").read_text())
     for seed, (name, family) in enumerate(HUB_MODELS.items()):
         place = home / "hub" / f"models--{name.replace('/', '--')}"
         commit = f"{seed:040x}"
         (place / "refs").mkdir(parents=True)
         (place / "refs" / "main").write_text(commit)
-        save_checkpoint(place / "snapshots" / commit, family, seed=seed)
+        save_checkpoint(place / "snapshots" / commit, family, seed=seed, tokenizer=tokenizer)
 
 
 @pytest.fixture(scope="session")

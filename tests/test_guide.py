@@ -120,10 +120,14 @@ def test_example_2_and_the_snippets(shell, workspace):
     assert done.returncode == 0, done.stderr[-2000:]
     outputs = workspace / "critical_weight_analysis" / "outputs"
     (top,) = outputs.glob("critical_analysis_*/top_50_weights_grad_x_weight.csv")
-    layer = pd.read_csv(top)["layer"][0]
+    layers = pd.read_csv(top)["layer"]
+    layer = layers[layers.str.startswith("gpt_neox.")].iloc[0]
     done = shell(ONE_LAYER.replace("[layer_from_critical_analysis]", layer), workspace)
     assert done.returncode == 0, done.stderr[-2000:]
     assert f"({layer}, top_grad_x_weight" in done.stdout
+    done = shell(ONE_LAYER.replace("[layer_from_critical_analysis]", "lm_head"), workspace)
+    assert done.returncode == 1, "the launcher's exit code"
+    assert "TARGET_LAYER 'lm_head' does not tell which model it is of" in done.stderr
     done = shell(SAME_SETUP, workspace)
     assert done.returncode == 0, done.stderr[-2000:]
     (latest,) = {path.parent for path in outputs.glob("*/top_100_weights_grad_x_weight.csv")}

@@ -17,7 +17,7 @@ import yaml
 from bridge.errors import RequestError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from llm_perturb.weights import named_parameters, tied_groups
+from llm_perturb.weights import ALL, named_parameters, tied_groups
 
 DType = Literal["float32", "bfloat16", "float16", "float64"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -45,14 +45,26 @@ def model_table() -> dict:
 
 
 def choose_name(name: str | None, target_layers: Sequence[str] = ()) -> str:
-    """The full name of the model to load: a given one, or the one that the first TARGET_LAYER speaks of."""
+    """The full name of the model to load: a given one, or the one that the first TARGET_LAYER speaks of.
+
+    Raises:
+        RequestError: a TARGET_LAYER that could be of any model, such as ``lm_head``, and no name.
+    """
     table = model_table()
     if name:
         full = table["short_names"].get(name.lower(), name)
         return str(Path(full).resolve()) if (Path(full) / "config.json").is_file() else full
-    family = target_layers[0].split(".")[0] if target_layers else ""
-    chosen = table["by_target_layer"].get(family, table["embedded"])
-    why = f"TARGET_LAYER begins with '{family}.'" if family in table["by_target_layer"] else "the embedded model"
+    family = target_layers[0].split(".")[0] if target_layers else ALL
+    if family == ALL:
+        chosen, why = table["embedded"], "the embedded model"
+    elif family in table["by_target_layer"]:
+        chosen, why = table["by_target_layer"][family], f"TARGET_LAYER begins with '{family}.'"
+    else:
+        known = ", ".join(f"'{family}.'" for family in table["by_target_layer"])
+        raise RequestError(
+            f"TARGET_LAYER '{target_layers[0]}' does not tell which model it is of (it begins with none of {known}); "
+            "name it with --model"
+        )
     print(f"MODEL: {chosen} (no --model given: {why})", flush=True)
     return chosen
 
