@@ -92,7 +92,8 @@ def perturb(
         output: where the run's folder is made.
         experiment_id: its name; give that of a killed run to resume it.
     """
-    targets = target_layer or [part for part in os.environ.get("TARGET_LAYER", "").split(",") if part]
+    targets = target_layer or os.environ.get("TARGET_LAYER", "").split(",")
+    targets = [part.strip() for part in targets if part.strip()]
     options = experiment.ModelOptions(model, revision, dtype, device, trust_remote_code)
     if list_layers:
         print(weights.table(options.load(targets).model))
@@ -100,7 +101,7 @@ def perturb(
     if min(k) < 1 or batch_size < 1:
         raise RequestError(f"--k and --batch-size must be at least 1, not {min(*k, batch_size)}")
     request = experiment.Request(
-        [part.strip() for part in targets], sorted(set(k)), list(selection), list(metric),
+        targets, sorted(set(k)), list(selection), list(metric),
         [Perturbation(kind, factor, sigma, bit, n_bits) for kind in perturbation], list(seeds), weights_csv or [],
         per_weight, rows or [], cols or [],
     )  # fmt: skip

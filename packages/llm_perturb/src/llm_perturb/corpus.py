@@ -95,7 +95,7 @@ def read_texts(options: CorpusOptions) -> Texts:
 
 def _read_lines(path: Path) -> list[str]:
     try:
-        return path.read_text(encoding="utf-8").split("\n")
+        return path.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise RequestError(f"--data-file {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:

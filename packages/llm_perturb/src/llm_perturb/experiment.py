@@ -119,6 +119,8 @@ def _make_plan(request: Request, loaded: LoadedModel) -> Plan:
         Target(layer, {name: named[name] for name in weights.match(loaded.model, layer)})
         for layer in dict.fromkeys(request.target_layers)
     ]
+    for perturbation in request.perturbations:
+        perturbation.check(loaded.model.dtype)
     changes = request.perturbations, request.seeds
     fixed = [
         condition
@@ -131,14 +133,10 @@ def _make_plan(request: Request, loaded: LoadedModel) -> Plan:
         targets = []
     if request.per_weight:
         fixed += single_weights(read_weight_list(request.per_weight, named), named, *changes)
-    for target in targets:
-        if max(request.k) > target.n_weights:
-            raise RequestError(f"--k {max(request.k)} is more than the {target.n_weights} weights of {target.layer}")
     lists = [read_weight_list(path, named) for path in request.weights_csv]
-    for weight_list in lists:
-        for target in targets:
-            weight_list.within(target, 1)
-    return Plan(targets, lists, request.k, request.selections, request.metrics, *changes, fixed)
+    plan = Plan(targets, lists, request.k, request.selections, request.metrics, *changes, fixed)
+    plan.check()
+    return plan
 
 
 def _identity(
@@ -170,7 +168,7 @@ def _run(run: Run, plan: Plan, loaded: LoadedModel, corpus: Corpus, batch_size: 
             run.warn(f"{len(corpus.sequences)} sequences are too few for an interval; ci_low and ci_high are empty")
     if len({tuple(losses) for losses in processes.gather(baseline.tolist())}) > 1:
         raise RunError("the processes do not agree on the baseline; do they run on different hardware?")
-    finished = {record["key"] for record in run.records()}
+    finished = processes.once(lambda: _finished(run, perplexity))
     shells = [shell for shell in share(plan.shells(), processes.rank, processes.world) if shell.key not in finished]
     todo = choose_weights(plan, shells, loaded.model, corpus)
     bar = tqdm(
@@ -192,6 +190,17 @@ def _run(run: Run, plan: Plan, loaded: LoadedModel, corpus: Corpus, batch_size: 
     processes.gather(len(todo))
     if processes.first:
         _finish(run, plan, baseline, corpus)
+
+
+def _finished(run: Run, perplexity: Perplexity) -> set[str]:
+    """The keys of the conditions that an earlier, killed run of the same request has measured."""
+    records = run.records()
+    if any(record["row"]["baseline_nll"] != perplexity.nll for record in records):
+        raise RequestError(
+            f"{run.folder} was begun where the arithmetic rounds otherwise (another device or number of threads); "
+            "go on there, or choose another --experiment-id"
+        )
+    return {record["key"] for record in records}
 
 
 def _finish(run: Run, plan: Plan, baseline: Tensor, corpus: Corpus) -> None:

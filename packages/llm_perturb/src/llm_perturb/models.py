@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 import yaml
 from bridge.errors import RequestError
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_perturb.weights import ALL, named_parameters, tied_groups
@@ -92,7 +93,7 @@ def load(
         model, info = AutoModelForCausalLM.from_pretrained(
             source, dtype=DTYPES[dtype], output_loading_info=True, **options
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise RequestError(
             f"model '{name}' cannot be loaded (a hub id needs the network or a filled cache): {reason}"
@@ -131,10 +132,12 @@ def check_device(device: str) -> torch.device:
 def _revision(model: PreTrainedModel, source: str, name: str) -> str | None:
     """The hub's commit, or for a local checkpoint a hash of its weight files."""
     if Path(source).is_dir():
-        return (
-            Path(source).name if name != source else "local-" + _hash_files(sorted(Path(source).glob("*.safetensors")))
-        )
+        return Path(source).name if name != source else "local-" + _hash_files(_weight_files(Path(source)))
     return getattr(model.config, "_commit_hash", None)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    return sorted(path for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern))
 
 
 def _hash_files(files: list[Path]) -> str:

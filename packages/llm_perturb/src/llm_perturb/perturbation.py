@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from bridge.errors import RunError
+from bridge.errors import RequestError, RunError
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -50,6 +50,20 @@ class Perturbation:
             return self.kind
         return f"{self.kind}({'exponent' if number[self.kind] is None else number[self.kind]})"
 
+    def check(self, dtype: torch.dtype) -> None:
+        """Refuse numbers that mean nothing for weights of this dtype.
+
+        Raises:
+            RequestError: no such bit, or a grid without steps.
+        """
+        width = dtype.itemsize * 8
+        if self.kind == "bit_flip" and self.bit is not None and not 0 <= self.bit < width:
+            raise RequestError(f"--bit {self.bit}: the bits of a weight in {dtype} are numbered 0 to {width - 1}")
+        if self.kind == "quantize" and not 2 <= self.n_bits <= 16:
+            raise RequestError(f"--n-bits must be 2 to 16, not {self.n_bits}")
+        if self.kind == "gaussian_noise" and self.sigma <= 0:
+            raise RequestError(f"--sigma must be above 0, not {self.sigma}")
+
     def new_values(self, tensor: Tensor, index: Tensor, transposed: bool, rng: np.random.Generator) -> Tensor:
         """What the weights of ``tensor`` at the flat ``index`` (m,) become: (m,), same dtype.
 
@@ -85,7 +99,7 @@ def flip_bit(values: Tensor, bit: int | None) -> Tensor:
     """A true flip of one bit of the stored dtype.
 
     The highest bit of the exponent is clear for |θ| < 2 and set from there on: flipping it makes a small
-    weight enormous, and a weight that is already large tiny.
+    weight enormous, one of 1 or more infinite or not a number, and one of 2 or more tiny.
     """
     width = values.element_size() * 8
     bit = width - 2 if bit is None else bit

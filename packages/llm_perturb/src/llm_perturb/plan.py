@@ -53,14 +53,35 @@ class Plan:
     def shells(self) -> list[Condition]:
         """All conditions in the order of the table; those that select a set of a target have no weights yet."""
         nothing = torch.empty(0, dtype=torch.int64)
-        return [
+        sets = [
             Condition(target, label, perturbation, k, seed, nothing)
             for target in self.targets
             for label in self.labels()
             for perturbation in self.perturbations
             for k in self.ks
             for seed in seeds_of(label, perturbation, self.seeds)
-        ] + self.fixed
+        ]
+        return list({condition.key: condition for condition in [*sets, *self.fixed]}.values())  # each once
+
+    def check(self) -> None:
+        """Refuse what could only fail after hours.
+
+        Raises:
+            RequestError: two lists of one name, a target that has no such list's weight or too few weights.
+        """
+        labels = [csv_label(weight_list.path) for weight_list in self.lists]
+        for label in labels:
+            if labels.count(label) > 1:
+                raise RequestError(f"--weights-csv has two files of {label}; their rows could not be told apart")
+        n_sets = len(labels or self.metrics) + bool({"random", "matched"} & set(self.selections))
+        for target in self.targets:
+            if max(self.ks) * n_sets > target.n_weights:
+                raise RequestError(
+                    f"--k {max(self.ks)} is too many for {target.layer}: {n_sets} sets (tops, and a control outside of "
+                    f"them) may need {max(self.ks) * n_sets} weights, and it has {target.n_weights}"
+                )
+            for weight_list in self.lists:
+                weight_list.within(target, 1)
 
 
 def seeds_of(label: str, perturbation: Perturbation, seeds: list[int]) -> Sequence[int | None]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from llm_perturb.head import is_plain
 from llm_perturb.perplexity import batch_losses, batches
 
 
@@ -38,6 +39,7 @@ class Restart:
 
     def __init__(self, model: PreTrainedModel, sequences: list[Tensor], batch_size: int = 1) -> None:
         self.model, self.sequences = model, sequences
+        is_plain(model)  # its trial must not run while a pass is being watched
         self.batches = batches(sequences, batch_size)
         self.path, self.layers = decoder_layers(model) or ("", nn.ModuleList())
         self.boundary = 0  # the first layer that runs

@@ -32,8 +32,8 @@ def target_scores(
         RunError: a score is not finite; names the parameter.
     """
     weights = {name: p.detach().to(torch.promote_types(p.dtype, torch.float32)) for name, p in parameters.items()}
-    if set(metrics) == {"magnitude"}:
-        return {"magnitude": {name: weight.abs() for name, weight in weights.items()}}
+    if set(metrics) == {"magnitude"}:  # no pass over the corpus
+        return {"magnitude": {name: _finite("magnitude", name, weight.abs()) for name, weight in weights.items()}}
     grad = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     square = {name: torch.zeros_like(weight) for name, weight in weights.items()}  # Σ (dL_i/dθ)²
     square_sum = {name: torch.zeros_like(weight) for name, weight in weights.items()}  # Σ (dS_i/dθ)²
@@ -64,9 +64,13 @@ def target_scores(
             "magnitude": lambda weight=weight: weight.abs(),
         }
         for metric in metrics:
-            scores[metric][name] = formulas[metric]()
-            if not scores[metric][name].isfinite().all():
-                raise RunError(f"the score {metric} of {name} is not finite; try --dtype float32")
+            scores[metric][name] = _finite(metric, name, formulas[metric]())
+    return scores
+
+
+def _finite(metric: str, name: str, scores: Tensor) -> Tensor:
+    if not scores.isfinite().all():
+        raise RunError(f"the score {metric} of {name} is not finite; try --dtype float32")
     return scores
 
 

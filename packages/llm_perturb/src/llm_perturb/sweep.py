@@ -91,6 +91,7 @@ def sweep(
         if depth != restart.boundary:
             restart.move_to(depth)
             _check_same(_apply(model, condition, restart, no_op=True).losses, baseline, "a change of nothing")
+        _check_own(model, condition.target)
         outcome = _apply(model, condition, restart)
         if outcome.n_changed == 0 and condition.selection.startswith("top_"):
             raise RunError(
@@ -113,6 +114,13 @@ def _apply(model: PreTrainedModel, condition: Condition, restart: Restart, no_op
 
     with perturbed(target.parameters, target.split(condition.positions), new_values) as n_changed:
         return Outcome(condition, restart.losses(), n_changed)
+
+
+def _check_own(model: PreTrainedModel, target: Target) -> None:
+    """The tensors to be written to must be those that the model computes with."""
+    for name, parameter in target.parameters.items():
+        if model.get_parameter(name) is not parameter:
+            raise RunError(f"{name} is not the tensor of the model that is measured, so no change of it would count")
 
 
 def _check_same(losses: Tensor, baseline: Tensor, what: str) -> None:

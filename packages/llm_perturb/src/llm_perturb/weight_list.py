@@ -69,6 +69,9 @@ def read_weight_list(path: str, model_parameters: dict[str, Parameter]) -> Weigh
             raise RequestError(f"{path}, line {rows.index[0] + 2}: the model has no parameter '{name}'")
         parameter = model_parameters[name]
         n_columns = parameter[0].numel() if parameter.ndim > 1 else 1
+        if rows["col"].isna().any() and parameter.ndim > 1:
+            line = rows.index[rows["col"].isna().to_numpy().argmax()] + 2
+            raise RequestError(f"{path}, line {line}: {name} is a matrix, and the row has no col")
         row, col = rows["row"].to_numpy(), rows["col"].fillna(0).to_numpy(dtype=np.int64)
         outside = (row < 0) | (row >= parameter.shape[0]) | (col < 0) | (col >= n_columns)
         if outside.any():
