@@ -38,7 +38,7 @@ def test_validation_measures_layers_and_the_global_set(results):
 
 def test_validation_writes_a_report_and_says_where(results):
     validation, said = results
-    assert str(validation / "report.html") in said
+    assert f"{validation.name}/report.html" in said
     assert (validation / "report.html").read_text().count("<img") >= 2
     correlations = pd.read_csv(validation / "correlations.csv")
     layers = correlations.query("unit == 'layers'")
