@@ -44,7 +44,7 @@ def offline(monkeypatch):
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
     """A tiny GPT-NeoX with a tokenizer of 50 words, saved as any checkpoint is."""
-    from conftest import build
+    from tiny_models import build
 
     folder = tmp_path_factory.mktemp("checkpoint")
     build("neox", torch.float32).save_pretrained(folder)

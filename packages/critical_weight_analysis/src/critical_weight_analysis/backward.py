@@ -117,7 +117,7 @@ def _backward(
         lengths: T_i.
         bar: shows the layer.
     """
-    for name in outside.keys() - structure.before:
+    for name in [name for name in outside if name not in structure.before]:
         yield outside.pop(name).finish()
     for layer in reversed(structure.layers):
         if not outside and not any(wanted.values()):
