@@ -102,6 +102,9 @@ def load(
     if absent:
         raise RequestError(f"the checkpoint of '{name}' lacks weights that the model needs: {', '.join(absent[:5])}")
     model.eval().requires_grad_(False).to(place)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding):
+            module.padding_idx = None  # changes no result, but leaves the gradient of that row out
     facts = {
         "id": name,
         "revision": _revision(model, source, name),
