@@ -3,11 +3,10 @@
 
     python phase1_runner.py --model EleutherAI/pythia-2.8b --metric grad_x_weight grad_squared --topk 100 500 \
       --eval-limit 100 --output discovery_results/
-    python phase1_runner.py --model pythia-2.8b --metric grad_x_weight --topk 50
+    python phase1_runner.py --model pythia-2.8b --metric grad_x_weight --topk 50 --stability 3
     python phase1_runner.py --eval-limit 20        # the embedded model, without a network
 
-Writes <output>/critical_analysis_<id>/: top_<k>_weights_<metric>.csv, top_<k>_per_layer_<metric>.csv,
-layer_summary_<metric>.csv, baseline.json, manifest.json, analysis.log and plots/.
+Writes <output>/critical_analysis_<id>/: CSVs of top, bottom and random weights and of all layers, plots, a manifest.
 """
 
 from bridge import argv
@@ -39,6 +38,7 @@ def phase1(
     baseline: str | None = None,
     experiment_id: str | None = None,
     seed: int = 0,
+    stability: int = 0,
     save_plots: bool = True,
     trust_remote_code: bool = False,
 ) -> None:
@@ -67,9 +67,10 @@ def phase1(
         mode: global, the top-K of all weights; per_layer, of each parameter.
         baseline: a baseline.json of run_baseline.py; stop if this run's setup or loss differs from it.
         experiment_id: the name of the run's folder after critical_analysis_; the time if left out.
-        seed: for models with random parts; the metrics have none.
+        seed: of the random control list and of the halves of --stability; the metrics draw nothing.
+        stability: how many times to discover two random halves of the corpus and compare; one more pass each.
         save_plots: whether to draw the plots; --no-save-plots for none.
-        trust_remote_code: run the code that comes with the model.
+        trust_remote_code: run the model's own code.
     """
     run(Options(**locals()))
 

@@ -129,3 +129,14 @@ def test_a_parameter_twice_is_a_mistake():
     result = ranked(random_scores(3), 2)
     with pytest.raises(AssertionError, match=r"a\.weight came twice"):
         result.update("a.weight", torch.zeros(6, 5), torch.zeros(6, 5))
+
+
+@pytest.mark.parametrize("k", [1, 3, 10, 40])
+@pytest.mark.parametrize("n_high", [0, 2, 5, 3000])
+def test_top_indices_where_one_score_is_nearly_everywhere(chunk, k, n_high):
+    generator = torch.Generator().manual_seed(k + n_high)
+    scores = torch.zeros(20_000)
+    scores[torch.randperm(20_000, generator=generator)[:n_high]] = 1 + torch.rand(n_high, generator=generator)
+    scores[::7] = scores[::7] - 1
+    order = sorted(range(20_000), key=lambda i: (-scores[i].item(), i))
+    assert top_indices(scores, k).tolist() == order[:k]

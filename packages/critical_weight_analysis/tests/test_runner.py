@@ -15,6 +15,7 @@ from bridge import argv
 from bridge.records import LAYER_SUMMARY, TOP_WEIGHTS, read_table
 from bridge.runs import open_run, read_manifest
 from critical_weight_analysis.phase1 import Options
+from critical_weight_analysis.stability import STABILITY
 from llm_perturb import models
 from llm_perturb.perplexity import sequence_losses
 from reference import naive_score, naive_sensitivities, naive_top
@@ -106,11 +107,13 @@ def test_every_file_is_there_and_no_other(finished):
         for metric in ("grad_x_weight", "grad_squared")
         for name in (
             *(f"top_{k}_{kind}_{metric}.csv" for k in (20, 100) for kind in ("weights", "per_layer")),
+            *(f"bottom_{k}_weights_{metric}.csv" for k in (20, 100)),
             f"layer_summary_{metric}.csv",
         )
     ]
     found = {path.name for path in folder.iterdir()} - {".lock"}
-    assert found == {*tables, "sampled_weights.csv", "baseline.json", "manifest.json", "analysis.log", "plots"}
+    tables += ["random_20_weights.csv", "random_100_weights.csv", "sampled_weights.csv"]
+    assert found == {*tables, "baseline.json", "manifest.json", "analysis.log", "plots"}
     assert len(list((folder / "plots").glob("*.png"))) == 5
 
 
@@ -134,6 +137,22 @@ def test_tables_hold_the_full_sort(finished, naive, metric):
     assert list(summary) == [*LAYER_SUMMARY.columns, "in_top_20", "in_top_100"]
     assert summary["parameter"].tolist() == list(scores)
     assert summary["score_sum"].tolist() == pytest.approx([s.sum().item() for s in scores.values()], rel=1e-4)
+
+
+@pytest.mark.parametrize("metric", ["grad_x_weight", "grad_squared"])
+def test_controls_are_not_in_any_top(finished, naive, metric):
+    folder, _ = finished
+    sums, _ = naive
+    scores = {name: -naive_score(metric, sums, name) for name, weight in sums.weight.items() if weight.ndim >= 2}
+    keys = ["parameter", "row", "col"]
+    for k in (20, 100):
+        bottom = read_table(folder / f"bottom_{k}_weights_{metric}.csv", TOP_WEIGHTS)
+        expected = [-line[3] for line in naive_top(scores, k)]
+        assert bottom["score"].tolist() == pytest.approx(expected, rel=1e-3, abs=1e-12)
+        random = read_table(folder / f"random_{k}_weights.csv", TOP_WEIGHTS)
+        assert random["rank"].tolist() == list(range(1, k + 1))
+        top = read_table(folder / f"top_100_weights_{metric}.csv", TOP_WEIGHTS)
+        assert random.merge(top, on=keys).empty and bottom.merge(top, on=keys).empty
 
 
 def test_values_come_back_bit_for_bit(finished, naive):
@@ -207,7 +226,8 @@ def test_only_what_the_mode_names(checkpoint, texts, tmp_path):
         assert phase1(*flags(checkpoint, texts, tmp_path, *common, "--mode", mode, "--experiment-id", mode)) == 0
     tables = lambda mode: {path.name for path in (tmp_path / f"critical_analysis_{mode}").glob("*.csv")}  # noqa: E731
     always = {"layer_summary_magnitude.csv", "sampled_weights.csv"}
-    assert tables("global") == {"top_3_weights_magnitude.csv", *always}
+    control = {"bottom_3_weights_magnitude.csv", "random_3_weights.csv"}
+    assert tables("global") == {"top_3_weights_magnitude.csv", *control, *always}
     assert tables("per_layer") == {"top_3_per_layer_magnitude.csv", *always}
     within = read_table(tmp_path / "critical_analysis_per_layer" / "top_3_per_layer_magnitude.csv", TOP_WEIGHTS)
     assert within.loc[within["parameter"].str.endswith("bias"), "col"].isna().all()
@@ -246,9 +266,22 @@ def test_a_failed_run_says_so_and_can_be_begun_again(checkpoint, texts, tmp_path
     assert manifest["status"] == "complete" and manifest["error"] is None
 
 
+def test_stability_announces_its_cost_and_writes_a_table_and_a_picture(checkpoint, texts, tmp_path):
+    more = ["--topk", 5, 20, "--metric", "grad_x_weight", "magnitude", "--stability", 2, "--experiment-id", "one"]
+    assert phase1(*flags(checkpoint, texts, tmp_path, *more)) == 0
+    folder = tmp_path / "critical_analysis_one"
+    table = read_table(folder / "stability.csv", STABILITY)
+    assert table["kind"].value_counts().to_dict() == {"halves": 8, "seeds": 4, "metrics": 2}
+    assert (folder / "plots" / "stability.png").exists()
+    log = (folder / "analysis.log").read_text()
+    assert log.index("costs 2 more passes") < log.index("grad_x_weight, top 20: mean Jaccard overlap of two halves")
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        (["--stability", -1], "--stability must be at least 0, not -1"),
+        (["--stability", 1, "--eval-limit", 3], "--stability needs at least 4 sequences to halve, the corpus has 3"),
         (["--topk", 0], "--topk must be at least 1, not 0"),
         (["--topk", 10, -3], "--topk must be at least 1, not -3"),
         (["--topk", 10**6], "--topk 1000000 is more than the"),

@@ -11,6 +11,7 @@ from torch.nn import Parameter
 from transformers import PreTrainedModel
 
 from critical_weight_analysis import autograd, backward
+from critical_weight_analysis.controls import Controls
 from critical_weight_analysis.metrics import FORMULAS, NEEDS, Sensitivity
 from critical_weight_analysis.ranking import Ranking
 from critical_weight_analysis.sample import N_HEAD, Sample, highest_few
@@ -25,12 +26,14 @@ class Discovery:
         losses: of every sequence, float64 (n,).
         rankings: by metric.
         summaries: by metric.
+        controls: random weights and those of the lowest scores.
         sampled: a few weights of every parameter with the scores of all metrics, as rows of SAMPLED_WEIGHTS.
     """
 
     losses: Tensor
     rankings: dict[str, Ranking]
     summaries: dict[str, Summary]
+    controls: Controls
     sampled: pd.DataFrame
 
 
@@ -67,6 +70,7 @@ def discover(
     batch_size: int = 1,
     progress: bool = False,
     on_losses: Callable[[Tensor], None] = lambda losses: None,
+    seed: int = 0,
 ) -> Discovery:
     """Score every weight of the parameters. The scores of one parameter exist at a time.
 
@@ -81,6 +85,7 @@ def discover(
         batch_size: sequences at a time, where the engine can.
         progress: whether to show bars on stderr.
         on_losses: called with the losses before the first score is taken; may raise to stop.
+        seed: of the random control list.
 
     Raises:
         RunError: a loss or a score is not finite.
@@ -89,6 +94,7 @@ def discover(
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     rankings = {metric: Ranking(shapes, k, per_layer) for metric in metrics}
     summaries = {metric: Summary(list(shapes)) for metric in metrics}
+    controls = Controls(shapes, metrics, k, seed)
     sample = Sample(shapes, metrics)
     losses, stream = engine.sensitivities(model, sequences, list(parameters), needs, batch_size, progress)
     on_losses(losses)
@@ -98,6 +104,7 @@ def discover(
             scores = scores_of(metric, sensitivity)
             rankings[metric].update(sensitivity.name, sensitivity.weight, scores)
             summaries[metric].update(sensitivity.name, scores)
+            controls.update(metric, sensitivity, scores)
             highest.append(highest_few(scores, N_HEAD))
         sample.update(sensitivity, highest)
-    return Discovery(losses, rankings, summaries, sample.table())
+    return Discovery(losses, rankings, summaries, controls, sample.table())

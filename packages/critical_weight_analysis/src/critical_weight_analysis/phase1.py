@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Literal
 
 import pandas as pd
@@ -19,7 +20,7 @@ from llm_perturb.weights import in_scope
 from torch import Tensor
 from torch.nn import Parameter
 
-from critical_weight_analysis import baseline, plots
+from critical_weight_analysis import baseline, plots, stability
 from critical_weight_analysis.discovery import Discovery, discover, engine_for
 from critical_weight_analysis.metrics import FORMULAS
 
@@ -32,7 +33,7 @@ Tops = dict[str, dict[int, pd.DataFrame]]  # metric -> K -> the global top-K
 
 KIND = "critical_analysis"
 _ROWS_SHOWN = 5
-_NOT_IDENTITY = {"batch_size", "device", "output", "baseline", "experiment_id", "seed", "save_plots"}
+_NOT_IDENTITY = {"batch_size", "device", "output", "baseline", "experiment_id", "save_plots"}
 _log = logging.getLogger("critical_weight_analysis")
 
 
@@ -63,6 +64,7 @@ class Options:
     baseline: str | None
     experiment_id: str | None
     seed: int
+    stability: int
     save_plots: bool
     trust_remote_code: bool
 
@@ -75,6 +77,9 @@ class Options:
         for flag, numbers in {"--topk": self.topk, "--batch-size": [self.batch_size]}.items():
             if min(numbers) < 1:
                 raise RequestError(f"{flag} must be at least 1, not {min(numbers)}")
+        for flag, number in {"--stability": self.stability, "--seed": self.seed}.items():
+            if number < 0:
+                raise RequestError(f"{flag} must be at least 0, not {number}")
         unique = {name: list(dict.fromkeys(getattr(self, name))) for name in ("metric", "mode", "include", "exclude")}
         paths = {"data_file": self.data_file and str(Path(self.data_file).absolute())}
         if self.dataset and Path(self.dataset).exists():
@@ -132,11 +137,14 @@ def run(options: Options) -> None:
             batch_size=request.options.batch_size,
             progress=True,
             on_losses=lambda losses: _record_baseline(request, losses, opened.folder),
+            seed=request.options.seed,
         )
         tops = {m: {k: ranking.top(k) for k in request.options.topk} for m, ranking in found.rankings.items()}
         _write_tables(request.options, found, tops, opened.folder)
         if request.options.save_plots:
             _write_plots(found, tops, opened.folder / "plots")
+        if request.options.stability:
+            _measure_stability(engine, request, found, opened.folder)
     _say(opened.folder, tops)
 
 
@@ -162,6 +170,11 @@ def prepare(options: Options) -> Request:
     request = Request(options, output, loaded, corpus, parameters, expected)
     if options.topk[-1] > request.n_weights:
         raise RequestError(f"--topk {options.topk[-1]} is more than the {request.n_weights} weights in scope")
+    if options.stability and len(corpus.sequences) < stability.MIN_SEQUENCES:
+        raise RequestError(
+            f"--stability needs at least {stability.MIN_SEQUENCES} sequences to halve, the corpus has "
+            f"{len(corpus.sequences)}"
+        )
     if expected:
         baseline.check_same(expected, baseline.setup(loaded, corpus), options.baseline)
     return request
@@ -223,6 +236,15 @@ def _write_tables(options: Options, found: Discovery, tops: Tops, folder: Path) 
         summary = found.summaries[metric].table(by_k)
         write_table(folder / f"layer_summary_{metric}.csv", summary, LAYER_SUMMARY)
         _log.info("%s: tables of the top %s written", metric, ", ".join(map(str, by_k)))
+        for k in by_k if "global" in options.mode else ():
+            bottom = found.controls.bottom(metric, k)
+            write_table(folder / f"bottom_{k}_weights_{metric}.csv", bottom, TOP_WEIGHTS)
+    for k in options.topk if "global" in options.mode else ():
+        random = found.controls.random(k, found.rankings.values())
+        if len(random) < k:
+            _log.warning("only %d weights lie outside of every top-K for random_%d_weights.csv", len(random), k)
+        if len(random):
+            write_table(folder / f"random_{k}_weights.csv", random, TOP_WEIGHTS)
     write_table(folder / "sampled_weights.csv", found.sampled, SAMPLED_WEIGHTS)
 
 
@@ -233,6 +255,31 @@ def _write_plots(found: Discovery, tops: Tops, folder: Path) -> None:
         for k in by_k:
             plots.plot_heat_map(summary, k, metric, folder / f"top_{k}_by_layer_{metric}.png")
     plots.plot_scores_by_rank({metric: by_k[max(by_k)] for metric, by_k in tops.items()}, folder / "score_by_rank.png")
+
+
+def _measure_stability(engine: ModuleType, request: Request, found: Discovery, folder: Path) -> None:
+    options, n = request.options, request.options.stability
+    _log.info("stability: %d times two halves of the corpus, which costs %d more passes over it", n, n)
+    splits = stability.discover_halves(
+        engine,
+        request.loaded.model,
+        request.corpus.sequences,
+        request.parameters,
+        options.metric,
+        options.topk[-1],
+        n,
+        seed=options.seed,
+        batch_size=options.batch_size,
+        progress=True,
+    )
+    table = stability.table(found.rankings, list(splits), options.topk, request.n_weights)
+    write_table(folder / "stability.csv", table, stability.STABILITY)
+    for (metric, k), rows in table[table["kind"] == "halves"].groupby(["metric", "k"], sort=False):
+        words = metric, k, rows["jaccard"].mean(), rows["jaccard_chance"].iloc[0]
+        _log.info("stability: %s, top %d: mean Jaccard overlap of two halves %.3f (chance %.2g)", *words)
+    if options.save_plots:
+        (folder / "plots").mkdir(exist_ok=True)
+        plots.plot_stability(table, folder / "plots" / "stability.png")
 
 
 def _say(folder: Path, tops: Tops) -> None:

@@ -1,4 +1,4 @@
-"""Two pictures of a ranking: where in the model the top weights sit, and how fast the scores fall."""
+"""Pictures of rankings: where in the model the top weights sit, how fast the scores fall, how stable both are."""
 
 import re
 from pathlib import Path
@@ -66,6 +66,26 @@ def plot_scores_by_rank(tops: dict[str, pd.DataFrame], path: Path) -> None:
         axes.set(xlabel="rank", ylabel="score", title=metric)
         if len(positive):
             axes.set(xscale="log", yscale="log")
+    _save(figure, path)
+
+
+def plot_stability(table: pd.DataFrame, path: Path) -> None:
+    """Draw the Jaccard overlap of the top-K against K: of two halves of the corpus, of two splits, of two metrics.
+
+    A point is one comparison, the line goes through the means; grey is what two random sets share.
+    """
+    kinds = {"halves": "two halves", "seeds": "first halves of two splits", "metrics": "two metrics, whole corpus"}
+    shown = [kind for kind in kinds if (table["kind"] == kind).any()]
+    figure = Figure(figsize=(4.2 * len(shown), 3.8), layout="constrained")
+    for axes, kind in zip(figure.subplots(1, len(shown), squeeze=False, sharey=True)[0], shown, strict=True):
+        for (metric, other), rows in table[table["kind"] == kind].groupby(["metric", "other"], sort=False):
+            (points,) = axes.plot(rows["k"], rows["jaccard"], ".", alpha=0.5)
+            label = metric if metric == other else f"{metric}, {other}"
+            axes.plot(rows.groupby("k")["jaccard"].mean(), color=points.get_color(), label=label)
+        axes.plot(table.groupby("k")["jaccard_chance"].first(), color="grey", linestyle=":", label="chance")
+        axes.set(xscale="log", xlabel="K", title=kinds[kind], ylim=(-0.03, 1.03))
+        axes.legend(fontsize=7)
+    figure.axes[0].set_ylabel("Jaccard overlap of the top-K")
     _save(figure, path)
 
 

@@ -60,8 +60,25 @@ def _few_candidates(flat: Tensor, k: int) -> Tensor | None:
     if n_blocks < k:
         return None
     bound = flat[: n_blocks * size].view(n_blocks, size).amax(1).topk(k).values[-1]
-    candidates = (flat >= bound).nonzero()[:, 0]
-    return candidates if len(candidates) <= 64 * k else None  # else a mass of equal scores
+    reached = flat >= bound
+    if int(reached.sum()) <= 64 * k:
+        return reached.nonzero()[:, 0]
+    above = flat > bound
+    n_above = int(above.sum())
+    if n_above >= k:
+        return None
+    return torch.cat([above.nonzero()[:, 0], _first(flat == bound, k - n_above)]).sort().values  # a mass of equal ones
+
+
+def _first(mask: Tensor, n: int) -> Tensor:
+    """Where a mask (m,) is true for the first n times."""
+    found = [torch.empty(0, dtype=torch.int64, device=mask.device)]
+    for start in range(0, len(mask), _CHUNK):
+        found.append(mask[start : start + _CHUNK].nonzero()[:n, 0] + start)
+        n -= len(found[-1])
+        if n == 0:
+            break
+    return torch.cat(found)
 
 
 def kth_smallest(scores: Tensor, k: int) -> float:
@@ -143,8 +160,8 @@ class Ranking:
         part = Entries(
             torch.full_like(index, number),
             index,
-            _gather(weight, index),
-            _gather(scores, index),
+            gather(weight, index),
+            gather(scores, index),
         )
         if self.per_layer:
             assert number not in self._parts, f"{name} came twice"
@@ -155,19 +172,24 @@ class Ranking:
 
     def top(self, k: int) -> pd.DataFrame:
         """The K highest of all weights, or all if there are fewer, as rows of TOP_WEIGHTS."""
+        best = self.best(k)
+        return self.rows(best, np.arange(1, len(best) + 1))
+
+    def best(self, k: int) -> Entries:
+        """The same as arrays, highest first."""
         assert k <= self.k
         best = _highest(Entries.join(list(self._parts.values())), k)
-        best = best.take(torch.argsort(best.score, descending=True, stable=True))
-        return self._rows(best, np.arange(1, len(best) + 1))
+        return best.take(torch.argsort(best.score, descending=True, stable=True))
 
     def top_per_layer(self, k: int) -> pd.DataFrame:
         """The K highest of each parameter, in parameter order, ranked within it, as rows of TOP_WEIGHTS."""
         assert k <= self.k and self.per_layer
         parts = [self._parts[number].take(slice(k)) for number in sorted(self._parts)]
         ranks = np.concatenate([np.arange(1, len(part) + 1) for part in parts])
-        return self._rows(Entries.join(parts), ranks)
+        return self.rows(Entries.join(parts), ranks)
 
-    def _rows(self, entries: Entries, ranks: np.ndarray) -> pd.DataFrame:
+    def rows(self, entries: Entries, ranks: np.ndarray) -> pd.DataFrame:
+        """Entries and their ranks, as rows of TOP_WEIGHTS."""
         number, index, value, score = (column.numpy() for column in entries.columns())
         row, col = np.divmod(index, self._n_columns[number])
         return pd.DataFrame(
@@ -183,7 +205,7 @@ class Ranking:
         ).assign(col=lambda frame: frame["col"].mask(self._one_dimensional[number]))
 
 
-def _gather(tensor: Tensor, index: Tensor) -> Tensor:
+def gather(tensor: Tensor, index: Tensor) -> Tensor:
     """The entries at flat indices, float64 on the CPU: exact for every narrower dtype."""
     return tensor.detach().reshape(-1)[index.to(tensor.device)].double().cpu()
 

@@ -1,0 +1,109 @@
+import itertools
+import math
+
+import pandas as pd
+import pytest
+import torch
+from critical_weight_analysis import stability
+from critical_weight_analysis.discovery import discover, engine_for
+from critical_weight_analysis.plots import plot_stability
+from llm_perturb.weights import in_scope
+from reference import naive_score, naive_sensitivities, naive_top
+
+METRICS = ["grad_x_weight", "obd", "magnitude"]
+KS = [5, 40]
+
+
+def naive_tops(model, sequences, parameters, k):
+    """By metric, the places of the K highest, by brute force over these sequences alone."""
+    naive = naive_sensitivities(model, sequences)
+    scores = {metric: {name: naive_score(metric, naive, name) for name in parameters} for metric in METRICS}
+    return {metric: [line[:3] for line in naive_top(by_name, k)] for metric, by_name in scores.items()}
+
+
+def naive_overlap(one, two):
+    """Jaccard, number in common, and Spearman's rho by 1 - 6 Σ d² / (n (n² - 1)) over the ranks within the common."""
+    common = set(one) & set(two)
+    n = len(common)
+    first, second = ([place for place in top if place in common] for top in (one, two))
+    squares = sum((first.index(place) - second.index(place)) ** 2 for place in common)
+    rho = 1 - 6 * squares / (n * (n * n - 1)) if n >= 3 else math.nan
+    return len(common) / len(set(one) | set(two)), n, rho
+
+
+@pytest.fixture
+def found(model, sequences):
+    parameters = in_scope(model)
+    engine = engine_for(model)
+    full = discover(engine, model, sequences, parameters, METRICS, KS[-1]).rankings
+    splits = list(stability.discover_halves(engine, model, sequences, parameters, METRICS, KS[-1], 3, seed=7))
+    n_weights = sum(parameter.numel() for parameter in parameters.values())
+    return stability.table(full, splits, KS, n_weights), parameters
+
+
+def test_table_is_brute_force_over_the_same_halves(found, model, sequences):
+    table, parameters = found
+    parts = [stability.halves(len(sequences), 7, split) for split in range(3)]
+    half = lambda split, side: [sequences[i] for i in parts[split][side]]  # noqa: E731
+    for k in KS:
+        tops = {(s, side): naive_tops(model, half(s, side), parameters, k) for s in range(3) for side in (0, 1)}
+        full = naive_tops(model, sequences, parameters, k)
+        expected = {}
+        for metric in METRICS:
+            for s in range(3):
+                expected["halves", metric, metric, s, s] = tops[s, 0][metric], tops[s, 1][metric]
+            for s, t in itertools.combinations(range(3), 2):
+                expected["seeds", metric, metric, s, t] = tops[s, 0][metric], tops[t, 0][metric]
+        for metric, other in itertools.combinations(METRICS, 2):
+            expected["metrics", metric, other, None, None] = full[metric], full[other]
+        rows = table[table["k"] == k]
+        assert len(rows) == len(expected)
+        for row in rows.itertuples():
+            seeds = [None if pd.isna(seed) else seed for seed in (row.seed, row.other_seed)]
+            one, two = expected[row.kind, row.metric, row.other, *seeds]
+            jaccard, n_common, rho = naive_overlap(one, two)
+            assert (row.jaccard, row.n_common) == (pytest.approx(jaccard), n_common)
+            assert row.rank_correlation == pytest.approx(rho, abs=1e-9, nan_ok=True)
+
+
+def test_magnitude_needs_no_texts_and_gradients_do(found):
+    table, _ = found
+    halves = table[(table["kind"] == "halves") & (table["k"] == KS[-1])].set_index("metric")
+    assert (halves.loc["magnitude", "jaccard"] == 1).all()
+    assert halves.loc["magnitude", "rank_correlation"].tolist() == pytest.approx([1] * 3)
+    assert (halves.loc["grad_x_weight", "jaccard"] < 1).any()
+
+
+@pytest.mark.parametrize("n", [4, 7, 100])
+def test_halves_are_a_random_partition(n):
+    splits = [stability.halves(n, 0, split) for split in range(20)]
+    for first, second in splits:
+        assert sorted(first + second) == list(range(n))
+        assert len(second) - len(first) == n % 2
+    assert len({tuple(first) for first, _ in splits}) > 2
+    assert stability.halves(n, 0, 3) == splits[3]
+    assert [stability.halves(n, 1, split) for split in range(20)] != splits
+
+
+def test_overlap_of_lists_with_nothing_in_common():
+    one, two = torch.tensor([[0, 1], [0, 2]]), torch.tensor([[1, 1], [1, 2]])
+    found = stability.overlap(one, two)
+    assert (found["jaccard"], found["n_common"]) == (0, 0)
+    assert math.isnan(found["rank_correlation"])
+
+
+@pytest.mark.parametrize(("k", "n"), [(1, 1), (2, 5), (3, 4), (4, 9)])
+def test_chance_is_the_mean_over_all_pairs_of_sets(k, n):
+    sets = [set(chosen) for chosen in itertools.combinations(range(n), k)]
+    mean = sum(len(sets[0] & other) / len(sets[0] | other) for other in sets) / len(sets)
+    assert stability.chance_jaccard(k, n) == pytest.approx(mean)
+
+
+def test_chance_for_the_size_of_a_real_model():
+    k, n = 500, 2_800_000_000
+    assert stability.chance_jaccard(k, n) == pytest.approx(k / (2 * n), rel=1e-2)
+
+
+def test_picture_is_written(found, tmp_path):
+    plot_stability(found[0], tmp_path / "stability.png")
+    assert (tmp_path / "stability.png").read_bytes().startswith(b"\x89PNG")
