@@ -1,3 +1,6 @@
+from collections import Counter
+from math import log10
+
 import pandas as pd
 import pytest
 import torch
@@ -5,7 +8,7 @@ from bridge.records import SAMPLED_WEIGHTS, Table, read_table, write_table
 from critical_weight_analysis.discovery import discover, engine_for
 from critical_weight_analysis.metrics import FORMULAS, Sensitivity
 from critical_weight_analysis.ranking import top_indices
-from critical_weight_analysis.sample import N_HEAD, Sample, highest_few
+from critical_weight_analysis.sample import N_HEAD, N_STRATUM, Sample, highest_few
 from llm_perturb.weights import in_scope
 from reference import naive_score, naive_sensitivities, naive_top
 
@@ -29,7 +32,7 @@ def sampled(weights: dict[str, torch.Tensor], metrics=("magnitude",), order=None
 @pytest.mark.parametrize("n_levels", [1, 3, 10**6])
 def test_highest_few_are_the_first_of_the_full_order(size, n_levels):
     scores = torch.randint(n_levels, (size,), generator=torch.Generator().manual_seed(size)).float()
-    for k in (1, 2, 10):
+    for k in (1, 2, 10, 100):
         assert highest_few(scores, k).tolist() == top_indices(scores, k).tolist()
 
 
@@ -43,13 +46,23 @@ def test_tops_of_every_metric_with_the_scores_of_all(model, sequences, scope):
     assert len(set(here)) == len(here)
     assert here == sorted(here, key=lambda place: (list(parameters).index(place[0]), place[1], place[2] or 0))
     for metric in METRICS:
-        tops = [naive_top({name: s}, 2) for name, s in scores[metric].items()] + [naive_top(scores[metric], N_HEAD)]
+        tops = [naive_top({name: s}, 2) for name, s in scores[metric].items()] + [naive_top(scores[metric], 9)]
         assert {line[:3] for top in tops for line in top} <= set(here)
         expected = [scores[metric][name][row if col is None else (row, col)].item() for name, row, col in here]
         assert found[f"score_{metric}"].tolist() == pytest.approx(expected, rel=1e-9)
     per_parameter = found["parameter"].value_counts()
     assert set(per_parameter.index) == set(parameters)
-    assert len(found) <= len(parameters) * (2 * len(METRICS) + 2) + N_HEAD * len(METRICS)
+    n = sum(parameter.numel() for parameter in parameters.values())
+    assert len(found) <= len(parameters) * (2 * len(METRICS) + 2) + N_STRATUM * len(METRICS) * (2 * log10(n) + 1)
+    for metric in METRICS:
+        ranks = [line[:3] for line in naive_top(scores[metric], n)]
+        shares = {place: (at + 1) / n for at, place in enumerate(ranks)}
+        assert found[f"share_{metric}"].tolist() == pytest.approx(
+            [shares[place] for place in here], abs=3 / n
+        )  # rounding orders zeros
+        strata = [int(2 * log10(rank)) for rank in range(1, n + 1)]
+        there = Counter(int(2 * log10(round(share * n))) for share in found[f"share_{metric}"])
+        assert all(there[s] >= min(N_STRATUM, strata.count(s)) for s in set(strata))
     values = [parameters[name][row if col is None else (row, col)].item() for name, row, col in here]
     assert found["value"].tolist() == values
 
@@ -67,15 +80,30 @@ def test_scores_are_those_of_the_ranking_bit_for_bit(tiny_model, sequences):
 
 
 def test_two_of_each_parameter_are_drawn_and_depend_on_its_name_alone():
-    flat = {name: torch.ones(300, 200) for name in ("a.weight", "b.weight")}
-    drawn = sampled(flat)
-    rest = drawn[(drawn["row"] > 0) | (drawn["col"] >= N_HEAD)]  # of equal scores the first ones are the highest
-    by_name = {name: set(places(rows)) for name, rows in rest.groupby("parameter")}
-    assert {len(rows) for rows in by_name.values()} == {2}
-    assert len({place[1:] for rows in by_name.values() for place in rows}) == 4
-    alone = sampled({"b.weight": flat["b.weight"]})
-    assert by_name["b.weight"] <= set(places(alone))
-    assert sampled(flat, order=["b.weight", "a.weight"]).equals(drawn)
+    names = [f"{n}.weight" for n in range(40)]
+    flat = {name: torch.ones(300, 200) for name in names}
+    assert sampled(flat, order=reversed(names)).equals(sampled(flat))
+    together, alone = sampled(flat), [sampled({name: flat[name]}) for name in names[:5]]
+    for name, frame in zip(names, alone, strict=False):
+        both = set(places(frame)) & set(places(together[together["parameter"] == name]))
+        assert len(both) >= 2 + 2  # the first two, of equal scores, and the two drawn
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_share_of_weights_that_score_at_least_as_high(seed):
+    weight = torch.randn(700, 1000, generator=torch.Generator().manual_seed(seed)) ** 3
+    weights = {"a.weight": weight, "b.weight": 3 * weight[:100].flip(0)}
+    found = sampled(weights)
+    everything = torch.cat([w.abs().reshape(-1) for w in weights.values()]).sort(descending=True).values
+    exact = torch.searchsorted(-everything, -torch.tensor(found["score_magnitude"], dtype=torch.float32), right=True)
+    n = len(everything)
+    shares = torch.tensor(found["share_magnitude"])
+    assert torch.allclose((shares * n)[exact <= 100], exact[exact <= 100].double())
+    low = exact > 2000  # of which some 330 were drawn
+    assert (shares[low] / (exact[low] / n)).log().abs().max() < 0.25
+    between = (exact > 100) & ~low
+    assert (shares[between] / (exact[between] / n)).log().abs().max() < 2
+    assert torch.histc((shares * n).log10(), 6, 0, 6).min() >= 8
 
 
 def test_draws_are_spread_over_the_whole_parameter():
@@ -90,9 +118,9 @@ def test_draws_are_spread_over_the_whole_parameter():
 def test_head_of_all_weights_may_lie_in_one_parameter():
     weights = {"a.weight": torch.zeros(40, 40), "b.weight": 5 + torch.arange(1600.0).reshape(40, 40)}
     found = sampled(weights)
-    head = {("b.weight", 39, col) for col in range(30, 40)}
+    head = {("b.weight", 39, col) for col in range(31, 40)}
     assert head <= set(places(found))
-    assert len(found) <= 2 + 2 + N_HEAD + 2
+    assert len(found) <= 2 + 2 + N_STRATUM * (2 * log10(3200) + 1) + 2
 
 
 def test_parameters_of_few_weights_and_of_one_dimension():
@@ -108,5 +136,6 @@ def test_table_is_written_and_read_without_loss(tmp_path):
     found = sampled({"a.weight": torch.randn(30, 30, generator=torch.Generator().manual_seed(1))})
     path = tmp_path / "sampled_weights.csv"
     write_table(path, found, SAMPLED_WEIGHTS)
-    table = Table("sampled weights", SAMPLED_WEIGHTS.columns | {"score_magnitude": "float"})
+    floats = {"score_magnitude": "float", "share_magnitude": "float"}
+    table = Table("sampled weights", SAMPLED_WEIGHTS.columns | floats)
     pd.testing.assert_frame_equal(read_table(path, table), found, check_dtype=False, rtol=0, atol=0)

@@ -41,7 +41,7 @@ TOP_WEIGHTS = Table(
 SAMPLED_WEIGHTS = Table(
     "sampled weights",
     {"layer": "str", "parameter": "str", "row": "int", "col": "int?", "value": "float"},
-)  # followed by score_<metric> columns, one for each metric of the run
+)  # followed by score_<metric> and share_<metric> columns, one of each for each metric of the run
 LAYER_SUMMARY = Table(
     "layer summary",
     {"layer": "str", "parameter": "str", "n_weights": "int"}

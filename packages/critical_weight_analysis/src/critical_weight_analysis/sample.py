@@ -14,9 +14,11 @@ from critical_weight_analysis.ranking import top_indices
 
 N_TOP = 2  # of each parameter, by each metric
 N_DRAWN = 2  # of each parameter, uniformly at random
-N_HEAD = 10  # of all weights together, by each metric
+N_HEAD = 100  # of all weights together, by each metric, of which the rank is known exactly
+N_STRATUM = 8  # of each half decade of rank among all weights, by each metric
+_N_UNIFORM = 1 << 17  # drawn of all weights together, from which lower ranks are estimated
 _SEED = 0
-_BLOCK = 1 << 12  # scores whose maximum stands for them while the highest few are looked for
+_BLOCK = 1 << 9  # scores whose maximum stands for them while the highest few are looked for
 
 
 def highest_few(scores: Tensor, k: int) -> Tensor:
@@ -36,19 +38,21 @@ def highest_few(scores: Tensor, k: int) -> Tensor:
 
 @dataclass(frozen=True)
 class _Part:
-    """Weights of one parameter in the order of their flat indices; ``certain``: not only as candidates for the head."""
+    """Candidates of one parameter in the order of their flat indices; ``certain``: in the table in any case."""
 
     index: np.ndarray  # (m,)
     value: np.ndarray  # (m,)
     scores: np.ndarray  # (m, number of metrics)
     certain: np.ndarray  # (m,)
+    uniform: np.ndarray  # (m,): drawn of all weights together
 
 
 class Sample:
     """Collects the rows of SAMPLED_WEIGHTS.
 
-    Of each parameter the two highest by each metric and two drawn at random, and of all weights together the
-    ten highest by each metric; each with the scores of all metrics.
+    Of each parameter the two highest by each metric and two drawn at random; and of all weights together, by each
+    metric, ``N_STRATUM`` of every half decade of rank (1 to 3, 4 to 9, 10 to 31, ... to the last), so that the whole
+    range of each metric's scores is there. Each with the scores of all metrics.
 
     Args:
         shapes: the shape of every parameter to come, in parameter order.
@@ -58,6 +62,13 @@ class Sample:
     def __init__(self, shapes: dict[str, Sequence[int]], metrics: Sequence[str]) -> None:
         self._shapes, self._metrics = shapes, list(metrics)
         self._parts: dict[str, _Part] = {}
+        sizes = [int(np.prod(shape, dtype=np.int64)) for shape in shapes.values()]
+        self._n_weights = sum(sizes)
+        generator = np.random.default_rng([_SEED, *b"sampled weights"])
+        drawn = generator.choice(self._n_weights, size=min(_N_UNIFORM, self._n_weights), replace=False)
+        starts = np.cumsum([0, *sizes])
+        places = np.split(np.sort(drawn), np.searchsorted(np.sort(drawn), starts[1:-1]))
+        self._uniform = {name: place - start for name, place, start in zip(shapes, places, starts, strict=False)}
 
     def update(self, sensitivity: Sensitivity, highest: Sequence[Tensor]) -> None:
         """Take in one parameter.
@@ -67,8 +78,9 @@ class Sample:
             highest: by each metric the ``N_HEAD`` highest of its weights, as ``highest_few`` gives them.
         """
         drawn = _drawn(sensitivity.name, sensitivity.weight.numel())
+        uniform = torch.from_numpy(self._uniform[sensitivity.name])
         certain = torch.cat([*(index[:N_TOP] for index in highest), drawn]).unique()
-        index = torch.cat([*highest, drawn]).unique()
+        index = torch.cat([*highest, drawn, uniform]).unique()
         here = _at(sensitivity, index)
         scores = torch.stack([FORMULAS[metric](here).double().cpu() for metric in self._metrics], dim=1)
         self._parts[sensitivity.name] = _Part(
@@ -76,23 +88,63 @@ class Sample:
             here.weight.double().cpu().numpy(),
             scores.numpy(),
             torch.isin(index, certain).numpy(),
+            torch.isin(index, uniform).numpy(),
         )
 
     def table(self) -> pd.DataFrame:
-        """The rows, in parameter order, then by row and col; a column ``score_<metric>`` for each metric."""
-        frame = pd.concat([self._rows(name) for name in self._shapes if name in self._parts], ignore_index=True)
-        kept = frame.pop("certain").to_numpy(copy=True)
-        for metric in self._metrics:
-            kept[top_indices(torch.tensor(frame[f"score_{metric}"].to_numpy()), N_HEAD).numpy()] = True
-        return frame[kept].reset_index(drop=True)
+        """The rows, in parameter order, then by row and col.
 
-    def _rows(self, name: str) -> pd.DataFrame:
+        For each metric a column ``score_<metric>`` and a column ``share_<metric>``: the share of all weights that
+        score at least as high, 1/n for the highest and 1 for the lowest of n. It is exact for the first ``N_HEAD``
+        weights (and where there are at most ``_N_UNIFORM``), else estimated from those drawn.
+        """
+        names = [name for name in self._shapes if name in self._parts]
+        parts = [self._parts[name] for name in names]
+        scores, kept, uniform = (
+            np.concatenate([getattr(part, field) for part in parts]) for field in ("scores", "certain", "uniform")
+        )
+        ranks = [ranks_among_all(column, uniform, self._n_weights) for column in scores.T]
+        for rank in ranks:
+            kept[stratified(rank)] = True
+        ends = np.cumsum([len(part.index) for part in parts])
+        frames = [self._rows(name, mask) for name, mask in zip(names, np.split(kept, ends[:-1]), strict=True)]
+        shares = {f"share_{m}": rank[kept] / self._n_weights for m, rank in zip(self._metrics, ranks, strict=True)}
+        return pd.concat(frames, ignore_index=True).assign(**shares)
+
+    def _rows(self, name: str, mask: np.ndarray) -> pd.DataFrame:
         part, shape = self._parts[name], self._shapes[name]
-        row, col = np.divmod(part.index, int(np.prod(shape[1:], dtype=np.int64)))
+        row, col = np.divmod(part.index[mask], int(np.prod(shape[1:], dtype=np.int64)))
         place = {"layer": layer_of(name), "parameter": name, "row": row, "col": pd.array(col, dtype="Int64")}
-        scores = {f"score_{metric}": part.scores[:, at] for at, metric in enumerate(self._metrics)}
-        frame = pd.DataFrame(place | {"value": part.value} | scores | {"certain": part.certain})
+        scores = {f"score_{metric}": part.scores[mask, at] for at, metric in enumerate(self._metrics)}
+        frame = pd.DataFrame(place | {"value": part.value[mask]} | scores)
         return frame if len(shape) > 1 else frame.assign(col=pd.array([pd.NA] * len(frame), dtype="Int64"))
+
+
+def ranks_among_all(scores: np.ndarray, uniform: np.ndarray, n_weights: int) -> np.ndarray:
+    """The rank among all weights of each candidate, from 1 = highest; equal scores in the order of the candidates.
+
+    Where c of the u candidates drawn uniformly come no later than it, a candidate's rank is about c n / u; it is
+    exact for the first ``N_HEAD``, which are all among the candidates.
+
+    Args:
+        scores: of the candidates, (m,).
+        uniform: which of them were drawn uniformly from all, (m,).
+        n_weights: n, the number of all weights.
+    """
+    order = np.argsort(-scores, kind="stable")
+    position = np.arange(1, len(scores) + 1)
+    estimate = np.cumsum(uniform[order]) * (n_weights / uniform.sum())
+    ranks = np.empty(len(scores))
+    ranks[order] = np.where(position <= N_HEAD, position, np.maximum(position, estimate))
+    return ranks
+
+
+def stratified(ranks: np.ndarray) -> np.ndarray:
+    """Positions of at most ``N_STRATUM`` candidates of each half decade of rank, evenly spaced within it."""
+    order = np.argsort(ranks, kind="stable")
+    _, starts = np.unique(np.floor(2 * np.log10(ranks[order])), return_index=True)
+    strata = np.split(order, starts[1:])
+    return np.concatenate([s[np.unique(np.linspace(0, len(s) - 1, N_STRATUM).round().astype(int))] for s in strata])
 
 
 def _drawn(name: str, n_weights: int) -> Tensor:
