@@ -57,9 +57,9 @@ def test_tops_of_every_metric_with_the_scores_of_all(model, sequences, scope):
     for metric in METRICS:
         ranks = [line[:3] for line in naive_top(scores[metric], n)]
         shares = {place: (at + 1) / n for at, place in enumerate(ranks)}
-        assert found[f"share_{metric}"].tolist() == pytest.approx(
-            [shares[place] for place in here], abs=3 / n
-        )  # rounding orders zeros
+        expected = pd.Series([shares[place] for place in here])
+        sure = expected < 0.9  # below are the biases of keys, whose gradient is rounding alone
+        assert found.loc[sure, f"share_{metric}"].tolist() == pytest.approx(expected[sure].tolist())
         strata = [int(2 * log10(rank)) for rank in range(1, n + 1)]
         there = Counter(int(2 * log10(round(share * n))) for share in found[f"share_{metric}"])
         assert all(there[s] >= min(N_STRATUM, strata.count(s)) for s in set(strata))
