@@ -140,3 +140,21 @@ def test_top_indices_where_one_score_is_nearly_everywhere(chunk, k, n_high):
     scores[::7] = scores[::7] - 1
     order = sorted(range(20_000), key=lambda i: (-scores[i].item(), i))
     assert top_indices(scores, k).tolist() == order[:k]
+
+
+@pytest.mark.parametrize("n_levels", [1, 3, 10**6])
+@pytest.mark.parametrize("size", [16_385, 100_000, 1_000_000])
+def test_selection_in_long_arrays(size, n_levels):
+    scores = torch.randint(n_levels, (size,), generator=torch.Generator().manual_seed(size)).float()
+    full = torch.argsort(scores, descending=True, stable=True)
+    for k in (1, 10, 500, 5000):
+        assert torch.equal(top_indices(scores, k), full[:k])
+    for k in (1, 2, size // 2, -(-99 * size // 100), size - 1, size):
+        assert kth_smallest(scores, k) == scores[full[size - k]]
+
+
+def test_sample_that_does_not_enclose_the_value_changes_nothing():
+    scores = torch.zeros(200_000)
+    scores[1::7] = torch.arange(len(scores[1::7])).float() + 1  # the stride of the sample meets few of them
+    ordered = scores.sort().values
+    assert all(kth_smallest(scores, k) == ordered[k - 1] for k in (1, 150_000, 171_429, 198_000, 200_000))

@@ -43,7 +43,8 @@ class Controls:
 
     def update(self, metric: str, sensitivity: Sensitivity, scores: Tensor) -> None:
         """Take in the scores of one parameter by one metric, of its stored shape. Once for each of both."""
-        self._lowest[metric].update(sensitivity.name, sensitivity.weight, -scores)
+        if not self._lowest[metric].passed(-scores.min()):
+            self._lowest[metric].update(sensitivity.name, sensitivity.weight, -scores)
         if metric == self._first:
             here = (self._drawn.parameter == self._number[sensitivity.name]).nonzero()[:, 0]
             self._drawn.value[here] = gather(sensitivity.weight, self._drawn.index[here])

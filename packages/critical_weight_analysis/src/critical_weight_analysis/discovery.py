@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from critical_weight_analysis import autograd, backward
 from critical_weight_analysis.controls import Controls
 from critical_weight_analysis.metrics import FORMULAS, NEEDS, Sensitivity
-from critical_weight_analysis.ranking import Ranking
-from critical_weight_analysis.sample import N_HEAD, Sample, highest_few
+from critical_weight_analysis.ranking import Ranking, top_indices
+from critical_weight_analysis.sample import N_HEAD, Sample
 from critical_weight_analysis.summary import Summary
 
 
@@ -102,9 +102,10 @@ def discover(
         highest = []
         for metric in metrics:
             scores = scores_of(metric, sensitivity)
-            rankings[metric].update(sensitivity.name, sensitivity.weight, scores)
+            best = top_indices(scores, max(k, N_HEAD))
+            rankings[metric].update(sensitivity.name, sensitivity.weight, scores, best[:k])
             summaries[metric].update(sensitivity.name, scores)
             controls.update(metric, sensitivity, scores)
-            highest.append(highest_few(scores, N_HEAD))
+            highest.append(best[:N_HEAD])
         sample.update(sensitivity, highest)
     return Discovery(losses, rankings, summaries, controls, sample.table())

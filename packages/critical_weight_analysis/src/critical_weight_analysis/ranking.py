@@ -15,6 +15,7 @@ from llm_perturb.weights import layer_of
 from torch import Tensor
 
 _CHUNK = 1 << 22  # scores looked at together: bounds the memory of the selection, changes no result
+_SMALL = 1 << 14  # scores that are sorted as they are
 
 
 def top_indices(scores: Tensor, k: int) -> Tensor:
@@ -53,16 +54,19 @@ def _few_candidates(flat: Tensor, k: int) -> Tensor | None:
     """Indices, ascending, that the K highest are among; None where that does not narrow the search.
 
     Of equal blocks, take the maxima: the K-th highest of them is reached by at least K scores, so nothing below
-    it is wanted.
+    it is wanted, and only blocks whose maximum reaches it are looked into.
     """
-    size = max(1, len(flat) // (4 * k))
+    size = min(1024, max(16, len(flat) // (32 * k)))
     n_blocks = len(flat) // size
-    if n_blocks < k:
+    if n_blocks < 2 * k:
         return None
-    bound = flat[: n_blocks * size].view(n_blocks, size).amax(1).topk(k).values[-1]
-    reached = flat >= bound
-    if int(reached.sum()) <= 64 * k:
-        return reached.nonzero()[:, 0]
+    maxima = flat[: n_blocks * size].view(n_blocks, size).amax(1)
+    bound = maxima.topk(k).values[-1]
+    blocks = (maxima >= bound).nonzero()[:, 0]
+    if len(blocks) <= 64 * k:
+        inside = (blocks[:, None] * size + torch.arange(size, device=flat.device)).reshape(-1)
+        candidates = torch.cat([inside, torch.arange(n_blocks * size, len(flat), device=flat.device)])
+        return candidates[flat[candidates] >= bound]
     above = flat > bound
     n_above = int(above.sum())
     if n_above >= k:
@@ -82,20 +86,25 @@ def _first(mask: Tensor, n: int) -> Tensor:
 
 
 def kth_smallest(scores: Tensor, k: int) -> float:
-    """The k-th smallest of scores of any shape, k from 1."""
+    """The k-th smallest of scores of any shape, k from 1.
+
+    Two values of a small sample that should lie close below and above it leave few to be sorted; if they do not
+    enclose it, all are (after Floyd & Rivest 1975).
+    """
     flat = scores.detach().reshape(-1)
-    if flat.device.type != "cpu":
-        return flat.kthvalue(k).values.item()
-    # numpy partitions several times as fast as torch.kthvalue, but for one value that fills much of the array,
-    # as the zeros of an embedding's unseen tokens do: the lowest value is counted instead
-    values = flat.numpy()
-    lowest = values.min()
-    rest = values[values > lowest]
-    n_lowest = len(values) - len(rest)
-    if k <= n_lowest:
-        return float(lowest)
-    rest.partition(k - n_lowest - 1)
-    return float(rest[k - n_lowest - 1])
+    enclosed = _enclosed(flat, k) if len(flat) > _SMALL else None
+    return (flat.kthvalue(k).values if enclosed is None else enclosed).item()
+
+
+def _enclosed(flat: Tensor, k: int) -> Tensor | None:
+    sample = flat[:: len(flat) // _SMALL][:_SMALL].sort().values
+    place, margin = k * len(sample) // len(flat), len(sample) // 128
+    low, high = sample[max(0, place - margin)], sample[min(len(sample) - 1, place + margin)]
+    n_below = int((flat < low).sum())
+    if low == high:  # a value that fills much of the array, as the zeros of an embedding's unseen tokens do
+        return low if n_below < k <= n_below + int((flat == low).sum()) else None
+    between = flat[(flat >= low) & (flat <= high)]
+    return between.kthvalue(k - n_below).values if n_below < k <= n_below + len(between) else None
 
 
 def _positions_of_highest(scores: Tensor, k: int) -> Tensor:
@@ -153,10 +162,17 @@ class Ranking:
         self._one_dimensional = np.array([len(shape) < 2 for shape in shapes.values()])
         self._parts: dict[int, Entries] = {}  # by parameter, or all under -1
 
-    def update(self, name: str, weight: Tensor, scores: Tensor) -> None:
-        """Take in one parameter: its weights and their scores, both of its stored shape. Once for each parameter."""
+    def update(self, name: str, weight: Tensor, scores: Tensor, index: Tensor | None = None) -> None:
+        """Take in one parameter: its weights and their scores, both of its stored shape. Once for each parameter.
+
+        Args:
+            name: of the parameter.
+            weight: its weights.
+            scores: of the same shape.
+            index: the first K of ``top_indices`` of the scores, where they are known.
+        """
         number = self._order[name]
-        index = top_indices(scores, self.k)
+        index = top_indices(scores, self.k) if index is None else index
         part = Entries(
             torch.full_like(index, number),
             index,
@@ -169,6 +185,11 @@ class Ranking:
         else:
             held = [self._parts[-1]] if self._parts else []
             self._parts = {-1: _highest(Entries.join([*held, part]), self.k)}
+
+    def passed(self, highest: Tensor) -> bool:
+        """Whether a parameter with this highest score can add nothing to the top-K of all."""
+        held = self._parts.get(-1)
+        return held is not None and len(held) == self.k and bool(highest < held.score.min())
 
     def top(self, k: int) -> pd.DataFrame:
         """The K highest of all weights, or all if there are fewer, as rows of TOP_WEIGHTS."""

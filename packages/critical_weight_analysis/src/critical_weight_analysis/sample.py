@@ -18,22 +18,6 @@ N_HEAD = 100  # of all weights together, by each metric, of which the rank is kn
 N_STRATUM = 8  # of each half decade of rank among all weights, by each metric
 _N_UNIFORM = 1 << 17  # drawn of all weights together, from which lower ranks are estimated
 _SEED = 0
-_BLOCK = 1 << 9  # scores whose maximum stands for them while the highest few are looked for
-
-
-def highest_few(scores: Tensor, k: int) -> Tensor:
-    """What ``top_indices`` returns, for a small k in little more than one reading of the scores.
-
-    One of the k highest weights lies in one of the k blocks of highest maximum, the earlier block going first
-    where maxima are equal.
-    """
-    flat = scores.detach().reshape(-1)
-    n_blocks = len(flat) // _BLOCK
-    maxima = flat[: n_blocks * _BLOCK].view(n_blocks, _BLOCK).amax(dim=1)
-    blocks = top_indices(maxima, k).sort().values
-    inside = (blocks[:, None] * _BLOCK + torch.arange(_BLOCK)).reshape(-1)
-    candidates = torch.cat([inside, torch.arange(n_blocks * _BLOCK, len(flat))])
-    return candidates[top_indices(flat[candidates.to(flat.device)], k)]
 
 
 @dataclass(frozen=True)
@@ -75,7 +59,7 @@ class Sample:
 
         Args:
             sensitivity: of the parameter.
-            highest: by each metric the ``N_HEAD`` highest of its weights, as ``highest_few`` gives them.
+            highest: by each metric the ``N_HEAD`` highest of its weights, as ``top_indices`` gives them.
         """
         drawn = _drawn(sensitivity.name, sensitivity.weight.numel())
         uniform = torch.from_numpy(self._uniform[sensitivity.name])
@@ -157,7 +141,7 @@ def _at(sensitivity: Sensitivity, index: Tensor) -> Sensitivity:
     """The same quantities at some weights only, so that all formulas can be had without all their scores."""
     tensors = {
         field: tensor.detach().reshape(-1)[index.to(tensor.device)]
-        for field in ("weight", "grad", "fisher", "curvature")
-        if (tensor := getattr(sensitivity, field)) is not None
+        for field, tensor in vars(sensitivity).items()
+        if isinstance(tensor, Tensor)
     }
     return replace(sensitivity, **tensors)
