@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -16,6 +17,17 @@ class Naive:
     grad: dict[str, torch.Tensor]
     fisher: dict[str, torch.Tensor]
     curvature: dict[str, torch.Tensor]
+    of: tuple  # (model, sequences)
+
+    @cached_property
+    def tokens(self):
+        """Of matrices."""
+        return naive_positions(*self.of)[0]
+
+    @cached_property
+    def inputs(self):
+        """Of matrices."""
+        return naive_positions(*self.of)[1]
 
 
 def naive_loss(model, sequence):
@@ -48,15 +60,74 @@ def naive_sensitivities(model, sequences) -> Naive:
         fisher[name] = sum((g / length) ** 2 for g, length in zip(gradients, lengths, strict=True)) / len(sequences)
         curvature[name] = sum(g**2 for g in gradients) / n_tokens
     losses = torch.tensor([loss.item() for loss, _ in found], dtype=torch.float64)
-    return Naive(losses, n_tokens, weight, grad, fisher, curvature)
+    return Naive(losses, n_tokens, weight, grad, fisher, curvature, (model, sequences))
+
+
+def naive_positions(model, sequences):
+    """(Σ_i Σ_t G_it² / N, Σ_i Σ_t x_it²) of every matrix: each position is given a copy of the weights of its own."""
+    tokens, inputs = {}, {}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for sequence in sequences:
+        n = len(sequence) - 1
+        own = {
+            id(p): p.detach().expand(n, *p.shape).clone().requires_grad_() for p in model.parameters() if p.ndim == 2
+        }
+        seen = {key: torch.zeros_like(copies[0]) for key, copies in own.items()}
+
+        def with_copies(module, args, output, own=own, seen=seen, n=n):
+            key, x = id(module.weight), args[0].reshape(n, -1)
+            if isinstance(module, torch.nn.Embedding):
+                ids = x[:, 0]
+                for token in ids.tolist():
+                    seen[key][token] += 1
+                return torch.stack([copy[token] for copy, token in zip(own[key], ids, strict=True)])[None] * getattr(
+                    module, "scalar_embed_scale", 1
+                )
+            bias = 0 if module.bias is None else module.bias
+            if isinstance(module, torch.nn.Linear):
+                seen[key] += (x.detach() ** 2).sum(0)
+                return (torch.einsum("toi,ti->to", own[key], x) + bias)[None]
+            seen[key] += (x.detach() ** 2).sum(0)[:, None]
+            return (torch.einsum("tio,ti->to", own[key], x) + bias)[None]
+
+        modules = [m for m in model.modules() if hasattr(m, "weight") and m.weight is not None and m.weight.ndim == 2]
+        handles = [module.register_forward_hook(with_copies) for module in modules]
+        logits = model(input_ids=sequence[None, :-1], use_cache=False).logits[0]
+        loss = -logits.log_softmax(1)[range(n), sequence[1:]].sum()
+        loss.backward()
+        for handle in handles:
+            handle.remove()
+        for key, copies in own.items():
+            tokens[names[key]] = tokens.get(names[key], 0) + (copies.grad**2).sum(0)
+            inputs[names[key]] = inputs.get(names[key], 0) + seen[key]
+    n_tokens = sum(len(sequence) - 1 for sequence in sequences)
+    return {name: total / n_tokens for name, total in tokens.items()}, inputs
+
+
+def naive_hessian_diagonal(model, sequences, name, indices, step=1e-3):
+    """d²L/dθ² of some weights by second central differences of the mean loss per token."""
+    n_tokens = sum(len(sequence) - 1 for sequence in sequences)
+    found = []
+    for index in indices:
+        losses = []
+        for sign in (1, 0, -1):
+            moved = copy.deepcopy(model)
+            with torch.no_grad():
+                dict(moved.named_parameters())[name][index] += sign * step
+                losses.append(sum(naive_loss(moved, sequence).item() for sequence in sequences) / n_tokens)
+        found.append((losses[0] - 2 * losses[1] + losses[2]) / step**2)
+    return torch.tensor(found, dtype=torch.float64)
 
 
 def naive_score(metric, naive: Naive, name):
     """The score of every weight of a parameter, from the definition."""
     theta, g, h = naive.weight[name], naive.grad[name], naive.curvature[name]
+    if metric in ("grad_squared_token", "wanda"):
+        return naive.tokens[name] if metric == "grad_squared_token" else abs(theta) * naive.inputs[name] ** 0.5
     return {
         "grad_x_weight": abs(theta * g),
         "grad_squared": naive.fisher[name],
+        "grad_squared_batch": g * g,
         "obd": theta * theta * h / 2,
         "taylor2": abs(theta * theta * h / 2 - theta * g),
         "magnitude": abs(theta),

@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 import torch
-from bridge.errors import RunError
+from bridge.errors import RequestError, RunError
 from critical_weight_analysis import backward
 from decoders import DECODERS, build_decoder
 from reference import finite_difference, naive_sensitivities
@@ -49,6 +49,30 @@ def test_every_sum_of_every_parameter_is_that_of_one_gradient_at_a_time(model, s
         losses, found = measure(model, sequences, names, batch_size=batch_size)
         torch.testing.assert_close(losses, naive.losses, rtol=1e-12, atol=0)
         assert_same_sums(found, naive)
+
+
+BY_POSITION = frozenset({"tokens", "inputs"})
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_sums_over_positions_are_those_of_a_copy_of_the_weights_for_each(model, sequences, batch_size):
+    naive = naive_sensitivities(model, sequences)
+    for needs in (BY_POSITION, ALL | BY_POSITION, {"tokens"}, {"inputs"}):
+        _, found = measure(model, sequences, matrices(model), needs, batch_size=batch_size)
+        assert_same_sums(found, naive, needs)
+
+
+@pytest.mark.parametrize("name", ["gemma", "qwen2", "mistral", "phi", "bloom"])
+def test_sums_over_positions_of_any_decoder(name, sequences):
+    model = build_decoder(name)
+    _, found = measure(model, sequences, matrices(model), BY_POSITION, batch_size=3)
+    assert_same_sums(found, naive_sensitivities(model, sequences), BY_POSITION, rtol=1e-5, of_largest=2e-6)
+
+
+def test_sums_over_positions_are_refused_where_there_is_no_product(tiny_model, sequences):
+    for needs in ({"tokens"}, {"inputs"}):
+        with pytest.raises(RequestError, match=r"transformer\.h\.0\.ln_1\.weight is not"):
+            measure(tiny_model("gpt2"), sequences, ["transformer.wte.weight", "transformer.h.0.ln_1.weight"], needs)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])

@@ -2,15 +2,16 @@ import pandas as pd
 import pytest
 import torch
 from bridge.records import TOP_WEIGHTS, read_table, write_table
+from critical_weight_analysis import autograd
 from critical_weight_analysis.controls import Controls
 from critical_weight_analysis.discovery import discover, engine_for
-from critical_weight_analysis.metrics import FORMULAS, Sensitivity
+from critical_weight_analysis.metrics import FORMULAS, NEEDS, Sensitivity
 from critical_weight_analysis.ranking import Ranking
 from llm_perturb.weight_list import read_weight_list
 from llm_perturb.weights import in_scope, named_parameters
 from reference import naive_score, naive_sensitivities, naive_top
 
-METRICS = list(FORMULAS)
+METRICS = [metric for metric in FORMULAS if NEEDS[metric] <= autograd.GIVES]
 SHAPES = {"a.weight": (6, 5), "b.weight": (4,), "c.weight": (7, 3), "d.weight": (1, 1)}
 N = 30 + 4 + 21 + 1
 

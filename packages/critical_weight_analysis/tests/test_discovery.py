@@ -6,11 +6,11 @@ import torch
 from bridge.errors import RunError
 from critical_weight_analysis import autograd
 from critical_weight_analysis.discovery import discover, engine_for, scores_of
-from critical_weight_analysis.metrics import FORMULAS, Sensitivity
+from critical_weight_analysis.metrics import FORMULAS, NEEDS, Sensitivity
 from llm_perturb.weights import in_scope
 from reference import naive_score, naive_sensitivities, naive_top
 
-METRICS = list(FORMULAS)
+METRICS = [metric for metric in FORMULAS if NEEDS[metric] <= autograd.GIVES]
 
 
 def rows(frame):
@@ -91,6 +91,6 @@ def test_gradient_that_is_not_finite_stops_the_pass(tiny_model, sequences):
         sensitivity.grad[0, 0] = torch.inf
         return sensitivity
 
-    engine = SimpleNamespace(sensitivities=broken)
+    engine = SimpleNamespace(sensitivities=broken, GIVES=autograd.GIVES)
     with pytest.raises(RunError, match=f"grad_x_weight of {name} is not finite"):
         discover(engine, model, sequences, in_scope(model), ["grad_x_weight"], 5)

@@ -9,7 +9,7 @@ def parameter(*shape):
 
 
 def gradient_of(parts):
-    return sum([left.T @ right for left, right in parts.products] + parts.dense)
+    return sum([left.T @ right for left, right, _ in parts.products] + parts.dense)
 
 
 def test_linear_maps_give_products_and_biases_sums():

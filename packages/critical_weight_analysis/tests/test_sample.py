@@ -5,14 +5,15 @@ import pandas as pd
 import pytest
 import torch
 from bridge.records import SAMPLED_WEIGHTS, Table, read_table, write_table
+from critical_weight_analysis import autograd
 from critical_weight_analysis.discovery import discover, engine_for
-from critical_weight_analysis.metrics import FORMULAS, Sensitivity
+from critical_weight_analysis.metrics import FORMULAS, NEEDS, Sensitivity
 from critical_weight_analysis.ranking import top_indices
 from critical_weight_analysis.sample import N_HEAD, N_STRATUM, Sample
 from llm_perturb.weights import in_scope
 from reference import naive_score, naive_sensitivities, naive_top
 
-METRICS = list(FORMULAS)
+METRICS = [metric for metric in FORMULAS if NEEDS[metric] <= autograd.GIVES]
 
 
 def places(frame):

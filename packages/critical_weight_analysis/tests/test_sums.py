@@ -1,7 +1,7 @@
 import pytest
 import torch
 from bridge.errors import RunError
-from critical_weight_analysis.recorder import Parts
+from critical_weight_analysis.recorder import Parts, Product
 from critical_weight_analysis.sums import Sums
 
 ALL = frozenset({"grad", "fisher", "curvature"})
@@ -31,7 +31,7 @@ def test_uses_of_one_sequence_are_added_before_they_are_squared(monkeypatch, blo
     sums, gradients = sums_of((6, 3), lengths), []
     for i, length in enumerate(lengths):
         one, two = (random(length, 6), random(length, 3)), (random(1, 6), random(1, 3))
-        sums.add(i, Parts(products=[one, two]))
+        sums.add([(i, Parts(products=[Product(*one), Product(*two)]))])
         gradients.append(one[0].T @ one[1] + two[0].T @ two[1])
     assert_sums(sums, gradients, lengths)
 
@@ -40,7 +40,7 @@ def test_parts_of_every_kind_together():
     torch.manual_seed(0)
     sums, left, right, dense = sums_of((6, 3), [2]), random(2, 6), random(2, 3), random(6, 3)
     ids, rows = torch.tensor([4, 4]), random(2, 3)
-    sums.add(0, Parts(products=[(left, right)], dense=[dense], rows=[(ids, rows)]))
+    sums.add([(0, Parts(products=[Product(left, right)], dense=[dense], rows=[(ids, rows)]))])
     gradient = left.T @ right + dense
     gradient[4] += rows.sum(0)
     assert_sums(sums, [gradient], [2])
@@ -56,7 +56,7 @@ def test_rows_set_apart_are_squared_with_their_other_part(monkeypatch, block, co
         ids, rows = torch.tensor([7, 2, 7, 0][:length]), random(length, 3)
         left, right = random(length, 9), random(length, 3)
         for start in (0, 4):
-            sums.add_product(i, left[:, start : 9 if start else 4], right, start, apart=ids.unique())
+            sums.add_products([(i, Product(left[:, start : 9 if start else 4], right))], start, {i: ids})
         gradient = left.T @ right
         if completed:
             sums.add_rows(i, ids, rows)

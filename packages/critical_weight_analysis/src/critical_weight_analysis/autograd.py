@@ -17,6 +17,8 @@ from transformers import PreTrainedModel
 
 from critical_weight_analysis.metrics import Sensitivity
 
+GIVES = frozenset({"grad", "fisher", "curvature"})
+
 
 def sensitivities(
     model: PreTrainedModel,

@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
-from bridge.errors import RunError
+from bridge.errors import RequestError, RunError
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -21,7 +22,10 @@ from critical_weight_analysis.keeper import Budget, Keeper
 from critical_weight_analysis.metrics import Sensitivity
 from critical_weight_analysis.recorder import Recorder
 from critical_weight_analysis.structure import Structure, find, hidden_of, output_of, with_hidden
-from critical_weight_analysis.sums import SQUARES, Sums
+from critical_weight_analysis.sums import BY_PRODUCT, SQUARES, Sums
+
+GIVES = frozenset({"grad", "fisher", "curvature", "tokens", "inputs"})
+LOGIT_ROWS = 1024  # tokens whose logits exist together
 
 
 def supports(model: nn.Module) -> bool:
@@ -64,7 +68,7 @@ def sensitivities(
         model: a causal language model that ``supports`` accepts, in eval mode, no parameter requiring a gradient.
         sequences: each (T_i + 1,) ids, which predict T_i tokens.
         names: parameters, by their first names.
-        needs: which of ``grad``, ``fisher``, ``curvature``.
+        needs: which fields of ``Sensitivity``, of those in ``GIVES``.
         batch_size: sequences at a time; taken as 1 where a batch could not be told apart by sequence.
         progress: whether to show a bar on stderr.
 
@@ -73,10 +77,17 @@ def sensitivities(
         first. The next one's layer is computed when it is asked for.
 
     Raises:
+        RequestError: something is needed that a parameter does not have.
         RunError: a loss or a sum is not finite.
     """
     structure = find(model)
     assert structure is not None, "ask supports() first"
+    others = [name for name in names if name not in structure.by_product]
+    if needs & BY_PRODUCT and others:
+        raise RequestError(
+            f"wanda and grad_squared_token are defined for linear maps and embeddings, which {others[0]} is not; "
+            "leave it out: --scope matrices, or --exclude"
+        )
     lengths = [len(sequence) - 1 for sequence in sequences]
     owned, parameters = structure.owned(model), dict(model.named_parameters())
     budget = Budget.of(parameters.values()) if needs else Budget(0)
@@ -148,7 +159,7 @@ def _backward(
 
 def _batch_size(structure: Structure, names: Sequence[str], needs: frozenset[str], batch_size: int) -> int:
     """The batch size asked for, or 1 where a batch would change a number or mix what has to be squared apart."""
-    if not structure.causal or (needs & SQUARES and not structure.by_batch >= set(names)):
+    if not structure.causal or (needs & (SQUARES | {"inputs"}) and not structure.by_batch >= set(names)):
         return 1
     return batch_size
 
@@ -204,18 +215,27 @@ def _forward(structure: Structure, batch: Batch, outside: dict[str, Sums], losse
             result = structure.runner(input_ids=batch.ids, use_cache=False)
     hidden = result.last_hidden_state if structure.plain_head else state["hidden"]  # (B, T, H)
     gradient = torch.zeros_like(hidden)
-    for row, (i, targets) in enumerate(zip(batch.members, batch.targets, strict=True)):
-        real = row, slice(len(targets))
-        received = hidden[real].detach()  # (T_i, H)
+    for group in _groups(batch, LOGIT_ROWS if structure.plain_head else 1):
+        real = [(row, slice(len(batch.targets[row]))) for row in group]
+        received = torch.cat([hidden[one].detach() for one in real])  # (T, H)
+        targets = torch.cat([batch.targets[row] for row in group])
         if structure.plain_head:
-            loss, at_logits = output_head.plain_loss(head, received, targets)
+            nats, at_logits = output_head.plain_loss(head, received, targets)
         else:
-            loss, at_logits = output_head.any_loss(result.logits, state["z"], real, targets)
-        losses[i] = loss
-        if not loss.isfinite():
-            raise RunError(f"the loss of sequence {i} is not finite")
-        apart = batch.ids[real].unique() if weight and weight.name in structure.before else None
-        gradient[real] = output_head.back(head, received, at_logits, i, weight, bias, apart)
+            nats, at_logits = output_head.any_loss(result.logits, state["z"], real[0], targets)
+        ends = list(accumulate(len(batch.targets[row]) for row in group))
+        rows = {
+            batch.members[row]: slice(end - len(batch.targets[row]), end) for row, end in zip(group, ends, strict=True)
+        }
+        for i, here in rows.items():
+            losses[i] = nats[here].double().sum()
+            if not losses[i].isfinite():
+                raise RunError(f"the loss of sequence {i} is not finite")
+        tied = weight is not None and weight.name in structure.before
+        ids = {batch.members[row]: batch.ids[one] for row, one in zip(group, real, strict=True)} if tied else None
+        at_hidden = output_head.back(head, received, at_logits, rows, weight, bias, ids)
+        for one, here in zip(real, rows.values(), strict=True):
+            gradient[one] = at_hidden[here]
     hidden.backward(gradient)
     batch.gradient = state["output"].grad
     _add(recorder, batch, outside)
@@ -237,7 +257,7 @@ def _embedding(structure: Structure, batch: Batch, outside: dict[str, Sums]) -> 
         finally:
             stop.remove()
         for name, parts in recorder.parts().items():
-            outside[name].add(i, parts)
+            outside[name].add([(i, parts)])
 
 
 class _ReachedLayersError(Exception):
@@ -252,14 +272,25 @@ def _stop(module: nn.Module, args: tuple, kwargs: dict) -> None:
 
 
 def _add(recorder: Recorder, batch: Batch, sums: dict[str, Sums]) -> None:
-    """Add the gradients that a batch left in the recorder, sequence by sequence where they are to be squared."""
-    if not any(s.squares for s in sums.values()):
+    """Add the gradients that a batch left in the recorder, sequence by sequence where they must be told apart."""
+    if not any(s.by_sequence for s in sums.values()):
         for name, parts in recorder.parts().items():
-            sums[name].add(batch.members[0], parts)
+            sums[name].add([(batch.members[0], parts)])
         return
-    for row, (i, targets) in enumerate(zip(batch.members, batch.targets, strict=True)):
-        for name, parts in recorder.parts(row, len(batch.members), len(targets)).items():
-            sums[name].add(i, parts)
+    apart = [recorder.parts(row, len(batch.members), len(targets)) for row, targets in enumerate(batch.targets)]
+    for name in apart[0]:
+        sums[name].add([(i, parts[name]) for i, parts in zip(batch.members, apart, strict=True)])
+
+
+def _groups(batch: Batch, n_tokens: int) -> Iterator[list[int]]:
+    """The rows of a batch, as many together as have that many tokens; one at least."""
+    group: list[int] = []
+    for row, targets in enumerate(batch.targets):
+        if group and sum(len(batch.targets[other]) for other in group) + len(targets) > n_tokens:
+            yield group
+            group = []
+        group.append(row)
+    yield group
 
 
 def _sums_of(parameter: nn.Parameter | None, sums: dict[str, Sums]) -> Sums | None:

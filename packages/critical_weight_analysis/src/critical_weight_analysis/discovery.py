@@ -1,11 +1,11 @@
 """Global discovery: score every weight with every metric in one pass over a corpus, keep the exact top-K."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
 import pandas as pd
-from bridge.errors import RunError
+from bridge.errors import RequestError, RunError
 from torch import Tensor
 from torch.nn import Parameter
 from transformers import PreTrainedModel
@@ -40,6 +40,18 @@ class Discovery:
 def engine_for(model: PreTrainedModel) -> ModuleType:
     """The module whose ``sensitivities`` measures this model: layer by layer where it can, else autograd's."""
     return backward if backward.supports(model) else autograd
+
+
+def needs_of(metrics: Sequence[str], engine: ModuleType) -> frozenset[str]:
+    """The fields of ``Sensitivity`` that the metrics need.
+
+    Raises:
+        RequestError: the engine does not give one of them.
+    """
+    for metric in metrics:
+        if not NEEDS[metric] <= engine.GIVES:
+            raise RequestError(f"--metric {metric} needs a model that can be run layer by layer, which this one cannot")
+    return frozenset().union(*(NEEDS[metric] for metric in metrics))
 
 
 def scores_of(metric: str, sensitivity: Sensitivity) -> Tensor:
@@ -90,7 +102,7 @@ def discover(
     Raises:
         RunError: a loss or a score is not finite.
     """
-    needs = frozenset().union(*(NEEDS[metric] for metric in metrics))
+    needs = needs_of(metrics, engine)
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     rankings = {metric: Ranking(shapes, k, per_layer) for metric in metrics}
     summaries = {metric: Summary(list(shapes)) for metric in metrics}

@@ -1,4 +1,4 @@
-"""The output head and the loss of one sequence, without ever holding a second table of its logits.
+"""The output head and the loss of some sequences, without ever holding a second table of their logits.
 
 Plain logits are made, and turned into probabilities, a thousand columns of the vocabulary at a time: a block
 stays in the processor's cache from the product that makes it to the last use of it.
@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from torch import Tensor, nn
 
+from critical_weight_analysis.recorder import Product
 from critical_weight_analysis.sums import Sums
 
 COLUMNS = 1024
@@ -24,8 +25,8 @@ def plain_loss(head: nn.Linear, hidden: Tensor, targets: Tensor) -> tuple[Tensor
         targets: (T,) ids.
 
     Returns:
-        S, float64, and the blocks (columns, softmax(z) - onehot(target) for these columns (T, C)), to be
-        asked for once.
+        The loss of every token (T,), and the blocks (columns, softmax(z) - onehot(target) for these columns (T, C)),
+        to be asked for once.
     """
     wide = torch.promote_types(hidden.dtype, torch.float32)
     columns = [slice(start, start + COLUMNS) for start in range(0, head.weight.shape[0], COLUMNS)]
@@ -42,7 +43,8 @@ def plain_loss(head: nn.Linear, hidden: Tensor, targets: Tensor) -> tuple[Tensor
         exponentials.append(z.sub_(highest[-1]).exp_())
         partial.append(highest[-1] + z.sum(dim=1, keepdim=True).log())
     log_normalizer = torch.cat(partial, dim=1).logsumexp(dim=1, keepdim=True)  # (T, 1)
-    loss = (log_normalizer[positions, 0] - chosen).double().sum()
+    nats = torch.empty_like(chosen)
+    nats[positions] = log_normalizer[positions, 0] - chosen
 
     def gradients() -> Iterator[tuple[slice, Tensor]]:
         for index, (block, here) in enumerate(zip(columns, inside, strict=True)):
@@ -51,7 +53,7 @@ def plain_loss(head: nn.Linear, hidden: Tensor, targets: Tensor) -> tuple[Tensor
             gradient[positions[here], targets[here] - block.start] -= 1
             yield block, gradient
 
-    return loss, gradients()
+    return nats, gradients()
 
 
 def any_loss(logits: Tensor, z: Tensor, of: tuple[int, slice], targets: Tensor) -> tuple[Tensor, Iterator]:
@@ -66,40 +68,41 @@ def any_loss(logits: Tensor, z: Tensor, of: tuple[int, slice], targets: Tensor) 
     wide = torch.promote_types(logits.dtype, torch.float32)
     logits = logits[of].to(wide)
     # not F.cross_entropy, which adds the exponentials of a whole float32 row one by one
-    loss = (logits.logsumexp(1) - logits.gather(1, targets[:, None])[:, 0]).double().sum()
-    gradient = torch.autograd.grad(loss, z, retain_graph=True)[0][of].to(wide)
+    nats = logits.logsumexp(1) - logits.gather(1, targets[:, None])[:, 0]
+    gradient = torch.autograd.grad(nats.double().sum(), z, retain_graph=True)[0][of].to(wide)
     columns = (slice(start, start + COLUMNS) for start in range(0, z.shape[-1], COLUMNS))
-    return loss.detach(), ((block, gradient[:, block]) for block in columns)
+    return nats.detach(), ((block, gradient[:, block]) for block in columns)
 
 
 def back(
     head: nn.Linear,
     hidden: Tensor,
     gradients: Iterator[tuple[slice, Tensor]],
-    i: int,
+    rows: dict[int, slice],
     weight: Sums | None,
     bias: Sums | None,
-    apart: Tensor | None,
+    ids: dict[int, Tensor] | None,
 ) -> Tensor:
     """Go back through the head with the gradient at its result: add to its sums, return the gradient at its input.
 
     Args:
         head: the head.
-        hidden: (T, H), what it received.
+        hidden: (T, H), what it received for the tokens of some sequences.
         gradients: the blocks of the gradient at its result.
-        i: which sequence this is.
+        rows: which of the tokens are whose.
         weight: the sums of its weight, if they are wanted.
         bias: likewise of its bias.
-        apart: the ids whose rows the embedding will add to, if the two share the weight.
+        ids: of each sequence, the rows which the embedding will add to, if the two share the weight.
     """
     result = torch.zeros_like(hidden)
     wide, at_bias = None if weight is None else hidden.to(weight.dtype), []
     for block, gradient in gradients:
         result.addmm_(gradient.to(hidden.dtype), head.weight[block])
         if weight is not None:
-            weight.add_product(i, gradient, wide, start=block.start, apart=apart)
+            batch = [(i, Product(gradient[here], wide[here])) for i, here in rows.items()]
+            weight.add_products(batch, start=block.start, ids=ids)
         if bias is not None:
-            at_bias.append(gradient.sum(0))
-    if bias is not None:
-        bias.add_dense(i, torch.cat(at_bias))
+            at_bias.append(torch.stack([gradient[here].sum(0) for here in rows.values()]))
+    for i, total in zip(rows, torch.cat(at_bias, dim=1) if at_bias else (), strict=False):
+        bias.add_dense(i, total)
     return result

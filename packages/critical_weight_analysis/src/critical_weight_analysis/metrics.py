@@ -23,6 +23,9 @@ class Sensitivity:
         grad: dL/dθ.
         fisher: (1/n) Σ_i (dL_i/dθ)², the diagonal of the empirical Fisher over sequences.
         curvature: h = (1/N) Σ_i (dS_i/dθ)², the per-token empirical Fisher in place of the Hessian diagonal.
+        tokens: (1/N) Σ_i Σ_t G_it², G_it what position t of sequence i contributes to dS_i/dθ.
+        inputs: Σ_i Σ_t x_it² of the input feature x that θ is multiplied with.
+        hessian: an estimate of d²L/dθ².
     """
 
     name: str
@@ -30,14 +33,21 @@ class Sensitivity:
     grad: Tensor | None = None
     fisher: Tensor | None = None
     curvature: Tensor | None = None
+    tokens: Tensor | None = None
+    inputs: Tensor | None = None
+    hessian: Tensor | None = None
 
 
 NEEDS: dict[str, frozenset[str]] = {
     "grad_x_weight": frozenset({"grad"}),
     "grad_squared": frozenset({"fisher"}),
+    "grad_squared_batch": frozenset({"grad"}),
+    "grad_squared_token": frozenset({"tokens"}),
     "obd": frozenset({"curvature"}),
     "taylor2": frozenset({"grad", "curvature"}),
     "magnitude": frozenset(),
+    "wanda": frozenset({"inputs"}),
+    "hutchinson_diag": frozenset({"hessian"}),
 }
 
 
@@ -46,7 +56,7 @@ def grad_x_weight(sensitivity: Sensitivity) -> Tensor:
 
     Mozer & Smolensky 1989; Molchanov et al. 2019.
     """
-    return (sensitivity.grad * sensitivity.weight.to(sensitivity.grad.dtype)).abs()
+    return (sensitivity.grad * sensitivity.weight.to(sensitivity.grad.dtype)).abs_()
 
 
 def grad_squared(sensitivity: Sensitivity) -> Tensor:
@@ -54,18 +64,31 @@ def grad_squared(sensitivity: Sensitivity) -> Tensor:
     return sensitivity.fisher
 
 
+def grad_squared_batch(sensitivity: Sensitivity) -> Tensor:
+    """(dL/dθ)²: the square of the mean gradient, the corpus taken as one batch."""
+    return sensitivity.grad.square()
+
+
+def grad_squared_token(sensitivity: Sensitivity) -> Tensor:
+    """(1/N) Σ_i Σ_t G_it²: grad_squared with the position as its unit, no two of which can cancel.
+
+    G_it is what position t contributes to dS_i/dθ; for a linear map the product of its input and the gradient at
+    its output there, so that the sum is a product of two squared matrices.
+    """
+    return sensitivity.tokens
+
+
 def obd(sensitivity: Sensitivity) -> Tensor:
     """½ θ² h: second-order estimate of the change of L when θ is set to 0 (nats per token).
 
     Optimal Brain Damage, LeCun et al. 1990, with the empirical Fisher as h.
     """
-    return 0.5 * sensitivity.weight.to(sensitivity.curvature.dtype).square() * sensitivity.curvature
+    return sensitivity.weight.to(sensitivity.curvature.dtype).square().mul_(sensitivity.curvature).mul_(0.5)
 
 
 def taylor2(sensitivity: Sensitivity) -> Tensor:
     """|-θ dL/dθ + ½ θ² h|: both terms of the Taylor series (nats per token)."""
-    weight = sensitivity.weight.to(sensitivity.grad.dtype)
-    return (-weight * sensitivity.grad + 0.5 * weight.square() * sensitivity.curvature).abs()
+    return obd(sensitivity).addcmul_(sensitivity.weight.to(sensitivity.grad.dtype), sensitivity.grad, value=-1).abs_()
 
 
 def magnitude(sensitivity: Sensitivity) -> Tensor:
@@ -73,10 +96,28 @@ def magnitude(sensitivity: Sensitivity) -> Tensor:
     return sensitivity.weight.to(torch.promote_types(sensitivity.weight.dtype, torch.float32)).abs()
 
 
+def wanda(sensitivity: Sensitivity) -> Tensor:
+    """|θ| ‖x‖₂: x is the input feature that θ is multiplied with, over all positions of the corpus (Sun et al. 2024).
+
+    A table that is looked up is multiplied with ones and zeros; where it is the output head's weight as well, the
+    squares of both uses are added: the score is the norm of all that θ adds to any result.
+    """
+    return magnitude(sensitivity).mul_(sensitivity.inputs.sqrt())
+
+
+def hutchinson_diag(sensitivity: Sensitivity) -> Tensor:
+    """|d²L/dθ²|, the diagonal of the Hessian as Hutchinson (1990) estimates it from Rademacher vectors."""
+    return sensitivity.hessian.abs()
+
+
 FORMULAS = {
     "grad_x_weight": grad_x_weight,
     "grad_squared": grad_squared,
+    "grad_squared_batch": grad_squared_batch,
+    "grad_squared_token": grad_squared_token,
     "obd": obd,
     "taylor2": taylor2,
     "magnitude": magnitude,
+    "wanda": wanda,
+    "hutchinson_diag": hutchinson_diag,
 }

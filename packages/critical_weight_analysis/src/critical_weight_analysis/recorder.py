@@ -9,7 +9,7 @@ model is touched, and no use is missed, whatever the module is called and howeve
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
@@ -48,17 +48,25 @@ class Use:
         self.grad = grad
 
 
+class Product(NamedTuple):
+    """leftᵀ right, with left (T, R) and right (T, C); one of them is what the parameter was multiplied with."""
+
+    left: Tensor
+    right: Tensor
+    input_is_left: bool = False
+
+
 @dataclass
 class Parts:
     """The gradient of one parameter, as the sum of the parts that its uses gave.
 
     Attributes:
-        products: (left (T, R), right (T, C)), which stand for leftᵀ right.
+        products: of its uses as a weight.
         rows: (ids (T,), gradient (T, H)), to be added to the rows of a table.
         dense: tensors of the parameter's shape.
     """
 
-    products: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    products: list[Product] = field(default_factory=list)
     rows: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     dense: list[Tensor] = field(default_factory=list)
 
@@ -134,8 +142,8 @@ class Recorder(TorchFunctionMode):
         """
         found: dict[str, Parts] = {}
         for use in self.uses:
-            for name, kind, *part in _use_parts(use, index, batch, length):
-                getattr(found.setdefault(name, Parts()), kind).append(part[0] if kind == "dense" else tuple(part))
+            for name, kind, part in _use_parts(use, index, batch, length):
+                getattr(found.setdefault(name, Parts()), kind).append(part)
         for (_, name), alias in self.aliases.items():
             if alias.grad is not None:
                 assert batch == 1, f"{name} cannot be told apart by sequence in a batch"
@@ -170,10 +178,10 @@ def _use_parts(use: Use, index: int, batch: int, length: int | None) -> Iterator
         return
     grad = use.grad.reshape(batch, -1, use.grad.shape[-1])[index, :length]  # (T, O)
     if use.kind == "embedding":
-        yield use.weight, "rows", use.x.reshape(batch, -1)[index, :length], grad
+        yield use.weight, "rows", (use.x.reshape(batch, -1)[index, :length], grad)
         return
     x = use.x.reshape(batch, -1, use.x.shape[-1])[index, :length]  # (T, I)
     if use.weight:
-        yield use.weight, "products", *((grad, x) if use.kind == "linear" else (x, grad))
+        yield use.weight, "products", Product(grad, x) if use.kind == "linear" else Product(x, grad, True)
     if use.bias:
         yield use.bias, "dense", grad.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32))

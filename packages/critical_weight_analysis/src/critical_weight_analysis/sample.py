@@ -10,7 +10,6 @@ from llm_perturb.weights import layer_of
 from torch import Tensor
 
 from critical_weight_analysis.metrics import FORMULAS, Sensitivity
-from critical_weight_analysis.ranking import top_indices
 
 N_TOP = 2  # of each parameter, by each metric
 N_DRAWN = 2  # of each parameter, uniformly at random

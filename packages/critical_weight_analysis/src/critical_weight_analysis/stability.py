@@ -21,8 +21,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from transformers import PreTrainedModel
 
-from critical_weight_analysis.discovery import scores_of
-from critical_weight_analysis.metrics import NEEDS
+from critical_weight_analysis.discovery import needs_of, scores_of
 from critical_weight_analysis.ranking import Ranking
 
 STABILITY = Table(
@@ -72,7 +71,7 @@ def discover_halves(
     Raises:
         RunError: a loss or a score is not finite.
     """
-    needs = frozenset().union(*(NEEDS[metric] for metric in metrics))
+    needs = needs_of(metrics, engine)
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
 
     def top_of(members: list[int]) -> Rankings:

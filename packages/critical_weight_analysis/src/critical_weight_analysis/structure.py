@@ -32,6 +32,7 @@ class Structure:
         plain_head: whether the logits are what the head returns for the last hidden state, and nothing else.
         causal: whether what follows a token leaves its hidden state as it is, so that padding on the right does.
         by_batch: the parameters whose gradients can be told apart by sequence when several are run as a batch.
+        by_product: the parameters that act as the weight of a linear map or the table of an embedding, and not else.
         before: the parameters that act before the first layer.
         unneeded: the weights (by id) of the layers' linear maps whose results no gradient depends on.
     """
@@ -42,6 +43,7 @@ class Structure:
     plain_head: bool
     causal: bool
     by_batch: frozenset[str]
+    by_product: frozenset[str]
     before: frozenset[str]
     unneeded: frozenset[int]
 
@@ -153,7 +155,15 @@ class _Trace:
         causal = all(_same_prefix(hidden) for hidden in self.outputs)
         runner = self.base if plain else model
         return Structure(
-            self.layers, runner, self.head, plain, causal, self._by_batch(), self._before(), self._unneeded(model)
+            self.layers,
+            runner,
+            self.head,
+            plain,
+            causal,
+            self._by_batch(),
+            self._by_product(),
+            self._before(),
+            self._unneeded(model),
         )
 
     def _parameters_stay_home(self, model: nn.Module) -> bool:
@@ -182,6 +192,10 @@ class _Trace:
             if not allowed:
                 return False
         return True
+
+    def _by_product(self) -> frozenset[str]:
+        otherwise = {name for _, name in self.recorder.used} | {use.bias for use in self.recorder.uses}
+        return frozenset(use.weight for use in self.recorder.uses if use.weight and use.weight not in otherwise)
 
     def _before(self) -> frozenset[str]:
         uses = [(use.section, name) for use in self.recorder.uses for name in (use.weight, use.bias) if name]
