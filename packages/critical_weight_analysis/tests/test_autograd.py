@@ -2,6 +2,7 @@ import pytest
 import torch
 from bridge.errors import RunError
 from critical_weight_analysis.autograd import sensitivities
+from critical_weight_analysis.settings import Settings
 from llm_perturb.perplexity import sequence_losses
 from reference import finite_difference, naive_sensitivities
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -11,7 +12,7 @@ ALL = frozenset({"grad", "fisher", "curvature"})
 
 def measure(model, sequences, names=None, needs=ALL, **options):
     names = [name for name, _ in model.named_parameters()] if names is None else names
-    losses, stream = sensitivities(model, sequences, names, frozenset(needs), **options)
+    losses, stream = sensitivities(model, sequences, names, frozenset(needs), Settings(**options))
     return losses, {sensitivity.name: sensitivity for sensitivity in stream}
 
 

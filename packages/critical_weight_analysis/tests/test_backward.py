@@ -4,6 +4,7 @@ import pytest
 import torch
 from bridge.errors import RequestError, RunError
 from critical_weight_analysis import backward
+from critical_weight_analysis.settings import Settings
 from decoders import DECODERS, build_decoder
 from reference import finite_difference, naive_sensitivities
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -24,7 +25,7 @@ def matrices(model):
 
 def measure(model, sequences, names=None, needs=ALL, **options):
     names = [name for name, _ in model.named_parameters()] if names is None else names
-    losses, stream = backward.sensitivities(model, sequences, names, frozenset(needs), **options)
+    losses, stream = backward.sensitivities(model, sequences, names, frozenset(needs), Settings(**options))
     found = {sensitivity.name: sensitivity for sensitivity in stream}
     assert sorted(found) == sorted(names)
     return losses, found
@@ -146,7 +147,7 @@ def test_row_of_the_padding_token_has_its_true_gradient(tiny_model, sequences):
 
 def test_the_model_is_left_as_it_was(model, sequences):
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    _, stream = backward.sensitivities(model, sequences, list(before), ALL, batch_size=2)
+    _, stream = backward.sensitivities(model, sequences, list(before), ALL, Settings(batch_size=2))
     for _ in stream:
         assert not any(parameter.requires_grad for parameter in model.parameters())
     assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())

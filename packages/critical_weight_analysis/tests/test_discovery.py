@@ -7,6 +7,7 @@ from bridge.errors import RunError
 from critical_weight_analysis import autograd
 from critical_weight_analysis.discovery import discover, engine_for, scores_of
 from critical_weight_analysis.metrics import FORMULAS, NEEDS, Sensitivity
+from critical_weight_analysis.settings import Settings
 from llm_perturb.weights import in_scope
 from reference import naive_score, naive_sensitivities, naive_top
 
@@ -41,7 +42,8 @@ def test_every_ranking_of_one_pass_is_the_full_sort(model, sequences, scope):
 def test_batch_size_changes_no_ranking(model, sequences):
     parameters = in_scope(model)
     tops = [
-        discover(engine_for(model), model, sequences, parameters, METRICS, 50, batch_size=b).rankings for b in (1, 3, 8)
+        discover(engine_for(model), model, sequences, parameters, METRICS, 50, settings=Settings(batch_size=b)).rankings
+        for b in (1, 3, 8)
     ]
     for metric in METRICS:
         first, *others = (rankings[metric].top(50) for rankings in tops)

@@ -73,7 +73,7 @@ def test_result_that_was_overwritten_is_computed_again():
 
 def test_budget_of_a_model_is_bounded_by_its_size():
     parameter = torch.nn.Parameter(torch.zeros(10, 10))
-    assert Budget.of([parameter]).left == 200
+    assert Budget.of([parameter]).left == 300
 
 
 def test_a_layer_that_makes_other_calls_is_noticed():

@@ -153,7 +153,7 @@ def test_selection_in_long_arrays(size, n_levels):
         assert kth_smallest(scores, k) == scores[full[size - k]]
 
 
-def test_sample_that_does_not_enclose_the_value_changes_nothing():
+def test_sample_that_misleads_changes_nothing():
     scores = torch.zeros(200_000)
     scores[1::7] = torch.arange(len(scores[1::7])).float() + 1  # the stride of the sample meets few of them
     ordered = scores.sort().values

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from critical_weight_analysis.metrics import Sensitivity
+from critical_weight_analysis.settings import Settings
 
 GIVES = frozenset({"grad", "fisher", "curvature"})
 
@@ -25,8 +26,7 @@ def sensitivities(
     sequences: list[Tensor],
     names: Sequence[str],
     needs: frozenset[str],
-    batch_size: int = 1,
-    progress: bool = False,
+    settings: Settings = Settings(),  # noqa: B008 - frozen
 ) -> tuple[Tensor, Iterator[Sensitivity]]:
     """The loss of every sequence, and what the metrics need to know of every named parameter.
 
@@ -39,8 +39,8 @@ def sensitivities(
         sequences: each (T_i + 1,) ids.
         names: parameters to be measured, each by its first name.
         needs: the fields of ``Sensitivity`` to be filled.
-        batch_size: without effect here, where squares need each sequence's own gradient.
-        progress: whether to show a bar on stderr.
+        settings: how it is done; a batch size is without effect here, where squares need each sequence's own
+            gradient.
 
     Returns:
         S_i, float64 (n,) on the CPU; and the parameters in model order. Each is freed once the next is taken.
@@ -48,20 +48,23 @@ def sensitivities(
     Raises:
         RunError: a loss is not finite, or no gradient came back.
     """
-    del batch_size
     chosen = set(names)
     parameters = {name: p for name, p in named_parameters(model).items() if name in chosen}
     assert len(parameters) == len(chosen), f"unknown parameters: {chosen - parameters.keys()}"
     sums = {name: _GradientSums(parameter, needs) for name, parameter in parameters.items()}
-    losses = torch.empty(len(sequences), dtype=torch.float64)
+    losses = torch.zeros(len(sequences), dtype=torch.float64)
+    mine = settings.share(list(enumerate(sequences)))
     with _Collector(model, sums) as collector:
-        for i, sequence in enumerate(tqdm(sequences, desc="gradients", disable=not progress)):
+        for i, sequence in tqdm(mine, desc="gradients", disable=not settings.progress):
             loss = _summed_loss(model, sequence, with_gradient=bool(needs))
             losses[i] = loss.item()
             if not losses[i].isfinite():
                 raise RunError(f"the loss of sequence {i} is {losses[i].item()}, not finite; try --dtype float32")
             if needs:
                 collector.backward(loss, n_tokens=len(sequence) - 1)
+    settings.add_up(losses)
+    for total in [total for one in sums.values() for total in one.sums.values()]:
+        settings.add_up(total)
     return losses, _divided(parameters, sums, len(sequences), count_tokens(sequences))
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from critical_weight_analysis.metrics import Sensitivity
-from critical_weight_analysis.ranking import Entries, Ranking, gather
+from critical_weight_analysis.ranking import Entries, Ranking, gather, top_indices
 
 PURPOSE = "random control list"
 
@@ -43,8 +43,14 @@ class Controls:
 
     def update(self, metric: str, sensitivity: Sensitivity, scores: Tensor) -> None:
         """Take in the scores of one parameter by one metric, of its stored shape. Once for each of both."""
-        if not self._lowest[metric].passed(-scores.min()):
-            self._lowest[metric].update(sensitivity.name, sensitivity.weight, -scores)
+        lowest, flat = self._lowest[metric], scores.reshape(-1)
+        if lowest.bound == -torch.inf:
+            index = top_indices(-flat, lowest.k)
+        else:
+            index = (flat <= -lowest.bound).nonzero()[:, 0]
+            index = index[top_indices(-flat[index], lowest.k).to(index.device)].cpu()
+        if len(index):
+            lowest.add(sensitivity.name, index, gather(sensitivity.weight, index), -gather(scores, index))
         if metric == self._first:
             here = (self._drawn.parameter == self._number[sensitivity.name]).nonzero()[:, 0]
             self._drawn.value[here] = gather(sensitivity.weight, self._drawn.index[here])

@@ -15,6 +15,7 @@ from critical_weight_analysis.controls import Controls
 from critical_weight_analysis.metrics import FORMULAS, NEEDS, Sensitivity
 from critical_weight_analysis.ranking import Ranking, top_indices
 from critical_weight_analysis.sample import N_HEAD, Sample
+from critical_weight_analysis.settings import Settings
 from critical_weight_analysis.summary import Summary
 
 
@@ -37,9 +38,19 @@ class Discovery:
     sampled: pd.DataFrame
 
 
-def engine_for(model: PreTrainedModel) -> ModuleType:
-    """The module whose ``sensitivities`` measures this model: layer by layer where it can, else autograd's."""
-    return backward if backward.supports(model) else autograd
+def engine_for(model: PreTrainedModel, settings: Settings = Settings()) -> ModuleType:  # noqa: B008 - frozen
+    """The module whose ``sensitivities`` measures this model: layer by layer where it can, else autograd's.
+
+    Raises:
+        RequestError: it can only be measured whole, and its weights are not to be held whole.
+    """
+    if backward.supports(model, settings):
+        return backward
+    if settings.checkpoint:
+        raise RequestError(
+            "this model cannot be run layer by layer, so all its weights must be in memory: --weights resident"
+        )
+    return autograd
 
 
 def needs_of(metrics: Sequence[str], engine: ModuleType) -> frozenset[str]:
@@ -79,8 +90,7 @@ def discover(
     k: int,
     *,
     per_layer: bool = True,
-    batch_size: int = 1,
-    progress: bool = False,
+    settings: Settings = Settings(),  # noqa: B008 - frozen
     on_losses: Callable[[Tensor], None] = lambda losses: None,
     seed: int = 0,
 ) -> Discovery:
@@ -94,8 +104,7 @@ def discover(
         metrics: names of formulas.
         k: the largest K that the rankings will be asked for.
         per_layer: whether to rank within each parameter as well.
-        batch_size: sequences at a time, where the engine can.
-        progress: whether to show bars on stderr.
+        settings: how it is done.
         on_losses: called with the losses before the first score is taken; may raise to stop.
         seed: of the random control list.
 
@@ -104,11 +113,16 @@ def discover(
     """
     needs = needs_of(metrics, engine)
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    rankings = {metric: Ranking(shapes, k, per_layer) for metric in metrics}
-    summaries = {metric: Summary(list(shapes)) for metric in metrics}
-    controls = Controls(shapes, metrics, k, seed)
-    sample = Sample(shapes, metrics)
-    losses, stream = engine.sensitivities(model, sequences, list(parameters), needs, batch_size, progress)
+    found = (
+        {metric: Ranking(shapes, k, per_layer) for metric in metrics},
+        {metric: Summary(list(shapes)) for metric in metrics},
+        Controls(shapes, metrics, k, seed),
+        Sample(shapes, metrics),
+    )
+    if settings.resume:
+        settings.resume.found = found = settings.resume.found or found
+    rankings, summaries, controls, sample = found
+    losses, stream = engine.sensitivities(model, sequences, list(parameters), needs, settings)
     on_losses(losses)
     for sensitivity in stream:
         highest = []

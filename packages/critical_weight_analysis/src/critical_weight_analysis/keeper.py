@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
+from llm_perturb.models import free_bytes
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
@@ -27,19 +28,21 @@ class Budget:
 
     @staticmethod
     def of(parameters: Iterable[nn.Parameter]) -> "Budget":
-        """Half the bytes of the model: with the weights, little more than what the weights alone take."""
-        return Budget(sum(parameter.nbytes for parameter in parameters) // 2)
+        """Three quarters of the model's bytes, which is less than its gradients would take, if so much is free."""
+        parameters = list(parameters)
+        free = free_bytes(parameters[0].device)
+        return Budget(min(sum(parameter.nbytes for parameter in parameters) * 3 // 4, free // 4))
 
 
 class Keeper(TorchFunctionMode):
-    """Active while a batch runs through the layers: first it keeps, then, layer by layer, it gives back.
+    """Active while a batch runs through a layer: the first time it keeps, the second time it gives back.
 
     Args:
         budget: what may be kept, over all layers and batches.
         unneeded: ids of the weights of linear maps whose results no gradient depends on.
 
     Attributes:
-        layer: the one that is running; outside of them, None, calls are passed on.
+        layer: the one that is running.
         replaying: whether the layer is run for the second time.
     """
 
@@ -50,6 +53,11 @@ class Keeper(TorchFunctionMode):
         self._budget, self._unneeded = budget, unneeded
         self._kept: dict[str, deque[tuple[int, Tensor | None, int]]] = {}  # weight, result, its version
 
+    def record(self, layer: str) -> "Keeper":
+        """The calls of this layer are about to be made for the first time."""
+        self.layer, self.replaying = layer, False
+        return self
+
     def replay(self, layer: str) -> "Keeper":
         """The calls of this layer are about to be made again, once."""
         self.layer, self.replaying = layer, True
@@ -57,7 +65,7 @@ class Keeper(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:  # noqa: ANN401 - torch's signature
         kwargs = kwargs or {}
-        if self.layer is None or not is_linear(func, args, kwargs):
+        if not is_linear(func, args, kwargs):
             return func(*args, **kwargs)
         return self._give_back(func, args) if self.replaying else self._keep(func, args)
 

@@ -33,7 +33,7 @@ Tops = dict[str, dict[int, pd.DataFrame]]  # metric -> K -> the global top-K
 
 KIND = "critical_analysis"
 _ROWS_SHOWN = 5
-_NOT_IDENTITY = {"batch_size", "device", "output", "baseline", "experiment_id", "save_plots"}
+_NOT_IDENTITY = {"batch_size", "weights", "device", "output", "baseline", "experiment_id", "save_plots"}
 _log = logging.getLogger("critical_weight_analysis")
 
 
@@ -53,7 +53,7 @@ class Options:
     text_column: str
     packing: str
     max_length: int
-    batch_size: int
+    batch_size: int | None
     dtype: str
     device: str
     revision: str | None
@@ -67,6 +67,7 @@ class Options:
     stability: int
     save_plots: bool
     trust_remote_code: bool
+    weights: str
 
     def checked(self) -> "Options":
         """The same, lists without repetitions, the K ascending, the paths of texts independent of the current folder.
@@ -74,7 +75,7 @@ class Options:
         Raises:
             RequestError: a number is out of range.
         """
-        for flag, numbers in {"--topk": self.topk, "--batch-size": [self.batch_size]}.items():
+        for flag, numbers in {"--topk": self.topk, "--batch-size": [self.batch_size or 1]}.items():
             if min(numbers) < 1:
                 raise RequestError(f"{flag} must be at least 1, not {min(numbers)}")
         for flag, number in {"--stability": self.stability, "--seed": self.seed}.items():
@@ -164,6 +165,7 @@ def prepare(options: Options) -> Request:
         dtype=options.dtype,
         device=options.device,
         trust_remote_code=options.trust_remote_code,
+        weights=options.weights,
     )
     corpus = tokenize(texts, loaded.tokenizer, options.corpus(), loaded.max_positions)
     parameters = in_scope(loaded.model, options.scope, options.include, options.exclude)

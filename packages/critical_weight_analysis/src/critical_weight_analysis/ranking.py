@@ -15,7 +15,7 @@ from llm_perturb.weights import layer_of
 from torch import Tensor
 
 _CHUNK = 1 << 22  # scores looked at together: bounds the memory of the selection, changes no result
-_SMALL = 1 << 14  # scores that are sorted as they are
+_SAMPLE = 1 << 11  # scores that stand for all while a percentile is looked for
 
 
 def top_indices(scores: Tensor, k: int) -> Tensor:
@@ -88,23 +88,15 @@ def _first(mask: Tensor, n: int) -> Tensor:
 def kth_smallest(scores: Tensor, k: int) -> float:
     """The k-th smallest of scores of any shape, k from 1.
 
-    Two values of a small sample that should lie close below and above it leave few to be sorted; if they do not
-    enclose it, all are (after Floyd & Rivest 1975).
+    For a high k a value of a small sample that should lie somewhat below it leaves few to be sorted; if it does not
+    lie below, all are (after Floyd & Rivest 1975).
     """
     flat = scores.detach().reshape(-1)
-    enclosed = _enclosed(flat, k) if len(flat) > _SMALL else None
-    return (flat.kthvalue(k).values if enclosed is None else enclosed).item()
-
-
-def _enclosed(flat: Tensor, k: int) -> Tensor | None:
-    sample = flat[:: len(flat) // _SMALL][:_SMALL].sort().values
-    place, margin = k * len(sample) // len(flat), len(sample) // 128
-    low, high = sample[max(0, place - margin)], sample[min(len(sample) - 1, place + margin)]
-    n_below = int((flat < low).sum())
-    if low == high:  # a value that fills much of the array, as the zeros of an embedding's unseen tokens do
-        return low if n_below < k <= n_below + int((flat == low).sum()) else None
-    between = flat[(flat >= low) & (flat <= high)]
-    return between.kthvalue(k - n_below).values if n_below < k <= n_below + len(between) else None
+    if len(flat) > 64 * _SAMPLE and 2 * k > len(flat):
+        sample = flat[:: len(flat) // _SAMPLE].sort().values
+        upper = flat[flat >= sample[(k * len(sample)) // len(flat) - len(sample) // 32]]
+        k, flat = (k - len(flat) + len(upper), upper) if k > len(flat) - len(upper) else (k, flat)
+    return flat.kthvalue(k).values.item()
 
 
 def _positions_of_highest(scores: Tensor, k: int) -> Tensor:
@@ -171,14 +163,13 @@ class Ranking:
             scores: of the same shape.
             index: the first K of ``top_indices`` of the scores, where they are known.
         """
-        number = self._order[name]
         index = top_indices(scores, self.k) if index is None else index
-        part = Entries(
-            torch.full_like(index, number),
-            index,
-            gather(weight, index),
-            gather(scores, index),
-        )
+        self.add(name, index, gather(weight, index), gather(scores, index))
+
+    def add(self, name: str, index: Tensor, value: Tensor, score: Tensor) -> None:
+        """Take in those weights of one parameter that can be among its K highest: four arrays (m,)."""
+        number = self._order[name]
+        part = Entries(torch.full_like(index, number), index, value, score)
         if self.per_layer:
             assert number not in self._parts, f"{name} came twice"
             self._parts[number] = part
@@ -186,10 +177,11 @@ class Ranking:
             held = [self._parts[-1]] if self._parts else []
             self._parts = {-1: _highest(Entries.join([*held, part]), self.k)}
 
-    def passed(self, highest: Tensor) -> bool:
-        """Whether a parameter with this highest score can add nothing to the top-K of all."""
+    @property
+    def bound(self) -> float:
+        """What a score must reach to be among the K highest of all so far; -inf while fewer are held."""
         held = self._parts.get(-1)
-        return held is not None and len(held) == self.k and bool(highest < held.score.min())
+        return -torch.inf if held is None or len(held) < self.k else held.score.min().item()
 
     def top(self, k: int) -> pd.DataFrame:
         """The K highest of all weights, or all if there are fewer, as rows of TOP_WEIGHTS."""

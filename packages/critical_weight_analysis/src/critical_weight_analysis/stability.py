@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from critical_weight_analysis.discovery import needs_of, scores_of
 from critical_weight_analysis.ranking import Ranking
+from critical_weight_analysis.settings import Settings
 
 STABILITY = Table(
     "stability",
@@ -61,8 +62,7 @@ def discover_halves(
     n_splits: int,
     *,
     seed: int = 0,
-    batch_size: int = 1,
-    progress: bool = False,
+    settings: Settings = Settings(),  # noqa: B008 - frozen
 ) -> Iterator[Halves]:
     """For each of ``n_splits`` splits the global top-K of both halves. One split costs one pass over the corpus.
 
@@ -77,7 +77,7 @@ def discover_halves(
     def top_of(members: list[int]) -> Rankings:
         rankings = {metric: Ranking(shapes, k, per_layer=False) for metric in metrics}
         half = [sequences[i] for i in members]
-        _, stream = engine.sensitivities(model, half, list(parameters), needs, batch_size, progress)
+        _, stream = engine.sensitivities(model, half, list(parameters), needs, settings)
         for sensitivity in stream:
             for metric, ranking in rankings.items():
                 ranking.update(sensitivity.name, sensitivity.weight, scores_of(metric, sensitivity))

@@ -8,10 +8,11 @@ parameter may act in two of them.
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
+from llm_perturb.checkpoint import Checkpoint
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
@@ -34,6 +35,8 @@ class Structure:
         by_batch: the parameters whose gradients can be told apart by sequence when several are run as a batch.
         by_product: the parameters that act as the weight of a linear map or the table of an embedding, and not else.
         before: the parameters that act before the first layer.
+        rest: as many None as each layer returns things beside the hidden state, which nothing uses; by layer, None
+            where it returns that alone.
         unneeded: the weights (by id) of the layers' linear maps whose results no gradient depends on.
     """
 
@@ -45,7 +48,13 @@ class Structure:
     by_batch: frozenset[str]
     by_product: frozenset[str]
     before: frozenset[str]
+    rest: dict[str, tuple | None]
     unneeded: frozenset[int]
+
+    def wrap(self, layer: str, hidden: Tensor) -> Tensor | tuple:
+        """A hidden state in the form in which the layer returns it."""
+        rest = self.rest[layer]
+        return hidden if rest is None else (hidden, *rest)
 
     def owned(self, model: nn.Module) -> dict[str, list[str]]:
         """The parameter names that belong to each layer; those of everything else under the empty name."""
@@ -71,8 +80,17 @@ def output_of(output: Tensor | tuple) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def find(model: nn.Module) -> Structure | None:
-    """The structure of a model, None if it is not one that can be taken apart by layers."""
+def find(model: nn.Module, checkpoint: Checkpoint | None = None) -> Structure | None:
+    """The structure of a model, None if it is not one that can be taken apart by layers.
+
+    Args:
+        model: a causal language model.
+        checkpoint: where its weights are read from, if it does not hold them.
+    """
+    return _find_once(model, checkpoint) if checkpoint else _find(model, None)
+
+
+def _find(model: nn.Module, checkpoint: Checkpoint | None) -> Structure | None:
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and module}
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     places = {parameter.device for parameter in model.parameters()}
@@ -89,10 +107,13 @@ def find(model: nn.Module) -> Structure | None:
         Recorder(dict(model.named_parameters()), with_nodes=True),
     )
     try:
-        trace.run(model)
+        trace.run(model, checkpoint)
     except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError, NotImplementedError):
         return None  # the whole-model engine, which takes over, will meet the same error if the model itself has it
     return trace.structure(model)
+
+
+_find_once = lru_cache(maxsize=1)(_find)  # a trial reads the whole checkpoint
 
 
 class _Trace:
@@ -102,19 +123,26 @@ class _Trace:
         self.layers, self.base, self.head, self.recorder = layers, base, head, recorder
         self.called: list[str] = []
         self.inputs: list[Tensor] = []
+        self.rest: dict[str, tuple | None] = {}
         self.outputs: list[Tensor] = []
         self.extra_gradients = False
         self.head_calls: list[tuple[Tensor, Tensor]] = []
         self.last_hidden: Tensor | None = None
         self.logits: Tensor | None = None
 
-    def run(self, model: nn.Module) -> None:
+    def run(self, model: nn.Module, checkpoint: Checkpoint | None) -> None:
         """Two sequences of four tokens that differ in the last one."""
+        inside = {id(parameter) for layer in self.layers.values() for parameter in layer.parameters()}
         ids = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 4]], device=next(model.parameters()).device)
         with ExitStack() as stack:
+            if checkpoint:
+                outside = [name for name, parameter in model.named_parameters() if id(parameter) not in inside]
+                stack.enter_context(checkpoint.present(outside))
             for name, layer in self.layers.items():
+                if checkpoint:
+                    stack.enter_context(checkpoint.present_during(layer))
                 _hook(stack, layer.register_forward_pre_hook, partial(self._enter, name))
-                stack.callback(layer.register_forward_hook(self._leave).remove)
+                stack.callback(layer.register_forward_hook(partial(self._leave, name)).remove)
             _hook(stack, self.head.register_forward_pre_hook, self._enter_head)
             stack.callback(self.head.register_forward_hook(self._leave_head).remove)
             stack.callback(self.base.register_forward_hook(self._leave_base).remove)
@@ -129,8 +157,9 @@ class _Trace:
         self.inputs.append(hidden)
         self.extra_gradients |= any(_is_state(leaf) for leaf in tree_flatten((args, kwargs))[0] if leaf is not hidden)
 
-    def _leave(self, module: nn.Module, args: tuple, output: Any) -> None:  # noqa: ANN401 - a tensor or a tuple
+    def _leave(self, name: str, module: nn.Module, args: tuple, output: Any) -> None:  # noqa: ANN401 - a tensor or a tuple
         self.outputs.append(output_of(output))
+        self.rest[name] = (None,) * len(output[1:]) if isinstance(output, tuple) else None
         self.recorder.section = AFTER
 
     def _enter_head(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -163,6 +192,7 @@ class _Trace:
             self._by_batch(),
             self._by_product(),
             self._before(),
+            self.rest,
             self._unneeded(model),
         )
 

