@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -139,12 +140,65 @@ def test_flags_of_the_instrument(tmp_path, python):
     ):
         assert word in words
     text = " ".join(words)
-    assert (
-        "--k 3 7 --selection top random bottom --metric grad_x_weight magnitude --perturbation zero --seeds 2 1" in text
-    )
+    assert "--perturbation zero --seeds 2 1 --target-layer model." in text
+    assert "--k 3 7 --selection top random bottom --metric grad_x_weight magnitude" in text
     assert text.endswith("--weights-csv top_20_per_layer_grad_x_weight.csv top_20_per_layer_magnitude.csv")
     assert "dataset" not in text
     assert "trust" not in text
+
+
+def test_numbers_of_the_perturbations_are_handed_on_and_make_another_validation(output, python):
+    kinds = ["scale", "gaussian_noise", "bit_flip", "quantize"]
+    plain = plan(options(output, python, perturbations=kinds))
+    given = {"factor": 0.9, "sigma": 0.5, "bit": 0, "n_bits": 8}
+    ready = plan(options(output, python, perturbations=kinds, **given))
+    assert "--factor=0.9 --sigma=0.5 --bit=0 --n-bits=8" in " ".join(ready.command)
+    assert not any(word.startswith(("--factor", "--sigma", "--bit", "--n-bits")) for word in plain.command)
+    assert ready.identity != plain.identity
+
+
+def test_several_processes_are_started_by_the_launcher_from_the_shipped_configuration(output, python):
+    one, three = (plan(options(output, python, num_processes=n)) for n in (1, 3))
+    start = three.command[: -len(one.command) + 2]
+    assert one.command[:2] == [python, str(instrument.SCRIPT)]
+    assert three.command[len(start) :] == one.command[2:]
+    config = HERE.parents[2] / "configs" / "accelerate_config.yaml"
+    assert start[:5] == [python, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    assert start[5:] == ["--num_processes", "3", "-m", "bridge.worker", str(instrument.SCRIPT)]
+    assert one.identity == three.identity  # the table does not depend on it
+
+
+@pytest.mark.parametrize(
+    ("script", "error", "message"),
+    [
+        ("raise SystemExit(print('X: error: no such weight', file=sys.stderr) or 2)", RequestError, "refused: no such"),
+        ("raise SystemExit(print('X: error: not finite', file=sys.stderr) or 1)", RunError, "exit code 1: not finite"),
+    ],
+)
+def test_what_a_worker_said_is_found_behind_what_the_launcher_adds(tmp_path, monkeypatch, script, error, message):
+    monkeypatch.setattr(instrument, "SCRIPT", tmp_path / "X")
+    instrument.SCRIPT.write_text(f"import sys\n{script}")
+    added = "import subprocess, sys\ncode = subprocess.call(sys.argv[1:])\n"
+    added += "print('ChildFailedError:\\n  exitcode  :', code, '(pid: 7)', file=sys.stderr)\nsys.exit(1)"
+    command = [sys.executable, "-c", added, sys.executable, "-m", "bridge.worker", str(instrument.SCRIPT)]
+    with pytest.raises(error, match=message):
+        instrument.measure(command, tmp_path, tmp_path / "log", tmp_path / "folder", lambda: None)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a child with its parent")
+def test_worker_ends_with_its_launcher_and_finds_what_lies_beside_its_script(tmp_path):
+    (tmp_path / "neighbour.py").write_text("import os\npid = os.getpid()")
+    body = (
+        "import neighbour, pathlib, sys, time\npathlib.Path(sys.argv[1]).write_text(str(neighbour.pid))\ntime.sleep(60)"
+    )
+    (tmp_path / "script.py").write_text(body)
+    start = "import subprocess, sys; subprocess.run([sys.executable, '-m', 'bridge.worker', *sys.argv[1:]])"
+    words = [str(tmp_path / "script.py"), str(tmp_path / "pid")]
+    launcher = subprocess.Popen([sys.executable, "-c", start, *words])
+    wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
+    launcher.kill()
+    launcher.wait()
+    wait_for(lambda: not alive(int((tmp_path / "pid").read_text())), 5)
 
 
 def test_all_layers_and_no_global_set(output, python):
@@ -181,7 +235,11 @@ def test_perturbation_with_a_number(output, python, no_plots, monkeypatch):
         ({"single_weights": -1}, "--single-weights must be at least 0, not -1"),
         ({"batch_size": 0}, "--batch-size must be at least 1"),
         ({"layers": -2}, "cannot be negative: -2"),
-        ({"layers": 0, "control_layers": 0, "global_set": False}, "no layer is to be measured"),
+        ({"layers": 0, "control_layers": 0, "global_set": False}, "nothing is to be measured"),
+        ({"factor": 0.1}, "--factor is for --perturbations scale, which is not asked for"),
+        ({"n_bits": 3, "perturbations": ["bit_flip"]}, "--n-bits is for --perturbations quantize"),
+        ({"num_processes": 0}, "--num-processes must be at least 1, not 0"),
+        ({"baseline": "/no/baseline.json"}, "--baseline /no/baseline.json cannot be read"),
         ({"output": __file__}, "cannot be made a folder"),
         ({"perturb_python": "/no/python"}, "--perturb-python /no/python is not a program"),
         ({"experiment_id": "a/b"}, "must be a plain name"),
@@ -238,6 +296,31 @@ def test_single_weights_and_the_whole_model_without_layers(output, python):
     assert lines[4] == "No single layer was measured."
     assert "Over 5 single weights" in lines[6]
     assert not any("restricted" in note for note in pd.read_csv(output / "validation_v" / "correlations.csv")["note"])
+
+
+@pytest.mark.parametrize("mode", ["global", "both"])
+def test_single_weights_alone(tmp_path, output, python, mode):
+    if mode == "global":  # the lists of each layer are not needed
+        for path in output.glob("*/top_*_per_layer_*.csv"):
+            path.unlink()
+    chosen = options(output, python, layers=0, control_layers=0, global_set=False, single_weights=8)
+    lines = batch.validate(chosen)
+    folder = output / "validation_v"
+    measured = pd.read_csv(folder / "measurements.csv")
+    assert set(measured["selection"]) == {"weight"} and len(measured) == 8
+    assert not any(word.startswith(("--target-layer", "--weights-csv")) for word in starts(tmp_path)[0]["argv"])
+    correlations = pd.read_csv(folder / "correlations.csv")
+    assert set(correlations["unit"]) == {"weights"} and correlations["spearman"].notna().all()
+    assert any("Over 8 single weights" in line for line in lines)
+    for report in ("report.html", "report.md"):
+        assert "nan" not in re.sub(r"base64,[^\"]*", "", (folder / report).read_text()).split()
+    assert validation.choose_validation([str(folder)]).write_report() == lines[1:]
+
+
+def test_single_weights_alone_that_changed_nothing(output, python, monkeypatch, no_plots):
+    monkeypatch.setenv("FAKE", "zero")
+    with pytest.raises(RunError, match="changed the loss nowhere"):
+        batch.validate(options(output, python, layers=0, control_layers=0, global_set=False, single_weights=8))
 
 
 def test_other_single_weights_are_another_validation(output, python):

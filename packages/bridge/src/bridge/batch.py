@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from bridge import instrument
+from bridge import baseline, instrument
 from bridge.errors import RequestError, RunError
 from bridge.plan import Options, Plan, plan
 from bridge.records import MEASUREMENTS, TARGETS, TOP_WEIGHTS, atomic_path, read_table, write_table
@@ -18,7 +18,6 @@ from bridge.single_weights import FILE, PLACE, weight_rows
 from bridge.validation import KIND, Validation
 
 SINGLE_WEIGHTS = "single_weights.csv"
-BASELINE_TOLERANCE = 1e-4  # relative; another device or batch size changes the sum by less
 
 
 def validate(options: Options) -> list[str]:
@@ -114,7 +113,7 @@ def _check_baseline(ready: Plan, measured: dict, folder: Path) -> None:
     expected = {**ready.discovery.model, **ready.discovery.corpus, **ready.discovery.baseline}
     keys = ("corpus_sha256", "n_tokens", "dtype", "revision")
     different = [key for key in keys if key in measured and measured[key] != expected.get(key)]
-    if not math.isclose(measured["nll"], expected["nll"], rel_tol=BASELINE_TOLERANCE):
+    if not math.isclose(measured["nll"], expected["nll"], rel_tol=baseline.TOLERANCE):
         different.append("nll")
     if different:
         what = ", ".join(f"{key} is {measured[key]}, was {expected.get(key)}" for key in different)
@@ -128,7 +127,7 @@ def _check_effects(ready: Plan, measurements: pd.DataFrame) -> None:
     """Refuse measurements that lack a target, or in which the chosen weights changed nothing at all."""
     chosen = ready.options
     tops = measurements[measurements["selection"].str.startswith("top_")]
-    kinds = tops["perturbation"].str.partition("(")[0]  # scale(0.5) is of the kind scale
+    kinds = tops["perturbation"].str.split("(").str[0]  # scale(0.5) is of the kind scale
     found = set(zip(tops["target_layer"], tops["selection"], kinds, tops["k"], strict=True))
     for layer in chosen["target_layers"]:
         for metric in chosen["metrics"]:
@@ -136,7 +135,8 @@ def _check_effects(ready: Plan, measurements: pd.DataFrame) -> None:
                 for k in chosen["k"]:
                     if (layer, f"top_{metric}", perturbation, k) not in found:
                         raise RunError(f"the measurements lack the top {k} of {layer} by {metric} ({perturbation})")
-    if (tops["delta_nll"] == 0).all():
+    changed = pd.concat([tops, weight_rows(measurements)]) if len(tops) else weight_rows(measurements)
+    if (changed["delta_nll"] == 0).all():
         raise RunError(
             "perturbing the chosen weights changed the loss nowhere: the perturbation did not reach the model"
         )
@@ -147,7 +147,7 @@ def _check_single_weights(ready: Plan, measurements: pd.DataFrame) -> None:
     if ready.single_weights is None:
         return
     found = weight_rows(measurements)
-    kinds = found["perturbation"].str.partition("(")[0]
+    kinds = found["perturbation"].str.split("(").str[0]
     for perturbation in ready.options["perturbations"]:
         absent = _places(ready.single_weights) - _places(found[kinds == perturbation])
         if absent:

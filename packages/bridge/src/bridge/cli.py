@@ -65,6 +65,12 @@ def validate(
     global_set: bool = True,
     bottom: bool = False,
     single_weights: int = 0,
+    factor: float | None = None,
+    sigma: float | None = None,
+    bit: int | None = None,
+    n_bits: int | None = None,
+    baseline: str | None = None,
+    num_processes: int = 1,
     output: str | None = None,
     experiment_id: str | None = None,
     perturb_python: str | None = None,
@@ -89,8 +95,14 @@ def validate(
         seeds: of the random controls, one draw each.
         global_set: also perturb the top-K across all layers at once (target ALL).
         bottom: also perturb the K weights of the lowest score; costs gradients.
-        single_weights: how many single weights to perturb one by one, over the whole range of the first metric's
-            rank among those that the discovery sampled; compares all its metrics on the same weights.
+        single_weights: how many single weights to perturb one by one, of those that the discovery sampled, over
+            every order of magnitude of rank by each of the metrics; compares all on the same weights.
+        factor: of the perturbation scale; by default the instrument's own.
+        sigma: of gaussian_noise, in standard deviations of the tensor; likewise.
+        bit: of bit_flip, 0 is the lowest; by default the highest bit of the exponent.
+        n_bits: of quantize.
+        baseline: a baseline.json of run_baseline.py; refuse if the discovery's setup or loss differs from it.
+        num_processes: how many processes share the measurements, each on its own GPU where there are any.
         output: the folder for the new validation folder; by default where the discovery run's folder is.
         experiment_id: names the folder; by default the time, or the unfinished run of the same request.
         perturb_python: the Python that has llm_perturb; by default its own environment.
@@ -112,6 +124,12 @@ def validate(
         global_set=global_set,
         bottom=bottom,
         single_weights=single_weights,
+        factor=factor,
+        sigma=sigma,
+        bit=bit,
+        n_bits=n_bits,
+        baseline=baseline,
+        num_processes=num_processes,
         output=output,
         experiment_id=experiment_id,
         perturb_python=perturb_python,
