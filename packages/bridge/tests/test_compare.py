@@ -57,6 +57,16 @@ def test_fused_projections_make_one_component_for_all_models():
     assert alone.loc["attention query"].sum() == 1
 
 
+def test_neox_projections_are_told_apart_by_the_heads_of_the_manifest():
+    name = "gpt_neox.layers.0.attention.query_key_value.weight"
+    top = pd.DataFrame({"parameter": [name] * 4, "row": [0, 9, 47, 24], "col": 0})  # two heads of 8
+    summary = pd.DataFrame({"parameter": [name], "n_weights": [48 * 16], "score_sum": [1.0]})
+    facts = {"num_attention_heads": 2, "head_dim": 8}
+    profile = profiles_of([top], [summary], [facts])[0].sum(axis=1)
+    assert profile[["attention query", "attention key", "attention value"]].tolist() == [0.5, 0.25, 0.25]
+    assert profiles_of([top], [summary])[0].loc["attention query_key_value"].sum() == 1
+
+
 def test_gpt2_projections_are_told_apart_by_column():
     name = "transformer.h.0.attn.c_attn.weight"
     top = pd.DataFrame({"parameter": [name] * 4, "row": 0, "col": [0, 64, 128, 191]})

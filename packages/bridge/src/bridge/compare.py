@@ -62,7 +62,8 @@ def compare(
     for metric in metrics:
         k = min(len(tops[metric]) for _, _, _, tops in runs)
         top = {name: tops[metric].sort_values("rank").head(k) for name, _, _, tops in runs}
-        found = profiles_of(list(top.values()), [sums[metric] for _, _, sums, _ in runs])
+        facts = [(manifest.get("identity") or {}).get("model") or {} for _, manifest, _, _ in runs]
+        found = profiles_of(list(top.values()), [sums[metric] for _, _, sums, _ in runs], facts)
         profiles |= {(metric, name): profile for name, profile in zip(top, found, strict=True)}
         for name, manifest, sums, _ in runs:
             measured = (validations or {}).get(name)
