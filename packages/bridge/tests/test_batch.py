@@ -126,7 +126,8 @@ def test_flags_of_the_instrument(tmp_path, python):
     chosen = options(
         tmp_path / "o", python, device="cpu", batch_size=4, k=[3, 7], seeds=[2, 1, 2], layers=1, bottom=True
     )
-    words = plan(chosen).command
+    ready = plan(chosen)
+    words = ready.command
     for word in (
         "--model=tiny",
         f"--revision={'0' * 40}",
@@ -140,9 +141,11 @@ def test_flags_of_the_instrument(tmp_path, python):
     ):
         assert word in words
     text = " ".join(words)
-    assert "--perturbation zero --seeds 2 1 --target-layer model." in text
-    assert "--k 3 7 --selection top random bottom --metric grad_x_weight magnitude" in text
-    assert text.endswith("--weights-csv top_20_per_layer_grad_x_weight.csv top_20_per_layer_magnitude.csv")
+    assert text.endswith(
+        "--perturbation zero --seeds 2 1 --k 3 7 --selection top random bottom --metric grad_x_weight magnitude"
+    )
+    files = [path.name for path in ready.weights.values()]
+    assert files == ["top_20_per_layer_grad_x_weight.csv", "top_20_per_layer_magnitude.csv"]
     assert "dataset" not in text
     assert "trust" not in text
 
@@ -238,6 +241,8 @@ def test_perturbation_with_a_number(output, python, no_plots, monkeypatch):
         ({"layers": 0, "control_layers": 0, "global_set": False}, "nothing is to be measured"),
         ({"factor": 0.1}, "--factor is for --perturbations scale, which is not asked for"),
         ({"n_bits": 3, "perturbations": ["bit_flip"]}, "--n-bits is for --perturbations quantize"),
+        ({"shard": "3/2"}, "--shard '3/2' must be i/n"),
+        ({"shard": "1/2", "merge": ["x"]}, "--shard measures a part and --merge puts the parts together"),
         ({"num_processes": 0}, "--num-processes must be at least 1, not 0"),
         ({"baseline": "/no/baseline.json"}, "--baseline /no/baseline.json cannot be read"),
         ({"output": __file__}, "cannot be made a folder"),
@@ -276,7 +281,7 @@ def test_single_weights_are_chosen_written_measured_and_correlated(tmp_path, out
         sampled["score_magnitude"].max(),
         sampled["score_magnitude"].min(),
     ]
-    assert f"--per-weight={folder / 'single_weights.csv'}" in starts(tmp_path)[0]["argv"]
+    assert "--per-weight=single_weights.csv" in starts(tmp_path)[0]["argv"]
     measured = pd.read_csv(folder / "measurements.csv").query("selection == 'weight'")
     places = ["parameter", "row", "col"]
     assert measured[places].astype({"row": int, "col": int}).values.tolist() == chosen[places].values.tolist()
@@ -445,6 +450,78 @@ def test_finished_measurement_is_read_and_not_repeated(tmp_path, output, python,
     monkeypatch.setattr(validation, "write_report", plain_report)
     batch.validate(options(output, python))
     assert len(starts(tmp_path)) == 1
+
+
+def test_failing_target_is_recorded_and_the_rest_goes_on(tmp_path, output, python, monkeypatch, capsys):
+    monkeypatch.setenv("FAKE", "broken")
+    with pytest.raises(batch.TargetsFailedError, match="1 targets failed") as caught:
+        batch.validate(options(output, python))
+    folder = output / "validation_v"
+    targets = pd.read_csv(folder / "targets.csv")["target_layer"].tolist()
+    measured = pd.read_csv(folder / "measurements.csv")
+    assert list(measured["target_layer"].unique()) == [targets[0], targets[1], *targets[3:], "ALL"]
+    manifest = read_manifest(folder)
+    assert manifest["status"] == "complete"
+    assert list(manifest["failed_targets"]) == [targets[2]]
+    assert "changes no bit of the model" in manifest["failed_targets"][targets[2]]
+    assert f"{targets[2]} could not be measured" in (folder / "report.md").read_text().replace("\\", "")
+    assert caught.value.lines[0] == f"report: {folder / 'report.html'}"
+    assert len(pd.read_csv(folder / "correlations.csv")) == 2
+
+
+def test_command_reports_and_exits_with_1_when_a_target_failed(output, python, monkeypatch, capsys):
+    process = command(output, python, FAKE="broken")
+    out, err = process.communicate()
+    assert process.returncode == 1
+    assert out.startswith("report: ")
+    assert "bridge validate: error: 1 targets failed" in err.splitlines()[-1]
+
+
+def test_failure_of_the_last_target_is_a_failure(output, python, monkeypatch, no_plots):
+    monkeypatch.setenv("FAKE", "broken")
+    chosen = options(output, python, layers=1, control_layers=0, global_set=False)
+    with pytest.raises(RunError, match="changes no bit"):
+        batch.validate(chosen)
+    assert read_manifest(output / "validation_v")["status"] == "failed"
+
+
+@pytest.fixture
+def merge(tmp_path, monkeypatch):
+    """The script that puts shards together, and its stand-in behind the same Python."""
+    script = tmp_path / "merge_shards.py"
+    script.touch()
+    monkeypatch.setattr(instrument, "MERGE", script)
+
+
+def test_shards_and_their_merge_make_the_tables_of_one_run(tmp_path, output, python, merge, no_plots):
+    more = {"single_weights": 6, "experiment_id": None}
+    batch.validate(options(output, python, **more | {"experiment_id": "whole"}))
+    for number in (1, 2, 3):
+        part, following = batch.validate(options(output, python, shard=f"{number}/3", **more))
+        assert part.startswith(f"shard {number}/3: {output}/validation_part_")
+        assert "--merge THAT_FOLDER" in following
+        assert not list(Path(part.partition(": ")[2]).glob("report*"))
+    lines = batch.validate(options(output, python, merge=[str(output)], **more | {"experiment_id": "merged"}))
+    for table in TABLES:
+        whole = (output / "validation_whole" / table).read_bytes()
+        assert (output / "validation_merged" / table).read_bytes() == whole
+    assert lines == [f"report: {output / 'validation_merged' / 'report.html'}", "a finding"]
+    assert len({json.dumps(start["argv"][2:-3]) for start in starts(tmp_path)[1:]}) == 1  # as the merge demands
+
+
+def test_parts_of_another_request_are_not_merged(output, python, merge, no_plots):
+    batch.validate(options(output, python, shard="1/1"))
+    with pytest.raises(RequestError, match="the 1 parts there are of another request"):
+        batch.validate(options(output, python, seeds=[5], merge=[str(output)]))
+    with pytest.raises(RequestError, match="holds no complete validation_part"):
+        batch.validate(options(output, python, merge=[str(output / "critical_analysis_1")]))
+    assert not (output / "validation_v").exists()
+
+
+def test_missing_shard_is_named(output, python, merge, no_plots):
+    batch.validate(options(output, python, shard="1/2"))
+    with pytest.raises(RequestError, match=r"merge_shards\.py refused: shard 2/2 is missing"):
+        batch.validate(options(output, python, merge=[str(output)]))
 
 
 def test_complete_validation_is_never_overwritten(output, python, no_plots):

@@ -71,6 +71,8 @@ def validate(
     n_bits: int | None = None,
     baseline: str | None = None,
     num_processes: int = 1,
+    shard: str | None = None,
+    merge: list[str] | None = None,
     output: str | None = None,
     experiment_id: str | None = None,
     perturb_python: str | None = None,
@@ -103,6 +105,8 @@ def validate(
         n_bits: of quantize.
         baseline: a baseline.json of run_baseline.py; refuse if the discovery's setup or loss differs from it.
         num_processes: how many processes share the measurements, each on its own GPU where there are any.
+        shard: i/n, measure only the i-th of n parts, of which each may be on another machine; see merge.
+        merge: the folders that hold all finished parts: put them together and report, instead of measuring.
         output: the folder for the new validation folder; by default where the discovery run's folder is.
         experiment_id: names the folder; by default the time, or the unfinished run of the same request.
         perturb_python: the Python that has llm_perturb; by default its own environment.
@@ -110,6 +114,7 @@ def validate(
         batch_size: sequences at once.
         trust_remote_code: run code that comes with the model, if the discovery did.
     """
+    from bridge.batch import TargetsFailedError
     from bridge.batch import validate as measure_and_report
 
     options = Options(
@@ -130,6 +135,8 @@ def validate(
         n_bits=n_bits,
         baseline=baseline,
         num_processes=num_processes,
+        shard=shard,
+        merge=merge,
         output=output,
         experiment_id=experiment_id,
         perturb_python=perturb_python,
@@ -137,7 +144,11 @@ def validate(
         batch_size=batch_size,
         trust_remote_code=trust_remote_code,
     )
-    print("\n".join(measure_and_report(options)), flush=True)
+    try:
+        print("\n".join(measure_and_report(options)), flush=True)
+    except TargetsFailedError as error:
+        print("\n".join(error.lines), flush=True)
+        raise
 
 
 def correlate(*, from_: list[str], seed: int = 0) -> None:

@@ -63,16 +63,14 @@ def corpus_flags(discovery: Discovery) -> list[str]:
     return _flags(data_file=data_file, dataset=dataset, **chosen)
 
 
-def measurement_flags(chosen: dict, weights: dict[str, Path]) -> list[str]:
-    """The conditions, as the manifest has them under ``options``, and the files of the top weights."""
+def measurement_flags(chosen: dict) -> list[str]:
+    """The conditions, as the manifest has them under ``options``, but for the targets."""
     words = ["--perturbation", *chosen["perturbations"], "--seeds", *map(str, chosen["seeds"])]
     words += _flags(**chosen["numbers"])
-    if not chosen["target_layers"]:
-        return words
-    words += ["--target-layer", ",".join(chosen["target_layers"])]
-    words += ["--k", *map(str, chosen["k"]), "--selection", *chosen["selection"]]
-    words += ["--metric", *chosen["metrics"]] * ("bottom" in chosen["selection"])
-    return [*words, "--weights-csv", *(path.name for path in weights.values())]
+    if chosen["target_layers"]:
+        words += ["--k", *map(str, chosen["k"]), "--selection", *chosen["selection"]]
+        words += ["--metric", *chosen["metrics"]] * ("bottom" in chosen["selection"])
+    return words
 
 
 def _flags(**values: object) -> list[str]:

@@ -17,6 +17,7 @@ from bridge.runs import is_locked
 
 _LLM_PERTURB = Path(__file__).resolve().parents[3] / "llm_perturb"
 SCRIPT = _LLM_PERTURB / "scripts" / "run_topk_perturb.py"
+MERGE = _LLM_PERTURB / "scripts" / "merge_shards.py"
 PYTHON = _LLM_PERTURB / ".venv" / "bin" / "python"  # never resolved: through the link, Python finds its environment
 _SECONDS_TO_END = 30.0
 _TAIL = 16_000  # characters: room for what the launcher adds after the instrument's own last line
@@ -43,7 +44,9 @@ def find_python(perturb_python: str | None) -> Path:
     return python
 
 
-def measure(command: Sequence[str], cwd: Path, log: Path, folder: Path, watch: Callable[[], None]) -> None:
+def measure(
+    command: Sequence[str], cwd: Path, log: Path, folder: Path, watch: Callable[[], None], script: Path | None = None
+) -> None:
     """Run the instrument to its end; its stderr goes to stderr and, with its stdout, to ``log``.
 
     It never outlives this process: where the system can (Linux) the kernel ends it with us, and an exception
@@ -56,6 +59,7 @@ def measure(command: Sequence[str], cwd: Path, log: Path, folder: Path, watch: C
         log: appended to.
         folder: the run folder that it will work in.
         watch: called again and again while it speaks; may raise to stop it.
+        script: the one that the command runs, if it is not ``SCRIPT``.
 
     Raises:
         RequestError: it refused the request; the message is its own.
@@ -82,17 +86,17 @@ def measure(command: Sequence[str], cwd: Path, log: Path, folder: Path, watch: C
         finally:
             _stop(child)
     if code != 0:
-        raise _failure(code, said, log)
+        raise _failure(code, said, log, (script or SCRIPT).name)
 
 
-def _failure(code: int, said: list[str], log: Path) -> RequestError | RunError:
+def _failure(code: int, said: list[str], log: Path, name: str) -> RequestError | RunError:
     """What became of the instrument; of several processes the launcher reports that one ended with code 2."""
-    complaint = next((line for line in reversed(said) if f"{SCRIPT.name}: error: " in line), said[-1])
-    complaint = complaint.partition(f"{SCRIPT.name}: error: ")[2] or complaint
+    complaint = next((line for line in reversed(said) if f"{name}: error: " in line), said[-1])
+    complaint = complaint.partition(f"{name}: error: ")[2] or complaint
     if code == 2 or any(_REFUSED.match(line) for line in said):
-        return RequestError(f"{SCRIPT.name} refused: {complaint}")
+        return RequestError(f"{name} refused: {complaint}")
     how = f"was ended by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"failed with exit code {code}"
-    return RunError(f"{SCRIPT.name} {how}: {complaint}; see {log}. The same command started again goes on from there")
+    return RunError(f"{name} {how}: {complaint}; see {log}. The same command started again goes on from there")
 
 
 def end_with(parent: int) -> None:

@@ -1,6 +1,7 @@
 """From the flags of ``bridge validate`` to a plan, with everything that can be wrong found before anything starts."""
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,8 @@ class Options:
     n_bits: int | None = None
     baseline: str | None = None
     num_processes: int = 1
+    shard: str | None = None
+    merge: Sequence[str] | None = None
     output: str | None = None
     experiment_id: str | None = None
     perturb_python: str | None = None
@@ -56,7 +59,10 @@ class Plan:
     warnings: list[str]
     options: dict  # what decides the numbers, as it goes to the manifest
     identity: dict
-    command: list[str]  # the instrument's, but for where it writes
+    weights: dict[str, Path]  # by metric, the file of the top weights of every layer
+    shard: tuple[int, int] | None  # its number from 1, and of how many
+    python: Path
+    command: list[str]  # the instrument's, but for the targets, the files and where it writes
     output: Path
 
 
@@ -66,6 +72,7 @@ def plan(options: Options) -> Plan:
     Raises:
         RequestError: whatever is wrong with the request, the discovery's files, or the environment.
     """
+    shard = _shard(options)
     discovery = choose_discovery(options.places)
     if options.baseline:
         baseline.check_same(options.baseline, discovery)
@@ -99,11 +106,12 @@ def plan(options: Options) -> Plan:
         identity["single_weights"] = hashlib.sha256(single_weights.to_csv(index=False).encode()).hexdigest()
         identity["discovery"][FILE] = _hash(discovery.folder / FILE)
     flags = command.model_flags(discovery, options.device, options.batch_size, options.trust_remote_code)
-    flags += command.corpus_flags(discovery) + command.measurement_flags(chosen, weights)
-    start = command.launcher(instrument.find_python(options.perturb_python), options.num_processes)
+    flags += command.corpus_flags(discovery) + command.measurement_flags(chosen)
+    python = instrument.find_python(options.perturb_python)
+    words = command.launcher(python, options.num_processes) + flags
     output = check_output(options.output or str(discovery.folder.parent))
     warnings += more_warnings
-    return Plan(discovery, targets, single_weights, warnings, chosen, identity, [*start, *flags], output)
+    return Plan(discovery, targets, single_weights, warnings, chosen, identity, weights, shard, python, words, output)
 
 
 def _sets(discovery: Discovery, metrics: list[str], options: Options) -> tuple[list[int], dict[str, Path]]:
@@ -113,6 +121,17 @@ def _sets(discovery: Discovery, metrics: list[str], options: Options) -> tuple[l
     if ks[0] < 1:
         raise RequestError(f"--k must be at least 1, not {ks[0]}")
     return ks, {metric: _smallest_file(discovery, metric, available[metric], ks[-1]) for metric in metrics}
+
+
+def _shard(options: Options) -> tuple[int, int] | None:
+    if options.shard is None:
+        return None
+    if options.merge:
+        raise RequestError("--shard measures a part and --merge puts the parts together: give one of them")
+    found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", options.shard)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise RequestError(f"--shard '{options.shard}' must be i/n, such as 2/4, with i from 1 to n")
+    return int(found[1]), int(found[2])
 
 
 def _numbers(options: Options) -> dict[str, float]:
