@@ -177,17 +177,22 @@ def report(*, from_: list[str]) -> None:
     print("\n".join([f"report: {validation.folder / 'report.html'}", *lines]), flush=True)
 
 
-def compare(*, from_: list[str], metric: str | None = None, output: str = "outputs/") -> None:
+def compare(
+    *, from_: list[str], metric: str | None = None, output: str = "outputs/", experiment_id: str | None = None
+) -> None:
     """Compare the discoveries of several models: where their critical weights sit and how concentrated they are.
+
+    Where a validation of a discovery lies beside it, also how robust the model is. Writes comparison_<id>/.
 
     Args:
         from_: two or more folders; of each, the newest complete discovery run of each model is taken.
         metric: the sensitivity metric; by default all that the runs share.
-        output: the folder for comparison.csv, comparison_pairs.csv and the plots.
+        output: the folder for the new comparison folder.
+        experiment_id: names it; by default the time.
     """
     from bridge.compare import compare_folders
 
-    compare_folders([Path(folder) for folder in from_], metric, check_output(output))
+    compare_folders([Path(folder) for folder in from_], metric, check_output(output), experiment_id)
 
 
 def main() -> None:

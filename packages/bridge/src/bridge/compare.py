@@ -1,6 +1,5 @@
 """Discovery runs of several models side by side: where their critical weights sit and how concentrated they are."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -15,8 +14,9 @@ from bridge.errors import RequestError
 from bridge.placement import compared_profiles
 from bridge.profiles import cosine, gini, profiles_of, rank_agreement, score_profiles, shares
 from bridge.records import MEASUREMENTS, atomic_path, read_table
-from bridge.runs import find_runs, read_manifest
+from bridge.runs import find_runs, open_run, read_manifest
 
+COMPARISON = "comparison"
 RunFacts = tuple[str, dict, dict[str, pd.DataFrame], dict[str, pd.DataFrame]]
 
 
@@ -123,11 +123,19 @@ def robustness(measurements: pd.DataFrame, metric: str) -> dict:
         }
 
 
-def compare_folders(folders: Sequence[Path], metric: str | None, output: Path) -> None:
+def compare_folders(
+    folders: Sequence[Path], metric: str | None, output: Path, experiment_id: str | None = None
+) -> Path:
     """Compare the newest complete discovery run of each model in each folder; print the outcome.
 
-    Writes comparison.csv (one row per metric and model), comparison_pairs.csv and comparison_<metric>.png
-    into ``output``, an existing folder.
+    Writes the run folder comparison_<id> with comparison.csv (one row per metric and model), comparison_pairs.csv,
+    plots/comparison_<metric>.png and a manifest.
+
+    Args:
+        folders: where the runs are.
+        metric: the sensitivity metric; by default all that the runs share.
+        output: an existing folder.
+        experiment_id: the id of the run folder; by default the time.
 
     Raises:
         RequestError: a folder without a complete run, fewer than two different runs, no common metric.
@@ -147,18 +155,37 @@ def compare_folders(folders: Sequence[Path], metric: str | None, output: Path) -
         )
         for name, run in found.items()
     ]
-    validations = {name: table for name, run in found.items() if (table := _validation_of(run)) is not None}
-    comparison = compare(runs, metrics, validations)
-    models = comparison.models
-    models.insert(2, "run", models["model"].map({name: str(run.folder) for name, run in found.items()}))
-    models.insert(3, "baseline_ppl", models["model"].map({name: run.baseline["ppl"] for name, run in found.items()}))
+    baselines = {name: run.baseline["ppl"] for name, run in found.items()}  # a damaged one is refused before the run
+    validations = {name: each for name, run in found.items() if (each := _validation_of(run)) is not None}
+    opened = open_run(output, COMPARISON, _identity_of(found, metrics, validations), experiment_id)
+    with opened.recorded():
+        if len({run.corpus.get("text_sha256") for run in found.values()}) > 1:
+            opened.warn("the runs were made on different texts; their differences are not the models' alone")
+        measured = {name: read_table(each / "measurements.csv", MEASUREMENTS) for name, each in validations.items()}
+        comparison = compare(runs, metrics, measured)
+        models = comparison.models
+        models.insert(2, "run", models["model"].map({name: str(run.folder) for name, run in found.items()}))
+        models.insert(3, "baseline_ppl", models["model"].map(baselines))
+        _write(comparison, models, opened.folder)
+        _print(comparison, opened.folder)
+    return opened.folder
+
+
+def _identity_of(found: dict[str, Discovery], metrics: list[str], validations: dict[str, Path]) -> dict:
+    """All that the tables depend on: which runs, each with its model, corpus and options."""
+    runs = {name: {"folder": str(run.folder.resolve())} | run.manifest["identity"] for name, run in found.items()}
+    places = {name: str(folder.resolve()) for name, folder in validations.items()}
+    return {"options": {"metrics": metrics}, "runs": runs, "validations": places}
+
+
+def _write(comparison: Comparison, models: pd.DataFrame, folder: Path) -> None:
     for name, table in [("comparison.csv", models), ("comparison_pairs.csv", comparison.pairs)]:
-        with atomic_path(output / name) as temporary:
+        with atomic_path(folder / name) as temporary:
             table.to_csv(temporary, index=False)
-    for chosen in metrics:
-        shown = {name: comparison.profiles[chosen, name] for name in found}
-        compared_profiles(shown, chosen, output / f"comparison_{chosen}.png")
-    _print(comparison, list(found.values()), output)
+    (folder / "plots").mkdir(exist_ok=True)
+    for metric in dict.fromkeys(metric for metric, _ in comparison.profiles):
+        shown = {name: profile for (of, name), profile in comparison.profiles.items() if of == metric}
+        compared_profiles(shown, metric, folder / "plots" / f"comparison_{metric}.png")
 
 
 def _newest(folders: Sequence[Path]) -> dict[str, Discovery]:
@@ -185,27 +212,21 @@ def _common_metrics(runs: list[Discovery], metric: str | None) -> list[str]:
     return common
 
 
-def _validation_of(run: Discovery) -> pd.DataFrame | None:
-    """The measurements of the newest complete validation of a run that lies beside it, if there is one."""
+def _validation_of(run: Discovery) -> Path | None:
+    """The newest complete validation of a run that lies beside it, if there is one."""
     try:
         candidates = find_runs(run.folder.resolve().parent, "validation")
     except RequestError:
         return None
     for folder in reversed(candidates):
         if Path(read_manifest(folder).get("discovery_folder") or "").name == run.folder.resolve().name:
-            return read_table(folder / "measurements.csv", MEASUREMENTS)
+            return folder
     return None
 
 
-def _print(comparison: Comparison, runs: list[Discovery], output: Path) -> None:
-    texts = {run.corpus.get("text_sha256") for run in runs}
-    if len(texts) > 1:
-        print(
-            "WARNING: the runs were made on different texts; their differences are not the models' alone",
-            file=sys.stderr,
-        )
+def _print(comparison: Comparison, folder: Path) -> None:
     columns = ["metric", "model", "k", "baseline_ppl", "top_k_score_share", "gini_layers", "ppl_ratio"]
     shown = comparison.models.reindex(columns=columns).dropna(axis=1, how="all")
     print(shown.to_string(index=False, na_rep="", float_format="{:.4g}".format))
     print(comparison.pairs.to_string(index=False, na_rep="", float_format="{:.3f}".format))
-    print(f"comparison: {output / 'comparison.csv'}", flush=True)
+    print(f"comparison: {folder / 'comparison.csv'}", flush=True)
