@@ -125,6 +125,13 @@ def test_robustness_is_the_perplexity_ratio_of_the_whole_set(comparison):
     assert robustness(measurements[measurements["target_layer"] != "ALL"], METRIC) == {}
 
 
+def test_robustness_at_an_equal_fraction():
+    measured = synthetic.measurements(n=2)
+    found = compare([run("a"), run("b", seed=2)], validations={"a": measured, "b": measured}).models
+    assert found["ppl_ratio_at_equal_fraction"].tolist() == pytest.approx(found["ppl_ratio"].tolist())
+    assert (found["equal_fraction"] == found["ablation_k"] / found["n_weights"]).all()
+
+
 def write_run(place, name, metrics=(METRIC,), **changes):
     folder = place / f"critical_analysis_{name}"
     folder.mkdir(parents=True)

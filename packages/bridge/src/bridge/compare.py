@@ -8,13 +8,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from bridge.concentration import at_equal_fraction, global_curve, top_score_share
 from bridge.correlation import ALL
-from bridge.discovery import KIND, Discovery, open_discovery
+from bridge.discovery import KIND, Discovery, open_discovery, read_sampled
 from bridge.errors import RequestError
 from bridge.placement import compared_profiles
 from bridge.profiles import cosine, gini, profiles_of, rank_agreement, score_profiles, shares
 from bridge.records import MEASUREMENTS, atomic_path, read_table
 from bridge.runs import find_runs, open_run, read_manifest
+from bridge.single_weights import FILE
 
 COMPARISON = "comparison"
 RunFacts = tuple[str, dict, dict[str, pd.DataFrame], dict[str, pd.DataFrame]]
@@ -40,22 +42,26 @@ def compare(
     runs: list[RunFacts],
     metrics: list[str] | None = None,
     validations: dict[str, pd.DataFrame] | None = None,
+    sampled: dict[str, pd.DataFrame] | None = None,
 ) -> Comparison:
     """Compare the global top-K of several models.
 
     Every ranking is cut to the smallest K among the runs: the first rows of an exact top-K are an exact top-K.
 
     Columns of ``models``: metric, model (the name given), model_id, dtype, n_parameters, corpus, n_tokens,
-    n_weights (scored), k, top_k_score_share (score of the top-K over the score of all weights), gini_layers
+    n_weights (scored), k, top_k_score_share (score of the top-K over the score of all weights),
+    top_fraction_score_share (of the highest 0.01 %; see ``concentration.top_score_share``), gini_layers
     (inequality of the layers' score sums: 0 all equal, towards 1 all in one layer), largest_layer_share, a
     ``share <component>`` and a ``share <depth>`` of the top-K for each, and from a validation the perplexity
     ratio when the global top-K was zeroed: ablation_k, ppl_ratio, ppl_ratio_low, ppl_ratio_high (95 %
-    interval), random_ppl_ratio (largest draw).
+    interval), random_ppl_ratio (largest draw); where several models have one, equal_fraction and
+    ppl_ratio_at_equal_fraction (see ``concentration.at_equal_fraction``).
 
     Args:
         runs: (name, discovery manifest, metric to LAYER_SUMMARY table, metric to TOP_WEIGHTS table); names differ.
         metrics: which metrics; by default those that every run has, in the order of the first.
         validations: name to the MEASUREMENTS table of a validation of that run, where there is one.
+        sampled: name to the SAMPLED_WEIGHTS table of that run, where there is one.
     """
     metrics = metrics or [m for m in runs[0][3] if all(m in tops and m in sums for _, _, sums, tops in runs)]
     rows, pairs, profiles = [], [], {}
@@ -65,12 +71,23 @@ def compare(
         facts = [(manifest.get("identity") or {}).get("model") or {} for _, manifest, _, _ in runs]
         found = profiles_of(list(top.values()), [sums[metric] for _, _, sums, _ in runs], facts)
         profiles |= {(metric, name): profile for name, profile in zip(top, found, strict=True)}
-        for name, manifest, sums, _ in runs:
+        curves = {name: global_curve(table, metric) for name, table in (validations or {}).items()}
+        curves = {name: curve for name, curve in curves.items() if len(curve)}
+        sizes = {name: int(sums[metric]["n_weights"].sum()) for name, _, sums, _ in runs}
+        fraction, ratios = at_equal_fraction(curves, sizes) if len(curves) > 1 else (np.nan, {})
+        for name, manifest, sums, tops in runs:
+            total = sums[metric]["score_sum"].sum()
             measured = (validations or {}).get(name)
             rows.append(
                 {"metric": metric, "model": name, **_identity(manifest), **_concentration(top[name], sums[metric])}
+                | {
+                    "top_fraction_score_share": top_score_share(
+                        tops[metric], (sampled or {}).get(name), metric, total, sizes[name]
+                    )
+                }
                 | shares(profiles[metric, name])
                 | ({} if measured is None else robustness(measured, metric))
+                | ({"equal_fraction": fraction, "ppl_ratio_at_equal_fraction": ratios[name]} if name in ratios else {})
             )
         scores = dict(zip(top, score_profiles([sums[metric] for _, _, sums, _ in runs]), strict=True))
         for one, two in combinations(top, 2):
@@ -162,7 +179,9 @@ def compare_folders(
         if len({run.corpus.get("text_sha256") for run in found.values()}) > 1:
             opened.warn("the runs were made on different texts; their differences are not the models' alone")
         measured = {name: read_table(each / "measurements.csv", MEASUREMENTS) for name, each in validations.items()}
-        comparison = compare(runs, metrics, measured)
+        files = {name: run.folder / FILE for name, run in found.items()}
+        sampled = {name: read_sampled(path, metrics) for name, path in files.items() if path.exists()}
+        comparison = compare(runs, metrics, measured, sampled)
         models = comparison.models
         models.insert(2, "run", models["model"].map({name: str(run.folder) for name, run in found.items()}))
         models.insert(3, "baseline_ppl", models["model"].map(baselines))
@@ -225,7 +244,8 @@ def _validation_of(run: Discovery) -> Path | None:
 
 
 def _print(comparison: Comparison, folder: Path) -> None:
-    columns = ["metric", "model", "k", "baseline_ppl", "top_k_score_share", "gini_layers", "ppl_ratio"]
+    columns = ["metric", "model", "k", "baseline_ppl", "top_k_score_share", "top_fraction_score_share"]
+    columns += ["gini_layers", "ppl_ratio", "equal_fraction", "ppl_ratio_at_equal_fraction"]
     shown = comparison.models.reindex(columns=columns).dropna(axis=1, how="all")
     print(shown.to_string(index=False, na_rep="", float_format="{:.4g}".format))
     print(comparison.pairs.to_string(index=False, na_rep="", float_format="{:.3f}".format))
