@@ -56,6 +56,30 @@ def test_both_ends_saw_the_same_tokens(results):
     assert measured["baseline_nll"].tolist() == pytest.approx([baseline["nll"]] * len(measured), rel=1e-6)
 
 
+def test_two_processes_measure_the_same_against_a_baseline_of_its_own(results, shell, workspace):
+    validation, _ = results
+    done = shell(
+        f"{PYTHON['llm_perturb']}/python {PACKAGES}/llm_perturb/scripts/run_baseline.py --model gpt2 --eval-limit 20 "
+        "--experiment-id own\n"
+        f"{PYTHON['bridge']}/bridge validate --from discovery_results/ --layers 2 --control-layers 4 --num-processes 2 "
+        "--baseline outputs/baseline_own/baseline.json --output two/",
+        workspace,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (folder,) = (workspace / "two").glob("validation_*/")
+    assert json.loads((folder / "perturb_measure" / "manifest.json").read_text())["world_size"] == 2
+    one, two = (pd.read_csv(place / "measurements.csv") for place in (validation, folder))
+    pd.testing.assert_frame_equal(one, two, rtol=1e-4, atol=1e-6)
+    done = shell(
+        f"{PYTHON['bridge']}/bridge validate --from discovery_results/ --layers 0 --control-layers 0 --num-processes 2 "
+        "--perturbations bit_flip --bit 99 --output three/ 2>error",
+        workspace,
+    )
+    last = (workspace / "error").read_text().strip().splitlines()[-1]
+    assert done.returncode == 2, last
+    assert last.startswith("bridge validate: error: run_topk_perturb.py refused: ") and "bit" in last
+
+
 @pytest.mark.parametrize(
     ("command", "complaint"),
     [

@@ -34,6 +34,7 @@ def make_discovery(
         summary(scores).to_csv(folder / f"layer_summary_{metric}.csv", index=False)
         every = weights(scores, N_WEIGHTS, by_layer=True).drop(columns="rank")
         places = ["layer", "parameter", "row", "col", "value"]
+        every[f"share_{metric}"] = every["score"].rank(ascending=False) / len(every)
         sampled.append(every.rename(columns={"score": f"score_{metric}"}).set_index(places).sort_index())
     pd.concat(sampled, axis=1).iloc[::7].to_csv(folder / "sampled_weights.csv")
     model = MODEL | (model or {})

@@ -1,7 +1,8 @@
 """Stands in for run_topk_perturb.py: the same flags, folder, files and way of resuming, numbers made up.
 
 ``FAKE`` says what it should do wrong: refuse, fail, zero (no effect), baseline (another corpus), short (rows
-missing), lost (a single weight missing), hold (wait after five rows until the file ``FAKE_RELEASE`` exists).
+missing), lost (a single weight missing), broken (no bit changes in the third target), hold (wait after five rows
+until the file ``FAKE_RELEASE`` exists).
 ``FAKE_STARTS`` names a file that gets a line for each start.
 """
 
@@ -18,7 +19,7 @@ import pandas as pd
 from bridge import argv
 from bridge.errors import RequestError, RunError
 from bridge.records import MEASUREMENTS, TOP_WEIGHTS, read_table, write_json, write_table
-from bridge.runs import open_run
+from bridge.runs import find_runs, open_run, read_manifest
 from discovery_folder import CORPUS, MODEL
 
 MODE = os.environ.get("FAKE", "")
@@ -26,20 +27,21 @@ MODE = os.environ.get("FAKE", "")
 
 def run_topk_perturb(
     *,
-    target_layer: list[str],
-    k: list[int],
-    selection: list[str],
     perturbation: list[str],
     seeds: list[int],
-    weights_csv: list[str],
     output: str,
     experiment_id: str,
     model: str,
     dtype: str,
     device: str,
     max_length: int,
+    target_layer: list[str] = (),
+    k: list[int] = (),
+    selection: list[str] = (),
+    weights_csv: list[str] = (),
     metric: list[str] | None = None,
     per_weight: str | None = None,
+    shard: str | None = None,
     revision: str | None = None,
     data_file: str | None = None,
     dataset: str | None = None,
@@ -54,7 +56,10 @@ def run_topk_perturb(
         )
     if MODE == "refuse":
         raise RequestError("the target has no such weight")
-    run = open_run(Path(output), "perturb", {"options": {"model": model, "k": k}}, experiment_id)
+    identity = {"options": {"model": model, "k": list(k), "per_weight": per_weight, "csv": list(weights_csv)}}
+    number, of = map(int, (shard or "1/1").split("/"))
+    kind, name = ("shard", f"{experiment_id}_{number}_of_{of}") if shard else ("perturb", experiment_id)
+    run = open_run(Path(output), kind, identity | ({"shard": shard} if shard else {}), name)
     baseline = {"model": model, "revision": MODEL["revision"], "dtype": dtype, "nll": 3.5, "ppl": math.exp(3.5)}
     baseline |= {key: CORPUS[key] for key in ("corpus_sha256", "n_tokens", "n_sequences")}
     if MODE == "baseline":
@@ -64,11 +69,15 @@ def run_topk_perturb(
     metrics = [re.fullmatch(r"top_\d+_per_layer_(\w+)\.csv", Path(file).name)[1] for file in weights_csv]
     assert all(Path(file).is_file() for file in weights_csv)
     wanted = [*cells(target_layer, k, metrics, perturbation, seeds), *single_weights(per_weight, perturbation)]
+    run.update(rows=list(range(len(wanted)))[number - 1 :: of], n_rows=len(wanted))
+    wanted, broken = wanted[number - 1 :: of], target_layer[min(2, len(target_layer) - 1)] if target_layer else None
     done = run.records()
     for number, cell in enumerate(wanted[len(done) :], start=len(done)):
         print(f"\rmeasuring {number + 1}/{len(wanted)}", end="", file=sys.stderr, flush=True)
         if MODE == "fail" and number == 3:
             raise RunError("the loss of sequence 2 is not finite")
+        if MODE == "broken" and len(target_layer) in (1, 8) and cell[0] == broken:
+            raise RunError(f"zero of top_obd in {broken} changes no bit of the model, so its effect is not known")
         while MODE == "hold" and number == 5 and not Path(os.environ["FAKE_RELEASE"]).exists():
             time.sleep(0.02)
         run.append(row(*cell, baseline=baseline))
@@ -127,5 +136,27 @@ def row(target, selection, perturbation, k, seed, place=(None, None, None), scor
     }
 
 
+def merge_shards(*, from_: list[str], output: str, experiment_id: str) -> None:
+    """Pretend to merge."""
+    folders = [folder for place in from_ for folder in find_runs(Path(place), "shard")]
+    manifests = [read_manifest(folder) for folder in folders]
+    of = int(manifests[0]["identity"]["shard"].split("/")[1])
+    for number in range(1, of + 1):
+        if f"{number}/{of}" not in [manifest["identity"]["shard"] for manifest in manifests]:
+            raise RequestError(f"shard {number}/{of} is missing, or not complete")
+    identity = {"options": manifests[0]["identity"]["options"]}
+    assert all(manifest["identity"]["options"] == identity["options"] for manifest in manifests)
+    run = open_run(Path(output), "perturb", identity, experiment_id)
+    lines = {}
+    for folder, manifest in zip(folders, manifests, strict=True):
+        header, *rows = (folder / "measurements.csv").read_text().splitlines()
+        lines |= dict(zip(manifest["rows"], rows, strict=True))
+    (run.folder / "measurements.csv").write_text("\n".join([header, *(lines[at] for at in sorted(lines))]) + "\n")
+    (run.folder / "baseline.json").write_bytes((folders[0] / "baseline.json").read_bytes())
+    run.finish("complete")
+
+
 if __name__ == "__main__":
-    argv.run(run_topk_perturb, name="run_topk_perturb.py", argv=sys.argv[2:])
+    script = Path(sys.argv[1]).name
+    command = {"merge_shards.py": merge_shards}.get(script, run_topk_perturb)
+    argv.run(command, name=script, argv=sys.argv[2:])

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -125,7 +126,8 @@ def test_flags_of_the_instrument(tmp_path, python):
     chosen = options(
         tmp_path / "o", python, device="cpu", batch_size=4, k=[3, 7], seeds=[2, 1, 2], layers=1, bottom=True
     )
-    words = plan(chosen).command
+    ready = plan(chosen)
+    words = ready.command
     for word in (
         "--model=tiny",
         f"--revision={'0' * 40}",
@@ -139,12 +141,67 @@ def test_flags_of_the_instrument(tmp_path, python):
     ):
         assert word in words
     text = " ".join(words)
-    assert (
-        "--k 3 7 --selection top random bottom --metric grad_x_weight magnitude --perturbation zero --seeds 2 1" in text
+    assert text.endswith(
+        "--perturbation zero --seeds 2 1 --k 3 7 --selection top random bottom --metric grad_x_weight magnitude"
     )
-    assert text.endswith("--weights-csv top_20_per_layer_grad_x_weight.csv top_20_per_layer_magnitude.csv")
+    files = [path.name for path in ready.weights.values()]
+    assert files == ["top_20_per_layer_grad_x_weight.csv", "top_20_per_layer_magnitude.csv"]
     assert "dataset" not in text
     assert "trust" not in text
+
+
+def test_numbers_of_the_perturbations_are_handed_on_and_make_another_validation(output, python):
+    kinds = ["scale", "gaussian_noise", "bit_flip", "quantize"]
+    plain = plan(options(output, python, perturbations=kinds))
+    given = {"factor": 0.9, "sigma": 0.5, "bit": 0, "n_bits": 8}
+    ready = plan(options(output, python, perturbations=kinds, **given))
+    assert "--factor=0.9 --sigma=0.5 --bit=0 --n-bits=8" in " ".join(ready.command)
+    assert not any(word.startswith(("--factor", "--sigma", "--bit", "--n-bits")) for word in plain.command)
+    assert ready.identity != plain.identity
+
+
+def test_several_processes_are_started_by_the_launcher_from_the_shipped_configuration(output, python):
+    one, three = (plan(options(output, python, num_processes=n)) for n in (1, 3))
+    start = three.command[: -len(one.command) + 2]
+    assert one.command[:2] == [python, str(instrument.SCRIPT)]
+    assert three.command[len(start) :] == one.command[2:]
+    config = HERE.parents[2] / "configs" / "accelerate_config.yaml"
+    assert start[:5] == [python, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    assert start[5:] == ["--num_processes", "3", "-m", "bridge.worker", str(instrument.SCRIPT)]
+    assert one.identity == three.identity  # the table does not depend on it
+
+
+@pytest.mark.parametrize(
+    ("script", "error", "message"),
+    [
+        ("raise SystemExit(print('X: error: no such weight', file=sys.stderr) or 2)", RequestError, "refused: no such"),
+        ("raise SystemExit(print('X: error: not finite', file=sys.stderr) or 1)", RunError, "exit code 1: not finite"),
+    ],
+)
+def test_what_a_worker_said_is_found_behind_what_the_launcher_adds(tmp_path, monkeypatch, script, error, message):
+    monkeypatch.setattr(instrument, "SCRIPT", tmp_path / "X")
+    instrument.SCRIPT.write_text(f"import sys\n{script}")
+    added = "import subprocess, sys\ncode = subprocess.call(sys.argv[1:])\n"
+    added += "print('ChildFailedError:\\n  exitcode  :', code, '(pid: 7)', file=sys.stderr)\nsys.exit(1)"
+    command = [sys.executable, "-c", added, sys.executable, "-m", "bridge.worker", str(instrument.SCRIPT)]
+    with pytest.raises(error, match=message):
+        instrument.measure(command, tmp_path, tmp_path / "log", tmp_path / "folder", lambda: None)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a child with its parent")
+def test_worker_ends_with_its_launcher_and_finds_what_lies_beside_its_script(tmp_path):
+    (tmp_path / "neighbour.py").write_text("import os\npid = os.getpid()")
+    body = (
+        "import neighbour, pathlib, sys, time\npathlib.Path(sys.argv[1]).write_text(str(neighbour.pid))\ntime.sleep(60)"
+    )
+    (tmp_path / "script.py").write_text(body)
+    start = "import subprocess, sys; subprocess.run([sys.executable, '-m', 'bridge.worker', *sys.argv[1:]])"
+    words = [str(tmp_path / "script.py"), str(tmp_path / "pid")]
+    launcher = subprocess.Popen([sys.executable, "-c", start, *words])
+    wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
+    launcher.kill()
+    launcher.wait()
+    wait_for(lambda: not alive(int((tmp_path / "pid").read_text())), 5)
 
 
 def test_all_layers_and_no_global_set(output, python):
@@ -181,7 +238,13 @@ def test_perturbation_with_a_number(output, python, no_plots, monkeypatch):
         ({"single_weights": -1}, "--single-weights must be at least 0, not -1"),
         ({"batch_size": 0}, "--batch-size must be at least 1"),
         ({"layers": -2}, "cannot be negative: -2"),
-        ({"layers": 0, "control_layers": 0, "global_set": False}, "no layer is to be measured"),
+        ({"layers": 0, "control_layers": 0, "global_set": False}, "nothing is to be measured"),
+        ({"factor": 0.1}, "--factor is for --perturbations scale, which is not asked for"),
+        ({"n_bits": 3, "perturbations": ["bit_flip"]}, "--n-bits is for --perturbations quantize"),
+        ({"shard": "3/2"}, "--shard '3/2' must be i/n"),
+        ({"shard": "1/2", "merge": ["x"]}, "--shard measures a part and --merge puts the parts together"),
+        ({"num_processes": 0}, "--num-processes must be at least 1, not 0"),
+        ({"baseline": "/no/baseline.json"}, "--baseline /no/baseline.json cannot be read"),
         ({"output": __file__}, "cannot be made a folder"),
         ({"perturb_python": "/no/python"}, "--perturb-python /no/python is not a program"),
         ({"experiment_id": "a/b"}, "must be a plain name"),
@@ -218,7 +281,7 @@ def test_single_weights_are_chosen_written_measured_and_correlated(tmp_path, out
         sampled["score_magnitude"].max(),
         sampled["score_magnitude"].min(),
     ]
-    assert f"--per-weight={folder / 'single_weights.csv'}" in starts(tmp_path)[0]["argv"]
+    assert "--per-weight=single_weights.csv" in starts(tmp_path)[0]["argv"]
     measured = pd.read_csv(folder / "measurements.csv").query("selection == 'weight'")
     places = ["parameter", "row", "col"]
     assert measured[places].astype({"row": int, "col": int}).values.tolist() == chosen[places].values.tolist()
@@ -238,6 +301,31 @@ def test_single_weights_and_the_whole_model_without_layers(output, python):
     assert lines[4] == "No single layer was measured."
     assert "Over 5 single weights" in lines[6]
     assert not any("restricted" in note for note in pd.read_csv(output / "validation_v" / "correlations.csv")["note"])
+
+
+@pytest.mark.parametrize("mode", ["global", "both"])
+def test_single_weights_alone(tmp_path, output, python, mode):
+    if mode == "global":  # the lists of each layer are not needed
+        for path in output.glob("*/top_*_per_layer_*.csv"):
+            path.unlink()
+    chosen = options(output, python, layers=0, control_layers=0, global_set=False, single_weights=8)
+    lines = batch.validate(chosen)
+    folder = output / "validation_v"
+    measured = pd.read_csv(folder / "measurements.csv")
+    assert set(measured["selection"]) == {"weight"} and len(measured) == 8
+    assert not any(word.startswith(("--target-layer", "--weights-csv")) for word in starts(tmp_path)[0]["argv"])
+    correlations = pd.read_csv(folder / "correlations.csv")
+    assert set(correlations["unit"]) == {"weights"} and correlations["spearman"].notna().all()
+    assert any("Over 8 single weights" in line for line in lines)
+    for report in ("report.html", "report.md"):
+        assert "nan" not in re.sub(r"base64,[^\"]*", "", (folder / report).read_text()).split()
+    assert validation.choose_validation([str(folder)]).write_report() == lines[1:]
+
+
+def test_single_weights_alone_that_changed_nothing(output, python, monkeypatch, no_plots):
+    monkeypatch.setenv("FAKE", "zero")
+    with pytest.raises(RunError, match="changed the loss nowhere"):
+        batch.validate(options(output, python, layers=0, control_layers=0, global_set=False, single_weights=8))
 
 
 def test_other_single_weights_are_another_validation(output, python):
@@ -362,6 +450,78 @@ def test_finished_measurement_is_read_and_not_repeated(tmp_path, output, python,
     monkeypatch.setattr(validation, "write_report", plain_report)
     batch.validate(options(output, python))
     assert len(starts(tmp_path)) == 1
+
+
+def test_failing_target_is_recorded_and_the_rest_goes_on(tmp_path, output, python, monkeypatch, capsys):
+    monkeypatch.setenv("FAKE", "broken")
+    with pytest.raises(batch.TargetsFailedError, match="1 targets failed") as caught:
+        batch.validate(options(output, python))
+    folder = output / "validation_v"
+    targets = pd.read_csv(folder / "targets.csv")["target_layer"].tolist()
+    measured = pd.read_csv(folder / "measurements.csv")
+    assert list(measured["target_layer"].unique()) == [targets[0], targets[1], *targets[3:], "ALL"]
+    manifest = read_manifest(folder)
+    assert manifest["status"] == "complete"
+    assert list(manifest["failed_targets"]) == [targets[2]]
+    assert "changes no bit of the model" in manifest["failed_targets"][targets[2]]
+    assert f"{targets[2]} could not be measured" in (folder / "report.md").read_text().replace("\\", "")
+    assert caught.value.lines[0] == f"report: {folder / 'report.html'}"
+    assert len(pd.read_csv(folder / "correlations.csv")) == 2
+
+
+def test_command_reports_and_exits_with_1_when_a_target_failed(output, python, monkeypatch, capsys):
+    process = command(output, python, FAKE="broken")
+    out, err = process.communicate()
+    assert process.returncode == 1
+    assert out.startswith("report: ")
+    assert "bridge validate: error: 1 targets failed" in err.splitlines()[-1]
+
+
+def test_failure_of_the_last_target_is_a_failure(output, python, monkeypatch, no_plots):
+    monkeypatch.setenv("FAKE", "broken")
+    chosen = options(output, python, layers=1, control_layers=0, global_set=False)
+    with pytest.raises(RunError, match="changes no bit"):
+        batch.validate(chosen)
+    assert read_manifest(output / "validation_v")["status"] == "failed"
+
+
+@pytest.fixture
+def merge(tmp_path, monkeypatch):
+    """The script that puts shards together, and its stand-in behind the same Python."""
+    script = tmp_path / "merge_shards.py"
+    script.touch()
+    monkeypatch.setattr(instrument, "MERGE", script)
+
+
+def test_shards_and_their_merge_make_the_tables_of_one_run(tmp_path, output, python, merge, no_plots):
+    more = {"single_weights": 6, "experiment_id": None}
+    batch.validate(options(output, python, **more | {"experiment_id": "whole"}))
+    for number in (1, 2, 3):
+        part, following = batch.validate(options(output, python, shard=f"{number}/3", **more))
+        assert part.startswith(f"shard {number}/3: {output}/validation_part_")
+        assert "--merge THAT_FOLDER" in following
+        assert not list(Path(part.partition(": ")[2]).glob("report*"))
+    lines = batch.validate(options(output, python, merge=[str(output)], **more | {"experiment_id": "merged"}))
+    for table in TABLES:
+        whole = (output / "validation_whole" / table).read_bytes()
+        assert (output / "validation_merged" / table).read_bytes() == whole
+    assert lines == [f"report: {output / 'validation_merged' / 'report.html'}", "a finding"]
+    assert len({json.dumps(start["argv"][2:-3]) for start in starts(tmp_path)[1:]}) == 1  # as the merge demands
+
+
+def test_parts_of_another_request_are_not_merged(output, python, merge, no_plots):
+    batch.validate(options(output, python, shard="1/1"))
+    with pytest.raises(RequestError, match="the 1 parts there are of another request"):
+        batch.validate(options(output, python, seeds=[5], merge=[str(output)]))
+    with pytest.raises(RequestError, match="holds no complete validation_part"):
+        batch.validate(options(output, python, merge=[str(output / "critical_analysis_1")]))
+    assert not (output / "validation_v").exists()
+
+
+def test_missing_shard_is_named(output, python, merge, no_plots):
+    batch.validate(options(output, python, shard="1/2"))
+    with pytest.raises(RequestError, match=r"merge_shards\.py refused: shard 2/2 is missing"):
+        batch.validate(options(output, python, merge=[str(output)]))
 
 
 def test_complete_validation_is_never_overwritten(output, python, no_plots):

@@ -95,7 +95,7 @@ def test_correlate_and_report_find_the_single_weights_again(output, python, no_p
     given = []
     monkeypatch.setattr(validation, "write_report", lambda folder, **content: given.append(content["sampled"]) or [])
     assert bridge(monkeypatch, capsys, "report", f"--from={output}")[0] == 0
-    assert list(given[0].columns[-2:]) == ["score_grad_x_weight", "score_magnitude"]
+    assert {"score_grad_x_weight", "score_magnitude"} <= set(given[0])
     assert snapshot(output) == before
 
 

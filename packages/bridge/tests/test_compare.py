@@ -8,6 +8,7 @@ import synthetic
 from bridge.compare import compare, compare_folders, robustness
 from bridge.errors import RequestError
 from bridge.profiles import cosine, gini, profiles_of, rank_agreement, score_profiles
+from bridge.runs import read_manifest
 
 METRIC = "grad_x_weight"
 
@@ -55,6 +56,16 @@ def test_fused_projections_make_one_component_for_all_models():
     assert [profile.loc["attention query_key_value"].sum() for profile in profiles] == [1, 1]
     alone = profiles_of([llama, llama], [summaries[0]] * 2)[0]
     assert alone.loc["attention query"].sum() == 1
+
+
+def test_neox_projections_are_told_apart_by_the_heads_of_the_manifest():
+    name = "gpt_neox.layers.0.attention.query_key_value.weight"
+    top = pd.DataFrame({"parameter": [name] * 4, "row": [0, 9, 47, 24], "col": 0})  # two heads of 8
+    summary = pd.DataFrame({"parameter": [name], "n_weights": [48 * 16], "score_sum": [1.0]})
+    facts = {"num_attention_heads": 2, "head_dim": 8}
+    profile = profiles_of([top], [summary], [facts])[0].sum(axis=1)
+    assert profile[["attention query", "attention key", "attention value"]].tolist() == [0.5, 0.25, 0.25]
+    assert profiles_of([top], [summary])[0].loc["attention query_key_value"].sum() == 1
 
 
 def test_gpt2_projections_are_told_apart_by_column():
@@ -114,6 +125,13 @@ def test_robustness_is_the_perplexity_ratio_of_the_whole_set(comparison):
     assert robustness(measurements[measurements["target_layer"] != "ALL"], METRIC) == {}
 
 
+def test_robustness_at_an_equal_fraction():
+    measured = synthetic.measurements(n=2)
+    found = compare([run("a"), run("b", seed=2)], validations={"a": measured, "b": measured}).models
+    assert found["ppl_ratio_at_equal_fraction"].tolist() == pytest.approx(found["ppl_ratio"].tolist())
+    assert (found["equal_fraction"] == found["ablation_k"] / found["n_weights"]).all()
+
+
 def write_run(place, name, metrics=(METRIC,), **changes):
     folder = place / f"critical_analysis_{name}"
     folder.mkdir(parents=True)
@@ -135,20 +153,39 @@ def test_folders_are_compared_and_the_tables_written(tmp_path, capsys):
     (validation / "manifest.json").write_text(json.dumps(manifest))
     synthetic.measurements(n=2).to_csv(validation / "measurements.csv", index=False)
     (tmp_path / "out").mkdir()
-    compare_folders([tmp_path / "one", second], None, tmp_path / "out")
-    table = pd.read_csv(tmp_path / "out" / "comparison.csv")
+    folder = compare_folders([tmp_path / "one", second], None, tmp_path / "out", "x")
+    assert folder == tmp_path / "out" / "comparison_x"
+    table = pd.read_csv(folder / "comparison.csv")
     assert table["model"].tolist() == ["small", "large"]
     assert table["baseline_ppl"].tolist() == [20.1, 20.1]
     assert table["ppl_ratio"].notna().tolist() == [True, False]
-    assert (tmp_path / "out" / f"comparison_{METRIC}.png").read_bytes().startswith(b"\x89PNG")
-    assert pd.read_csv(tmp_path / "out" / "comparison_pairs.csv")["top_k_cosine"].iloc[0] == pytest.approx(1)
+    assert (folder / "plots" / f"comparison_{METRIC}.png").read_bytes().startswith(b"\x89PNG")
+    assert pd.read_csv(folder / "comparison_pairs.csv")["top_k_cosine"].iloc[0] == pytest.approx(1)
     assert "gini_layers" in capsys.readouterr().out
+    manifest = read_manifest(folder)
+    assert (manifest["status"], manifest["kind"], manifest["warnings"]) == ("complete", "comparison", [])
+    assert manifest["identity"]["runs"]["large"]["folder"] == str(second)
+    assert manifest["identity"]["validations"] == {"small": str(validation)}
+    before = (folder / "comparison.csv").read_bytes()
+    with pytest.raises(RequestError, match="is already complete"):
+        compare_folders([tmp_path / "one", second], None, tmp_path / "out", "x")
+    assert (folder / "comparison.csv").read_bytes() == before
+
+
+def test_different_texts_are_a_warning(tmp_path, capsys):
+    write_run(tmp_path, "small")
+    folder = write_run(tmp_path, "large")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["identity"]["corpus"]["text_sha256"] = "another"
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    compared = compare_folders([tmp_path], METRIC, tmp_path)
+    assert "WARNING: the runs were made on different texts" in capsys.readouterr().err
+    assert len(read_manifest(compared)["warnings"]) == 1
 
 
 def test_one_folder_may_hold_several_models(tmp_path):
     write_run(tmp_path, "small"), write_run(tmp_path, "large")
-    compare_folders([tmp_path], METRIC, tmp_path)
-    assert len(pd.read_csv(tmp_path / "comparison.csv")) == 2
+    assert len(pd.read_csv(compare_folders([tmp_path], METRIC, tmp_path) / "comparison.csv")) == 2
 
 
 def test_the_same_run_twice_is_no_comparison(tmp_path):

@@ -1,5 +1,12 @@
 import pytest
-from bridge.components import COMPONENTS, component_of_weight, conv1d_qkv_shape, place_of, relative_depth
+from bridge.components import (
+    COMPONENTS,
+    component_of_weight,
+    conv1d_qkv_shape,
+    interleaved_head_dim,
+    place_of,
+    relative_depth,
+)
 
 
 @pytest.mark.parametrize(
@@ -60,6 +67,22 @@ def test_columns_of_c_attn_are_query_key_value_in_thirds(column, part):
 def test_rows_of_query_key_value_are_interleaved_by_head(row, part):
     name = "gpt_neox.layers.0.attention.query_key_value.weight"
     assert component_of_weight(name, row, 3, head_dim=8) == f"attention {part}"
+
+
+@pytest.mark.parametrize(
+    ("parameter", "n_weights", "model", "head_dim"),
+    [
+        ("gpt_neox.layers.0.attention.query_key_value.weight", 24 * 8, {"num_attention_heads": 2, "head_dim": 4}, 4),
+        ("gpt_neox.layers.0.attention.query_key_value.bias", 24, {"num_attention_heads": 2, "head_dim": 4}, 4),
+        ("gpt_neox.layers.0.attention.query_key_value.weight", 24 * 8, {}, None),
+        # 71 heads of query, one of key and one of value
+        ("transformer.h.0.self_attention.query_key_value.weight", 4672 * 4544,
+         {"num_attention_heads": 71, "head_dim": 64}, None),
+        ("gpt_neox.layers.0.attention.dense.weight", 24 * 8, {"num_attention_heads": 2, "head_dim": 4}, None),
+    ],
+)  # fmt: skip
+def test_head_dim_of_an_interleaved_projection(parameter, n_weights, model, head_dim):
+    assert interleaved_head_dim(parameter, n_weights, model) == head_dim
 
 
 def test_gate_and_up_of_a_fused_projection():

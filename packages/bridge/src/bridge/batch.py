@@ -1,80 +1,189 @@
 """Validate a discovery: one run of the measuring instrument over many layers, then tables and a report."""
 
-import json
-import math
 import os
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 
-import pandas as pd
-
 from bridge import instrument
+from bridge.checks import baseline_check, baseline_of, check_baseline, check_effects, check_single_weights
 from bridge.errors import RequestError, RunError
 from bridge.plan import Options, Plan, plan
 from bridge.records import MEASUREMENTS, TARGETS, TOP_WEIGHTS, atomic_path, read_table, write_table
-from bridge.runs import Run, open_run, read_manifest
-from bridge.single_weights import FILE, PLACE, weight_rows
+from bridge.runs import Run, find_runs, open_run, read_manifest
+from bridge.single_weights import FILE
 from bridge.validation import KIND, Validation
 
+PART = "validation_part"
 SINGLE_WEIGHTS = "single_weights.csv"
-BASELINE_TOLERANCE = 1e-4  # relative; another device or batch size changes the sum by less
+
+
+class TargetsFailedError(RunError):
+    """Some targets could not be measured; ``lines`` are those of the report on the others."""
+
+    def __init__(self, message: str, lines: list[str]) -> None:
+        super().__init__(message)
+        self.lines = lines
 
 
 def validate(options: Options) -> list[str]:
     """Measure what perturbing the discovered weights does, and write the tables and the report.
 
-    Started again after a kill, it goes on where it was.
+    Started again after a kill, it goes on where it was. Of a shard, only the measurements are made.
 
     Returns:
-        The lines that a person wants to read at the end: where the report is, then what it says.
+        The lines that a person wants to read at the end: where the report is, then what it says; of a shard, where
+        it is and what comes next.
 
     Raises:
         RequestError: the request is wrong; nothing was started, unless the instrument itself refused it.
+        TargetsFailedError: some targets failed; the others are measured and reported.
         RunError: the measurement failed, or is not of the setup that the discovery had.
     """
     ready = plan(options)
-    discovery_folder = ready.discovery.folder.resolve()
-    facts = {
-        "discovery_folder": str(discovery_folder),
-        "discovery_relative": os.path.relpath(discovery_folder, ready.output.resolve()),
-    }
-    run = open_run(ready.output, KIND, ready.identity, options.experiment_id, facts)
+    if options.shard:
+        return _measure_shard(ready, options)
+    parts = _parts(ready, options.merge) if options.merge else None
+    run = open_run(ready.output, KIND, ready.identity, options.experiment_id, _facts(ready))
     with run.recorded():
-        for warning in ready.warnings:
-            run.warn(warning)
-        if ready.single_weights is not None:
-            write_table(run.folder / SINGLE_WEIGHTS, ready.single_weights, TOP_WEIGHTS)
-            _copy(ready.discovery.folder / FILE, run.folder / FILE)
-        _measure(ready, run)
+        failed = _measure(ready, run, parts)
         write_table(run.folder / "targets.csv", ready.targets, TARGETS)
         validation = Validation(run.folder, run.manifest, ready.discovery)
         validation.write_correlations()
-        lines = validation.write_report()
-    return [f"report: {run.folder / 'report.html'}", *lines]
+        lines = [f"report: {run.folder / 'report.html'}", *validation.write_report()]
+    if failed:
+        raise TargetsFailedError(f"{len(failed)} targets failed ({', '.join(failed)}); the others are reported", lines)
+    return lines
 
 
-def _measure(ready: Plan, run: Run) -> None:
-    """Have the instrument measure, unless it has finished before; check its measurements and copy them here."""
-    folder = run.folder.absolute() / "perturb_measure"
-    check = _baseline_check(ready, folder)
+def _facts(ready: Plan) -> dict[str, str]:
+    folder = ready.discovery.folder.resolve()
+    return {
+        "discovery_folder": str(folder),
+        "discovery_relative": os.path.relpath(folder, ready.output.resolve()),
+    }
+
+
+def _measure(ready: Plan, run: Run, parts: list[Path] | None) -> dict[str, str]:
+    """Have everything measured, unless it was before, and the measurements here.
+
+    A failure that names a target is that target's: it is recorded, and the others are measured without it.
+
+    Returns:
+        The targets that failed, with their errors.
+    """
+    _prepare(ready, run)
+    failed: dict[str, str] = dict(run.manifest.get("failed_targets") or {})
+    while True:
+        targets = [layer for layer in ready.options["target_layers"] if layer not in failed]
+        folder = run.folder.absolute() / ("perturb_measure" + f"_without_{len(failed)}" * bool(failed))
+        try:
+            _obtain(ready, run, folder, targets, parts)
+            break
+        except RunError as error:
+            culprit = _named_in(str(error), targets)
+            left = len(targets) - 1 or ready.single_weights is not None
+            if culprit is None or not left:
+                raise
+            failed[culprit] = str(error)
+        run.update(failed_targets=failed)
+        run.warn(f"{culprit} could not be measured: {failed[culprit]}")
+    _accept(ready, run, folder, targets)
+    return failed
+
+
+def _prepare(ready: Plan, run: Run) -> None:
+    for warning in ready.warnings:
+        run.warn(warning)
+    if ready.single_weights is not None:
+        write_table(run.folder / SINGLE_WEIGHTS, ready.single_weights, TOP_WEIGHTS)
+        _copy(ready.discovery.folder / FILE, run.folder / FILE)
+
+
+def _obtain(ready: Plan, run: Run, folder: Path, targets: Sequence[str], parts: list[Path] | None) -> None:
+    """The measurements of some targets: made, or put together from parts."""
     if not _is_complete(folder):
-        command = [*ready.command, f"--output={folder.parent}", "--experiment-id=measure"]
-        if ready.single_weights is not None:
-            command.append(f"--per-weight={folder.parent / SINGLE_WEIGHTS}")
+        script = instrument.MERGE if parts else instrument.SCRIPT
+        command = _merge_command(ready, parts) if parts else _command(ready, run, targets)
+        command += [f"--output={folder.parent}", f"--experiment-id={folder.name.removeprefix('perturb_')}"]
         run.update(instrument=command)
-        instrument.measure(command, ready.discovery.folder, run.folder / "perturb.log", folder, check)
+        check = baseline_check(ready, folder)
+        instrument.measure(command, run.folder, run.folder / "perturb.log", folder, check, script)
+
+
+def _accept(ready: Plan, run: Run, folder: Path, targets: Sequence[str]) -> None:
+    """Check the measurements, and copy them here."""
     try:
         measurements = read_table(folder / "measurements.csv", MEASUREMENTS)
     except RequestError as error:
         raise RunError(
             f"the instrument left no usable measurements: {error}; see {run.folder / 'perturb.log'}"
         ) from None
-    check()
-    _check_baseline(ready, _baseline_of(measurements), folder)
-    _check_effects(ready, measurements)
-    _check_single_weights(ready, measurements)
+    baseline_check(ready, folder)()
+    check_baseline(ready, baseline_of(measurements), folder)
+    check_effects(ready, targets, measurements)
+    check_single_weights(ready, measurements)
     _copy(folder / "measurements.csv", run.folder / "measurements.csv")
+
+
+def _command(ready: Plan, run: Run, targets: Sequence[str]) -> list[str]:
+    """The instrument's, started in the run's folder: paths as seen from there are the same for every shard."""
+    words = list(ready.command)
+    if targets:
+        files = [os.path.relpath(path.resolve(), run.folder.resolve()) for path in ready.weights.values()]
+        words += ["--target-layer", ",".join(targets), "--weights-csv", *files]
+    return words + [f"--per-weight={SINGLE_WEIGHTS}"] * (ready.single_weights is not None)
+
+
+def _named_in(message: str, targets: Sequence[str]) -> str | None:
+    """The target that a message speaks of."""
+    return next((t for t in targets if re.search(rf"(?<![\w.]){re.escape(t)}(?!\w|\.\w)", message)), None)
+
+
+def _measure_shard(ready: Plan, options: Options) -> list[str]:
+    """Measure one part of the whole, in a folder of its own."""
+    number, of = ready.shard
+    name = options.experiment_id and f"{options.experiment_id}_{number}_of_{of}"
+    run = open_run(ready.output, PART, ready.identity | {"shard": options.shard}, name, _facts(ready))
+    folder = run.folder.absolute() / f"shard_measure_{number}_of_{of}"
+    with run.recorded():
+        _prepare(ready, run)
+        if not _is_complete(folder):
+            command = _command(ready, run, ready.options["target_layers"])
+            command += [f"--shard={number}/{of}", f"--output={folder.parent}", "--experiment-id=measure"]
+            run.update(instrument=command)
+            check = baseline_check(ready, folder)
+            instrument.measure(command, run.folder, run.folder / "perturb.log", folder, check)
+        if not _is_complete(folder):
+            raise RunError(f"the instrument left no {folder}; see {run.folder / 'perturb.log'}")
+        baseline_check(ready, folder)()
+    return [
+        f"shard {options.shard}: {run.folder}",
+        f"when all {of} are measured, gather their folders in one and give the same command with --merge THAT_FOLDER "
+        "instead of --shard",
+    ]
+
+
+def _parts(ready: Plan, places: Sequence[str]) -> list[Path]:
+    """The finished parts of this request that lie in the folders of ``--merge``.
+
+    Raises:
+        RequestError: there is none.
+    """
+    found = [folder for place in places for folder in find_runs(Path(place), PART)]
+    same = [f for f in found if {**read_manifest(f)["identity"], "shard": None} == {**ready.identity, "shard": None}]
+    if not same:
+        raise RequestError(
+            f"--merge {', '.join(places)}: the {len(found)} parts there are of another request; give the flags of then"
+        )
+    return list(dict.fromkeys(folder.absolute() for folder in same))
+
+
+def _merge_command(ready: Plan, parts: list[Path]) -> list[str]:
+    if not instrument.MERGE.is_file():
+        raise RequestError(f"{instrument.MERGE} is missing: this llm_perturb cannot put shards together")
+    return [str(ready.python), str(instrument.MERGE), "--from", *map(str, parts)]
 
 
 def _copy(source: Path, path: Path) -> None:
@@ -84,77 +193,3 @@ def _copy(source: Path, path: Path) -> None:
 
 def _is_complete(folder: Path) -> bool:
     return (folder / "manifest.json").exists() and read_manifest(folder).get("status") == "complete"
-
-
-def _baseline_of(measurements: pd.DataFrame) -> dict:
-    """The one baseline that all measurements were taken against."""
-    columns = {"corpus_sha256": "corpus_sha256", "n_tokens": "n_tokens", "baseline_nll": "nll"}
-    baselines = measurements[list(columns)].rename(columns=columns).drop_duplicates()
-    if len(baselines) > 1:
-        raise RunError("the measurements are not of one baseline; remove the validation's folder and measure again")
-    return baselines.iloc[0].to_dict()
-
-
-def _baseline_check(ready: Plan, folder: Path) -> Callable[[], None]:
-    """A function that compares the instrument's baseline once it is written: hours before the last measurement."""
-    checked = False
-
-    def check() -> None:
-        nonlocal checked
-        path = folder / "baseline.json"
-        if not checked and path.exists():
-            _check_baseline(ready, json.loads(path.read_text(encoding="utf-8")), folder)
-            checked = True
-
-    return check
-
-
-def _check_baseline(ready: Plan, measured: dict, folder: Path) -> None:
-    """Refuse measurements of another setup than the discovery's: prediction and effect would not belong together."""
-    expected = {**ready.discovery.model, **ready.discovery.corpus, **ready.discovery.baseline}
-    keys = ("corpus_sha256", "n_tokens", "dtype", "revision")
-    different = [key for key in keys if key in measured and measured[key] != expected.get(key)]
-    if not math.isclose(measured["nll"], expected["nll"], rel_tol=BASELINE_TOLERANCE):
-        different.append("nll")
-    if different:
-        what = ", ".join(f"{key} is {measured[key]}, was {expected.get(key)}" for key in different)
-        raise RunError(
-            f"the measurement's baseline is not the discovery's: {what}; "
-            f"run the discovery again with what there is now, or set it right, remove {folder}, and validate again"
-        )
-
-
-def _check_effects(ready: Plan, measurements: pd.DataFrame) -> None:
-    """Refuse measurements that lack a target, or in which the chosen weights changed nothing at all."""
-    chosen = ready.options
-    tops = measurements[measurements["selection"].str.startswith("top_")]
-    kinds = tops["perturbation"].str.partition("(")[0]  # scale(0.5) is of the kind scale
-    found = set(zip(tops["target_layer"], tops["selection"], kinds, tops["k"], strict=True))
-    for layer in chosen["target_layers"]:
-        for metric in chosen["metrics"]:
-            for perturbation in chosen["perturbations"]:
-                for k in chosen["k"]:
-                    if (layer, f"top_{metric}", perturbation, k) not in found:
-                        raise RunError(f"the measurements lack the top {k} of {layer} by {metric} ({perturbation})")
-    if (tops["delta_nll"] == 0).all():
-        raise RunError(
-            "perturbing the chosen weights changed the loss nowhere: the perturbation did not reach the model"
-        )
-
-
-def _check_single_weights(ready: Plan, measurements: pd.DataFrame) -> None:
-    """Refuse measurements that lack a weight that was to be perturbed alone."""
-    if ready.single_weights is None:
-        return
-    found = weight_rows(measurements)
-    kinds = found["perturbation"].str.partition("(")[0]
-    for perturbation in ready.options["perturbations"]:
-        absent = _places(ready.single_weights) - _places(found[kinds == perturbation])
-        if absent:
-            raise RunError(
-                f"the measurements lack {len(absent)} of {len(ready.single_weights)} single weights ({perturbation})"
-            )
-
-
-def _places(weights: pd.DataFrame) -> set[tuple]:
-    return set(weights[PLACE].astype(str).itertuples(index=False, name=None)) if len(weights) else set()

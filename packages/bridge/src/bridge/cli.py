@@ -65,6 +65,14 @@ def validate(
     global_set: bool = True,
     bottom: bool = False,
     single_weights: int = 0,
+    factor: float | None = None,
+    sigma: float | None = None,
+    bit: int | None = None,
+    n_bits: int | None = None,
+    baseline: str | None = None,
+    num_processes: int = 1,
+    shard: str | None = None,
+    merge: list[str] | None = None,
     output: str | None = None,
     experiment_id: str | None = None,
     perturb_python: str | None = None,
@@ -89,8 +97,16 @@ def validate(
         seeds: of the random controls, one draw each.
         global_set: also perturb the top-K across all layers at once (target ALL).
         bottom: also perturb the K weights of the lowest score; costs gradients.
-        single_weights: how many single weights to perturb one by one, over the whole range of the first metric's
-            rank among those that the discovery sampled; compares all its metrics on the same weights.
+        single_weights: how many single weights to perturb one by one, of those that the discovery sampled, over
+            every order of magnitude of rank by each of the metrics; compares all on the same weights.
+        factor: of the perturbation scale; by default the instrument's own.
+        sigma: of gaussian_noise, in standard deviations of the tensor; likewise.
+        bit: of bit_flip, 0 is the lowest; by default the highest bit of the exponent.
+        n_bits: of quantize.
+        baseline: a baseline.json of run_baseline.py; refuse if the discovery's setup or loss differs from it.
+        num_processes: how many processes share the measurements, each on its own GPU where there are any.
+        shard: i/n, measure only the i-th of n parts, of which each may be on another machine; see merge.
+        merge: the folders that hold all finished parts: put them together and report, instead of measuring.
         output: the folder for the new validation folder; by default where the discovery run's folder is.
         experiment_id: names the folder; by default the time, or the unfinished run of the same request.
         perturb_python: the Python that has llm_perturb; by default its own environment.
@@ -98,6 +114,7 @@ def validate(
         batch_size: sequences at once.
         trust_remote_code: run code that comes with the model, if the discovery did.
     """
+    from bridge.batch import TargetsFailedError
     from bridge.batch import validate as measure_and_report
 
     options = Options(
@@ -112,6 +129,14 @@ def validate(
         global_set=global_set,
         bottom=bottom,
         single_weights=single_weights,
+        factor=factor,
+        sigma=sigma,
+        bit=bit,
+        n_bits=n_bits,
+        baseline=baseline,
+        num_processes=num_processes,
+        shard=shard,
+        merge=merge,
         output=output,
         experiment_id=experiment_id,
         perturb_python=perturb_python,
@@ -119,7 +144,11 @@ def validate(
         batch_size=batch_size,
         trust_remote_code=trust_remote_code,
     )
-    print("\n".join(measure_and_report(options)), flush=True)
+    try:
+        print("\n".join(measure_and_report(options)), flush=True)
+    except TargetsFailedError as error:
+        print("\n".join(error.lines), flush=True)
+        raise
 
 
 def correlate(*, from_: list[str], seed: int = 0) -> None:
@@ -148,17 +177,22 @@ def report(*, from_: list[str]) -> None:
     print("\n".join([f"report: {validation.folder / 'report.html'}", *lines]), flush=True)
 
 
-def compare(*, from_: list[str], metric: str | None = None, output: str = "outputs/") -> None:
+def compare(
+    *, from_: list[str], metric: str | None = None, output: str = "outputs/", experiment_id: str | None = None
+) -> None:
     """Compare the discoveries of several models: where their critical weights sit and how concentrated they are.
+
+    Where a validation of a discovery lies beside it, also how robust the model is. Writes comparison_<id>/.
 
     Args:
         from_: two or more folders; of each, the newest complete discovery run of each model is taken.
         metric: the sensitivity metric; by default all that the runs share.
-        output: the folder for comparison.csv, comparison_pairs.csv and the plots.
+        output: the folder for the new comparison folder.
+        experiment_id: names it; by default the time.
     """
     from bridge.compare import compare_folders
 
-    compare_folders([Path(folder) for folder in from_], metric, check_output(output))
+    compare_folders([Path(folder) for folder in from_], metric, check_output(output), experiment_id)
 
 
 def main() -> None:

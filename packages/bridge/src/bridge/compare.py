@@ -1,6 +1,5 @@
 """Discovery runs of several models side by side: where their critical weights sit and how concentrated they are."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -9,14 +8,17 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from bridge.concentration import at_equal_fraction, global_curve, top_score_share
 from bridge.correlation import ALL
-from bridge.discovery import KIND, Discovery, open_discovery
+from bridge.discovery import KIND, Discovery, open_discovery, read_sampled
 from bridge.errors import RequestError
 from bridge.placement import compared_profiles
 from bridge.profiles import cosine, gini, profiles_of, rank_agreement, score_profiles, shares
 from bridge.records import MEASUREMENTS, atomic_path, read_table
-from bridge.runs import find_runs, read_manifest
+from bridge.runs import find_runs, open_run, read_manifest
+from bridge.single_weights import FILE
 
+COMPARISON = "comparison"
 RunFacts = tuple[str, dict, dict[str, pd.DataFrame], dict[str, pd.DataFrame]]
 
 
@@ -40,36 +42,52 @@ def compare(
     runs: list[RunFacts],
     metrics: list[str] | None = None,
     validations: dict[str, pd.DataFrame] | None = None,
+    sampled: dict[str, pd.DataFrame] | None = None,
 ) -> Comparison:
     """Compare the global top-K of several models.
 
     Every ranking is cut to the smallest K among the runs: the first rows of an exact top-K are an exact top-K.
 
     Columns of ``models``: metric, model (the name given), model_id, dtype, n_parameters, corpus, n_tokens,
-    n_weights (scored), k, top_k_score_share (score of the top-K over the score of all weights), gini_layers
+    n_weights (scored), k, top_k_score_share (score of the top-K over the score of all weights),
+    top_fraction_score_share (of the highest 0.01 %; see ``concentration.top_score_share``), gini_layers
     (inequality of the layers' score sums: 0 all equal, towards 1 all in one layer), largest_layer_share, a
     ``share <component>`` and a ``share <depth>`` of the top-K for each, and from a validation the perplexity
     ratio when the global top-K was zeroed: ablation_k, ppl_ratio, ppl_ratio_low, ppl_ratio_high (95 %
-    interval), random_ppl_ratio (largest draw).
+    interval), random_ppl_ratio (largest draw); where several models have one, equal_fraction and
+    ppl_ratio_at_equal_fraction (see ``concentration.at_equal_fraction``).
 
     Args:
         runs: (name, discovery manifest, metric to LAYER_SUMMARY table, metric to TOP_WEIGHTS table); names differ.
         metrics: which metrics; by default those that every run has, in the order of the first.
         validations: name to the MEASUREMENTS table of a validation of that run, where there is one.
+        sampled: name to the SAMPLED_WEIGHTS table of that run, where there is one.
     """
     metrics = metrics or [m for m in runs[0][3] if all(m in tops and m in sums for _, _, sums, tops in runs)]
     rows, pairs, profiles = [], [], {}
     for metric in metrics:
         k = min(len(tops[metric]) for _, _, _, tops in runs)
         top = {name: tops[metric].sort_values("rank").head(k) for name, _, _, tops in runs}
-        found = profiles_of(list(top.values()), [sums[metric] for _, _, sums, _ in runs])
+        facts = [(manifest.get("identity") or {}).get("model") or {} for _, manifest, _, _ in runs]
+        found = profiles_of(list(top.values()), [sums[metric] for _, _, sums, _ in runs], facts)
         profiles |= {(metric, name): profile for name, profile in zip(top, found, strict=True)}
-        for name, manifest, sums, _ in runs:
+        curves = {name: global_curve(table, metric) for name, table in (validations or {}).items()}
+        curves = {name: curve for name, curve in curves.items() if len(curve)}
+        sizes = {name: int(sums[metric]["n_weights"].sum()) for name, _, sums, _ in runs}
+        fraction, ratios = at_equal_fraction(curves, sizes) if len(curves) > 1 else (np.nan, {})
+        for name, manifest, sums, tops in runs:
+            total = sums[metric]["score_sum"].sum()
             measured = (validations or {}).get(name)
             rows.append(
                 {"metric": metric, "model": name, **_identity(manifest), **_concentration(top[name], sums[metric])}
+                | {
+                    "top_fraction_score_share": top_score_share(
+                        tops[metric], (sampled or {}).get(name), metric, total, sizes[name]
+                    )
+                }
                 | shares(profiles[metric, name])
                 | ({} if measured is None else robustness(measured, metric))
+                | ({"equal_fraction": fraction, "ppl_ratio_at_equal_fraction": ratios[name]} if name in ratios else {})
             )
         scores = dict(zip(top, score_profiles([sums[metric] for _, _, sums, _ in runs]), strict=True))
         for one, two in combinations(top, 2):
@@ -122,11 +140,19 @@ def robustness(measurements: pd.DataFrame, metric: str) -> dict:
         }
 
 
-def compare_folders(folders: Sequence[Path], metric: str | None, output: Path) -> None:
+def compare_folders(
+    folders: Sequence[Path], metric: str | None, output: Path, experiment_id: str | None = None
+) -> Path:
     """Compare the newest complete discovery run of each model in each folder; print the outcome.
 
-    Writes comparison.csv (one row per metric and model), comparison_pairs.csv and comparison_<metric>.png
-    into ``output``, an existing folder.
+    Writes the run folder comparison_<id> with comparison.csv (one row per metric and model), comparison_pairs.csv,
+    plots/comparison_<metric>.png and a manifest.
+
+    Args:
+        folders: where the runs are.
+        metric: the sensitivity metric; by default all that the runs share.
+        output: an existing folder.
+        experiment_id: the id of the run folder; by default the time.
 
     Raises:
         RequestError: a folder without a complete run, fewer than two different runs, no common metric.
@@ -146,18 +172,39 @@ def compare_folders(folders: Sequence[Path], metric: str | None, output: Path) -
         )
         for name, run in found.items()
     ]
-    validations = {name: table for name, run in found.items() if (table := _validation_of(run)) is not None}
-    comparison = compare(runs, metrics, validations)
-    models = comparison.models
-    models.insert(2, "run", models["model"].map({name: str(run.folder) for name, run in found.items()}))
-    models.insert(3, "baseline_ppl", models["model"].map({name: run.baseline["ppl"] for name, run in found.items()}))
+    baselines = {name: run.baseline["ppl"] for name, run in found.items()}  # a damaged one is refused before the run
+    validations = {name: each for name, run in found.items() if (each := _validation_of(run)) is not None}
+    opened = open_run(output, COMPARISON, _identity_of(found, metrics, validations), experiment_id)
+    with opened.recorded():
+        if len({run.corpus.get("text_sha256") for run in found.values()}) > 1:
+            opened.warn("the runs were made on different texts; their differences are not the models' alone")
+        measured = {name: read_table(each / "measurements.csv", MEASUREMENTS) for name, each in validations.items()}
+        files = {name: run.folder / FILE for name, run in found.items()}
+        sampled = {name: read_sampled(path, metrics) for name, path in files.items() if path.exists()}
+        comparison = compare(runs, metrics, measured, sampled)
+        models = comparison.models
+        models.insert(2, "run", models["model"].map({name: str(run.folder) for name, run in found.items()}))
+        models.insert(3, "baseline_ppl", models["model"].map(baselines))
+        _write(comparison, models, opened.folder)
+        _print(comparison, opened.folder)
+    return opened.folder
+
+
+def _identity_of(found: dict[str, Discovery], metrics: list[str], validations: dict[str, Path]) -> dict:
+    """All that the tables depend on: which runs, each with its model, corpus and options."""
+    runs = {name: {"folder": str(run.folder.resolve())} | run.manifest["identity"] for name, run in found.items()}
+    places = {name: str(folder.resolve()) for name, folder in validations.items()}
+    return {"options": {"metrics": metrics}, "runs": runs, "validations": places}
+
+
+def _write(comparison: Comparison, models: pd.DataFrame, folder: Path) -> None:
     for name, table in [("comparison.csv", models), ("comparison_pairs.csv", comparison.pairs)]:
-        with atomic_path(output / name) as temporary:
+        with atomic_path(folder / name) as temporary:
             table.to_csv(temporary, index=False)
-    for chosen in metrics:
-        shown = {name: comparison.profiles[chosen, name] for name in found}
-        compared_profiles(shown, chosen, output / f"comparison_{chosen}.png")
-    _print(comparison, list(found.values()), output)
+    (folder / "plots").mkdir(exist_ok=True)
+    for metric in dict.fromkeys(metric for metric, _ in comparison.profiles):
+        shown = {name: profile for (of, name), profile in comparison.profiles.items() if of == metric}
+        compared_profiles(shown, metric, folder / "plots" / f"comparison_{metric}.png")
 
 
 def _newest(folders: Sequence[Path]) -> dict[str, Discovery]:
@@ -184,27 +231,22 @@ def _common_metrics(runs: list[Discovery], metric: str | None) -> list[str]:
     return common
 
 
-def _validation_of(run: Discovery) -> pd.DataFrame | None:
-    """The measurements of the newest complete validation of a run that lies beside it, if there is one."""
+def _validation_of(run: Discovery) -> Path | None:
+    """The newest complete validation of a run that lies beside it, if there is one."""
     try:
         candidates = find_runs(run.folder.resolve().parent, "validation")
     except RequestError:
         return None
     for folder in reversed(candidates):
         if Path(read_manifest(folder).get("discovery_folder") or "").name == run.folder.resolve().name:
-            return read_table(folder / "measurements.csv", MEASUREMENTS)
+            return folder
     return None
 
 
-def _print(comparison: Comparison, runs: list[Discovery], output: Path) -> None:
-    texts = {run.corpus.get("text_sha256") for run in runs}
-    if len(texts) > 1:
-        print(
-            "WARNING: the runs were made on different texts; their differences are not the models' alone",
-            file=sys.stderr,
-        )
-    columns = ["metric", "model", "k", "baseline_ppl", "top_k_score_share", "gini_layers", "ppl_ratio"]
+def _print(comparison: Comparison, folder: Path) -> None:
+    columns = ["metric", "model", "k", "baseline_ppl", "top_k_score_share", "top_fraction_score_share"]
+    columns += ["gini_layers", "ppl_ratio", "equal_fraction", "ppl_ratio_at_equal_fraction"]
     shown = comparison.models.reindex(columns=columns).dropna(axis=1, how="all")
     print(shown.to_string(index=False, na_rep="", float_format="{:.4g}".format))
     print(comparison.pairs.to_string(index=False, na_rep="", float_format="{:.3f}".format))
-    print(f"comparison: {output / 'comparison.csv'}", flush=True)
+    print(f"comparison: {folder / 'comparison.csv'}", flush=True)

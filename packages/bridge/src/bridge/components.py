@@ -92,6 +92,19 @@ def component_of_weight(
     return component
 
 
+def interleaved_head_dim(parameter: str, n_weights: int, model: dict) -> int | None:
+    """The head_dim of a ``query_key_value`` whose rows run over (head, part, head_dim), else None.
+
+    Args:
+        parameter: its name.
+        n_weights: its size; a fusion with fewer keys than queries shows by it, and is not of this layout.
+        model: the facts of the model in a discovery's manifest.
+    """
+    n_heads, head_dim = model.get("num_attention_heads"), model.get("head_dim")
+    fused = _TENSOR_NAMES.sub("", parameter).endswith("attention.query_key_value")
+    return head_dim if fused and n_heads and head_dim and n_weights % (3 * n_heads * head_dim) == 0 else None
+
+
 def conv1d_qkv_shape(parameter: str, n_weights: int) -> tuple[int, ...] | None:
     """Shape of GPT-2's ``c_attn`` tensor, (d, 3d) or (3d,), from its number of weights; None for any other."""
     module = _TENSOR_NAMES.sub("", parameter)

@@ -115,7 +115,11 @@ class Discovery:
         path = self.folder / FILE
         if not path.exists():
             raise RequestError(f"{path} is missing: --single-weights takes them from there; run the discovery again")
-        return read_sampled(path, self.metrics())
+        sampled = read_sampled(path, self.metrics())
+        shares = [f"share_{metric}" for metric in self.metrics()]
+        if not set(shares) <= set(sampled) or not sampled[shares].gt(0).all(axis=None):
+            raise RequestError(f"{path} lacks {shares[0]} or another share, or one is not above 0; discover again")
+        return sampled
 
 
 def read_sampled(path: Path, metrics: Sequence[str]) -> pd.DataFrame:

@@ -35,11 +35,15 @@ class Evidence:
 
     @property
     def metric(self) -> str:
-        """The metric of largest rho in that setting, magnitude aside; the first one if none has a rho."""
-        rows = self.layer_correlations().dropna(subset=["spearman"])
-        rows = rows[rows["metric"] != BASELINE]
-        if len(rows):
-            return rows.loc[rows["spearman"].idxmax(), "metric"]
+        """The metric of largest rho in that setting, magnitude aside; the first one if none has a rho.
+
+        Over layers, or where these give none over single weights.
+        """
+        for table in (self.layer_correlations(), self.weight_correlations()):
+            rows = table.dropna(subset=["spearman"])
+            rows = rows[rows["metric"] != BASELINE]
+            if len(rows):
+                return rows.loc[rows["spearman"].idxmax(), "metric"]
         return next((m for m in [*self.metrics(), *self.top_weights] if m != BASELINE), BASELINE)
 
     def metrics(self) -> list[str]:

@@ -3,6 +3,7 @@
 import codecs
 import ctypes
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,8 +17,11 @@ from bridge.runs import is_locked
 
 _LLM_PERTURB = Path(__file__).resolve().parents[3] / "llm_perturb"
 SCRIPT = _LLM_PERTURB / "scripts" / "run_topk_perturb.py"
+MERGE = _LLM_PERTURB / "scripts" / "merge_shards.py"
 PYTHON = _LLM_PERTURB / ".venv" / "bin" / "python"  # never resolved: through the link, Python finds its environment
 _SECONDS_TO_END = 30.0
+_TAIL = 16_000  # characters: room for what the launcher adds after the instrument's own last line
+_REFUSED = re.compile(r"exitcode\s*: 2\b")
 _SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
@@ -40,7 +44,9 @@ def find_python(perturb_python: str | None) -> Path:
     return python
 
 
-def measure(command: Sequence[str], cwd: Path, log: Path, folder: Path, watch: Callable[[], None]) -> None:
+def measure(
+    command: Sequence[str], cwd: Path, log: Path, folder: Path, watch: Callable[[], None], script: Path | None = None
+) -> None:
     """Run the instrument to its end; its stderr goes to stderr and, with its stdout, to ``log``.
 
     It never outlives this process: where the system can (Linux) the kernel ends it with us, and an exception
@@ -53,6 +59,7 @@ def measure(command: Sequence[str], cwd: Path, log: Path, folder: Path, watch: C
         log: appended to.
         folder: the run folder that it will work in.
         watch: called again and again while it speaks; may raise to stop it.
+        script: the one that the command runs, if it is not ``SCRIPT``.
 
     Raises:
         RequestError: it refused the request; the message is its own.
@@ -71,34 +78,37 @@ def measure(command: Sequence[str], cwd: Path, log: Path, folder: Path, watch: C
             stdin=subprocess.DEVNULL,
             stdout=kept,
             stderr=subprocess.PIPE,
-            preexec_fn=lambda: _end_with(parent),
+            preexec_fn=lambda: end_with(parent),
         )
         try:
-            last = _relay(child.stderr, kept, watch)
+            said = _relay(child.stderr, kept, watch)
             code = child.wait()
         finally:
             _stop(child)
-    if code == 2:
-        raise RequestError(f"{SCRIPT.name} refused: {last.partition('error: ')[2] or last}")
     if code != 0:
-        how = (
-            f"was ended by signal {-code} ({signal.Signals(-code).name})"
-            if code < 0
-            else f"failed with exit code {code}"
-        )
-        raise RunError(f"{SCRIPT.name} {how}: {last}; see {log}. The same command started again goes on from there")
+        raise _failure(code, said, log, (script or SCRIPT).name)
 
 
-def _end_with(parent: int) -> None:
-    """In the child, before it becomes the instrument: ask to be killed when the parent dies."""
+def _failure(code: int, said: list[str], log: Path, name: str) -> RequestError | RunError:
+    """What became of the instrument; of several processes the launcher reports that one ended with code 2."""
+    complaint = next((line for line in reversed(said) if f"{name}: error: " in line), said[-1])
+    complaint = complaint.partition(f"{name}: error: ")[2] or complaint
+    if code == 2 or any(_REFUSED.match(line) for line in said):
+        return RequestError(f"{name} refused: {complaint}")
+    how = f"was ended by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"failed with exit code {code}"
+    return RunError(f"{name} {how}: {complaint}; see {log}. The same command started again goes on from there")
+
+
+def end_with(parent: int) -> None:
+    """In a child: ask to be killed when the parent dies."""
     if _LIBC is not None:
         _LIBC.prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
         if os.getppid() != parent:  # it died before the request was made
             os._exit(1)
 
 
-def _relay(stream: IO[bytes], kept: IO[bytes], watch: Callable[[], None]) -> str:
-    """Copy bytes as they come, progress bars included; the last line that says something is returned."""
+def _relay(stream: IO[bytes], kept: IO[bytes], watch: Callable[[], None]) -> list[str]:
+    """Copy bytes as they come, progress bars included; the last lines that say something are returned."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     tail = ""
     while chunk := os.read(stream.fileno(), 1 << 16):
@@ -107,10 +117,10 @@ def _relay(stream: IO[bytes], kept: IO[bytes], watch: Callable[[], None]) -> str
         sys.stderr.flush()
         kept.write(chunk.replace(b"\r", b"\n"))
         kept.flush()
-        tail = (tail + text)[-4000:]
+        tail = (tail + text)[-_TAIL:]
         watch()
     lines = [line.strip() for line in tail.replace("\r", "\n").split("\n") if line.strip()]
-    return lines[-1] if lines else "it said nothing"
+    return lines or ["it said nothing"]
 
 
 def _stop(child: subprocess.Popen) -> None:

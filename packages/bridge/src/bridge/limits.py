@@ -21,8 +21,8 @@ def _limits_of_layers(found: Evidence) -> list[str]:
     n_weights = found.weight_correlations()["n"].max()
     if n_weights > 0:
         texts.append(
-            f"The {plural(int(n_weights), 'single weight')} are of those that the discovery sampled: of each parameter "
-            "the highest by each metric and random ones, not a random sample of all weights."
+            f"The {plural(int(n_weights), 'single weight')} are of those that the discovery sampled, spread over every "
+            "order of magnitude of rank: the highest scores are far more frequent than in a random sample."
         )
     n_layers = found.layer_effects()["target_layer"].nunique()
     if 0 < n_layers < ROUGH_POINTS:

@@ -1,13 +1,14 @@
 """From the flags of ``bridge validate`` to a plan, with everything that can be wrong found before anything starts."""
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
-from bridge import instrument
+from bridge import baseline, command, instrument
 from bridge.discovery import Discovery, choose_discovery
 from bridge.errors import RequestError
 from bridge.runs import check_output
@@ -32,6 +33,14 @@ class Options:
     global_set: bool = True
     bottom: bool = False
     single_weights: int = 0
+    factor: float | None = None
+    sigma: float | None = None
+    bit: int | None = None
+    n_bits: int | None = None
+    baseline: str | None = None
+    num_processes: int = 1
+    shard: str | None = None
+    merge: Sequence[str] | None = None
     output: str | None = None
     experiment_id: str | None = None
     perturb_python: str | None = None
@@ -50,7 +59,10 @@ class Plan:
     warnings: list[str]
     options: dict  # what decides the numbers, as it goes to the manifest
     identity: dict
-    command: list[str]  # the instrument's, but for where it writes
+    weights: dict[str, Path]  # by metric, the file of the top weights of every layer
+    shard: tuple[int, int] | None  # its number from 1, and of how many
+    python: Path
+    command: list[str]  # the instrument's, but for the targets, the files and where it writes
     output: Path
 
 
@@ -60,12 +72,14 @@ def plan(options: Options) -> Plan:
     Raises:
         RequestError: whatever is wrong with the request, the discovery's files, or the environment.
     """
+    shard = _shard(options)
     discovery = choose_discovery(options.places)
+    if options.baseline:
+        baseline.check_same(options.baseline, discovery)
     metrics = discovery.metrics(options.metrics)
-    available = {metric: discovery.ks(metric, "per_layer") for metric in metrics}
-    ks = sorted(set(options.k or [max(min(sizes) for sizes in available.values())]))
-    _check_numbers(options, ks)
-    weights = {metric: _smallest_file(discovery, metric, available[metric], ks[-1]) for metric in metrics}
+    sets = options.layers or options.control_layers or options.all_layers or options.global_set
+    ks, weights = _sets(discovery, metrics, options) if sets else ([1], {})
+    _check_numbers(options)
     targets, warnings = _targets(discovery, metrics, ks[-1], options)
     chosen = {
         "metrics": metrics,
@@ -73,11 +87,14 @@ def plan(options: Options) -> Plan:
         "perturbations": list(dict.fromkeys(options.perturbations)),
         "seeds": list(dict.fromkeys(options.seeds)),
         "selection": ["top", "random"] + ["bottom"] * options.bottom,
+        "numbers": _numbers(options),
         "target_layers": targets["target_layer"].tolist() + [ALL] * options.global_set,
     }
-    single_weights, more_warnings = _single_weights(discovery, metrics[0], options.single_weights)
-    if not chosen["target_layers"]:
-        raise RequestError("no layer is to be measured: --layers 0, --control-layers 0 and --no-global-set")
+    single_weights, more_warnings = _single_weights(discovery, metrics, options.single_weights)
+    if not chosen["target_layers"] and single_weights is None:
+        raise RequestError(
+            "nothing is to be measured: --layers 0, --control-layers 0, --no-global-set and no --single-weights"
+        )
     identity = {
         "options": chosen,
         "model": discovery.model,
@@ -88,20 +105,56 @@ def plan(options: Options) -> Plan:
         chosen["single_weights"] = len(single_weights)
         identity["single_weights"] = hashlib.sha256(single_weights.to_csv(index=False).encode()).hexdigest()
         identity["discovery"][FILE] = _hash(discovery.folder / FILE)
-    flags = _model_flags(discovery, options) + _corpus_flags(discovery) + _measurement_flags(chosen, weights)
-    command = [str(instrument.find_python(options.perturb_python)), str(instrument.SCRIPT), *flags]
+    flags = command.model_flags(discovery, options.device, options.batch_size, options.trust_remote_code)
+    flags += command.corpus_flags(discovery) + command.measurement_flags(chosen)
+    python = instrument.find_python(options.perturb_python)
+    words = command.launcher(python, options.num_processes) + flags
     output = check_output(options.output or str(discovery.folder.parent))
     warnings += more_warnings
-    return Plan(discovery, targets, single_weights, warnings, chosen, identity, command, output)
+    return Plan(discovery, targets, single_weights, warnings, chosen, identity, weights, shard, python, words, output)
 
 
-def _single_weights(discovery: Discovery, metric: str, n: int) -> tuple[pd.DataFrame | None, list[str]]:
+def _sets(discovery: Discovery, metrics: list[str], options: Options) -> tuple[list[int], dict[str, Path]]:
+    """The sizes of the sets, ascending, and for each metric the file that they are taken from."""
+    available = {metric: discovery.ks(metric, "per_layer") for metric in metrics}
+    ks = sorted(set(options.k or [max(min(sizes) for sizes in available.values())]))
+    if ks[0] < 1:
+        raise RequestError(f"--k must be at least 1, not {ks[0]}")
+    return ks, {metric: _smallest_file(discovery, metric, available[metric], ks[-1]) for metric in metrics}
+
+
+def _shard(options: Options) -> tuple[int, int] | None:
+    if options.shard is None:
+        return None
+    if options.merge:
+        raise RequestError("--shard measures a part and --merge puts the parts together: give one of them")
+    found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", options.shard)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise RequestError(f"--shard '{options.shard}' must be i/n, such as 2/4, with i from 1 to n")
+    return int(found[1]), int(found[2])
+
+
+def _numbers(options: Options) -> dict[str, float]:
+    """The parameters of the perturbations, those that were given.
+
+    Raises:
+        RequestError: one is of a perturbation that was not asked for.
+    """
+    of = {"factor": "scale", "sigma": "gaussian_noise", "bit": "bit_flip", "n_bits": "quantize"}
+    given = {name: value for name in of if (value := getattr(options, name)) is not None}
+    for name in given:
+        if of[name] not in options.perturbations:
+            raise RequestError(f"--{name.replace('_', '-')} is for --perturbations {of[name]}, which is not asked for")
+    return given
+
+
+def _single_weights(discovery: Discovery, metrics: list[str], n: int) -> tuple[pd.DataFrame | None, list[str]]:
     """The weights to perturb one by one, if any were asked for, and what to say of them."""
     if n == 0:
         return None, []
     sampled = discovery.sampled()
     warnings = [f"--single-weights {n}: the discovery sampled {len(sampled)}, all of them are taken"]
-    return choose_weights(sampled, metric, n), warnings if n > len(sampled) else []
+    return choose_weights(sampled, metrics, n), warnings if n > len(sampled) else []
 
 
 def _targets(discovery: Discovery, metrics: list[str], k: int, options: Options) -> tuple[pd.DataFrame, list[str]]:
@@ -138,9 +191,9 @@ def _hash(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _check_numbers(options: Options, ks: list[int]) -> None:
+def _check_numbers(options: Options) -> None:
     batch_size = 1 if options.batch_size is None else options.batch_size
-    numbers = {"k": (ks, 1), "seeds": (options.seeds, 0), "batch-size": ([batch_size], 1)}
+    numbers = {"seeds": (options.seeds, 0), "batch-size": ([batch_size], 1)}
     numbers["single-weights"] = ([options.single_weights], 0)
     for flag, (values, least) in numbers.items():
         if min(values) < least:
@@ -157,57 +210,3 @@ def _smallest_file(discovery: Discovery, metric: str, available: list[int], k: i
         )
     discovery.top_per_layer(metric, enough[0])
     return discovery.path(metric, enough[0], "per_layer")
-
-
-def _model_flags(discovery: Discovery, options: Options) -> list[str]:
-    wanted, model = discovery.options, discovery.model
-    name, revision = model["id"], wanted.get("revision")
-    if str(model.get("revision")).startswith("local-"):
-        name = str(_existing(name, "model", discovery))
-    elif revision is None and _is_commit(model.get("revision")):
-        revision = model["revision"]  # the branch may have moved on since
-    if wanted.get("trust_remote_code") and not options.trust_remote_code:
-        raise RequestError(
-            f"'{name}' was discovered with --trust-remote-code; give it here too if you still do trust it"
-        )
-    flags = _flags(
-        model=name, revision=revision, dtype=model["dtype"], device=options.device, batch_size=options.batch_size
-    )
-    return flags + ["--trust-remote-code"] * options.trust_remote_code
-
-
-def _corpus_flags(discovery: Discovery) -> list[str]:
-    names = ("dataset_config", "split", "text_column", "packing", "max_length", "eval_limit")
-    chosen = {name: discovery.options.get(name) for name in names}
-    data_file, dataset = discovery.options.get("data_file"), discovery.options.get("dataset")
-    if data_file:
-        data_file = str(_existing(data_file, "data file", discovery))
-    if dataset and Path(dataset).exists():
-        dataset = str(Path(dataset).absolute())
-    return _flags(data_file=data_file, dataset=dataset, **chosen)
-
-
-def _measurement_flags(chosen: dict, weights: dict[str, Path]) -> list[str]:
-    words = ["--target-layer", ",".join(chosen["target_layers"])]
-    words += ["--k", *map(str, chosen["k"]), "--selection", *chosen["selection"]]
-    words += ["--metric", *chosen["metrics"]] * ("bottom" in chosen["selection"])
-    words += ["--perturbation", *chosen["perturbations"], "--seeds", *map(str, chosen["seeds"])]
-    return [*words, "--weights-csv", *(path.name for path in weights.values())]
-
-
-def _flags(**values: object) -> list[str]:
-    return [f"--{name.replace('_', '-')}={value}" for name, value in values.items() if value is not None]
-
-
-def _existing(name: str, what: str, discovery: Discovery) -> Path:
-    path = Path(name).absolute()
-    if not path.exists():
-        raise RequestError(
-            f"the {what} '{name}' of {discovery.folder.name} is not here; "
-            "start this command in the folder where the discovery was started"
-        )
-    return path
-
-
-def _is_commit(revision: object) -> bool:
-    return isinstance(revision, str) and len(revision) == 40 and set(revision) <= set("0123456789abcdef")

@@ -13,6 +13,7 @@ from bridge.components import (
     QUERY_KEY_VALUE,
     component_of_weight,
     conv1d_qkv_shape,
+    interleaved_head_dim,
     place_of,
     relative_depth,
 )
@@ -23,30 +24,38 @@ OUTSIDE = "outside"  # embedding, head, last norm: at no depth
 DEPTHS = (*(f"depth {bin + 1} of {DEPTH_BINS}" for bin in range(DEPTH_BINS)), OUTSIDE)
 
 
-def profiles_of(tops: list[pd.DataFrame], summaries: list[pd.DataFrame]) -> list[pd.DataFrame]:
+def profiles_of(
+    tops: list[pd.DataFrame], summaries: list[pd.DataFrame], models: list[dict] | None = None
+) -> list[pd.DataFrame]:
     """Profiles of several models that can be compared cell by cell.
 
     Args:
         tops: for each model a table of TOP_WEIGHTS.
         summaries: for each model its LAYER_SUMMARY, which says how deep the model is.
+        models: for each the facts of its discovery's manifest, by which fused projections are taken apart.
 
     Returns:
         For each model the share of its weights in each component (rows) and depth (columns); they sum to 1.
     """
-    placed = [_placed(top, summary) for top, summary in zip(tops, summaries, strict=True)]
+    models = models or [{}] * len(tops)
+    placed = [_placed(*each) for each in zip(tops, summaries, models, strict=True)]
     return [_profile(places) for places in _place_alike(placed)]
 
 
-def _placed(top: pd.DataFrame, summary: pd.DataFrame) -> pd.DataFrame:
+def _placed(top: pd.DataFrame, summary: pd.DataFrame, model: dict) -> pd.DataFrame:
     """Component and depth bin of each top weight."""
     n_layers = _n_layers(summary)
-    shapes = {
-        name: conv1d_qkv_shape(name, int(n)) for name, n in zip(summary["parameter"], summary["n_weights"], strict=True)
-    }
+    sizes = dict(zip(summary["parameter"], map(int, summary["n_weights"]), strict=True))
+    shapes = {name: conv1d_qkv_shape(name, size) for name, size in sizes.items()}
+    head_dims = {name: interleaved_head_dim(name, size, model) for name, size in sizes.items()}
     rows = [
         (
             component_of_weight(
-                w.parameter, int(w.row), None if pd.isna(w.col) else int(w.col), shapes.get(w.parameter)
+                w.parameter,
+                int(w.row),
+                None if pd.isna(w.col) else int(w.col),
+                shapes.get(w.parameter),
+                head_dims.get(w.parameter),
             ),
             _depth_bin(place_of(w.parameter).depth, n_layers),
         )

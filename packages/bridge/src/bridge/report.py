@@ -46,8 +46,8 @@ METHOD = [
 ]
 SINGLE_WEIGHTS = (
     "Single weights",
-    "each perturbed alone, all metrics on the same ones; they are spread evenly over the first metric's rank among "
-    "those that the discovery sampled. A score is the size of a change, and taking one weight away may as well lower "
+    "each perturbed alone, all metrics on the same ones; they are spread over every order of magnitude of rank by each "
+    "metric. A score is the size of a change, and taking one weight away may as well lower "
     "the loss: the agreement is that of the score with the absolute change of loss.",
 )
 

@@ -1,15 +1,17 @@
 """Single weights perturbed alone: which ones to choose, and what was predicted and measured for each."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 
 from bridge.records import TOP_WEIGHTS
-from bridge.targets import spread
 
 SELECTION = "weight"
 FILE = "sampled_weights.csv"
 PLACE = ["parameter", "row", "col"]
 _PREFIX = "score_"
+_SHARE = "share_"
 
 
 def sampled_metrics(sampled: pd.DataFrame) -> list[str]:
@@ -17,21 +19,33 @@ def sampled_metrics(sampled: pd.DataFrame) -> list[str]:
     return [column.removeprefix(_PREFIX) for column in sampled if column.startswith(_PREFIX)]
 
 
-def choose_weights(sampled: pd.DataFrame, metric: str, n: int) -> pd.DataFrame:
-    """``n`` of the sampled weights, evenly spaced in rank by a metric, the highest always among them.
+def choose_weights(sampled: pd.DataFrame, metrics: Sequence[str], n: int) -> pd.DataFrame:
+    """``n`` of the sampled weights over the whole range of every metric's scores, so that none is favoured.
+
+    The metrics share n equally. Each takes the weights nearest to evenly spaced points of the logarithm of
+    ``share_<metric>`` (the share of all weights that score at least as high), from its highest weight to its lowest:
+    as many among the ranks 1 to 10 as among those from a million to ten million.
 
     Args:
         sampled: a table of SAMPLED_WEIGHTS.
-        metric: whose score ranks them; equal scores stay in model order.
+        metrics: whose scores are to be covered; the first gives the rank.
         n: how many, from 1; all of them where there are fewer.
 
     Returns:
-        Table TOP_WEIGHTS, highest score first, ranked from 1.
+        Table TOP_WEIGHTS, highest score by the first metric first, ranked from 1; equal scores in model order.
     """
-    ordered = sampled.sort_values(_PREFIX + metric, ascending=False, kind="stable")
-    positions = spread(len(ordered), n) if n > 1 else [0]
-    chosen = ordered.iloc[positions].rename(columns={_PREFIX + metric: "score"})
-    return chosen.assign(rank=range(1, len(chosen) + 1))[list(TOP_WEIGHTS.columns)].reset_index(drop=True)
+    free = np.ones(len(sampled), dtype=bool)
+    if n < len(sampled):
+        for at, metric in enumerate(metrics):
+            logs = np.log(sampled[_SHARE + metric].to_numpy(float))
+            quota = n // len(metrics) + (at < n % len(metrics))
+            for point in np.linspace(logs.min(), logs.max(), quota):
+                free[np.argmin(np.where(free, abs(logs - point), np.inf))] = False
+    else:
+        free[:] = False
+    chosen = sampled[~free].sort_values(_PREFIX + metrics[0], ascending=False, kind="stable")
+    chosen = chosen.rename(columns={_PREFIX + metrics[0]: "score"}).assign(rank=range(1, len(chosen) + 1))
+    return chosen[list(TOP_WEIGHTS.columns)].reset_index(drop=True)
 
 
 def weight_rows(measurements: pd.DataFrame) -> pd.DataFrame:

@@ -36,8 +36,8 @@ class Validation:
         return read_table(self.folder / "measurements.csv", MEASUREMENTS)
 
     def targets(self) -> pd.DataFrame:
-        """The layers that were chosen: table TARGETS; no rows where only the whole model was perturbed."""
-        if self.manifest["identity"]["options"]["target_layers"] == [ALL]:
+        """The layers that were chosen: table TARGETS; no rows where no single layer was perturbed."""
+        if not set(self.manifest["identity"]["options"]["target_layers"]) - {ALL}:
             return pd.DataFrame(columns=list(TARGETS.columns))
         return read_table(self.folder / "targets.csv", TARGETS)
 

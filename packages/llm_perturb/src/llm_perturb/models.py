@@ -130,6 +130,7 @@ def load(
         "dtype": dtype,
         "n_parameters": sum(parameter.numel() for parameter in named_parameters(model).values()),
         "tied_groups": tied_groups(model),
+        **_heads(model),
     }
     return LoadedModel(model, tokenizer, facts, checkpoint)
 
@@ -142,6 +143,19 @@ def free_bytes(device: torch.device) -> int:
 def _too_large(source: str, options: dict, dtype: torch.dtype, device: torch.device) -> bool:
     needed = stored_bytes(source, options, dtype)
     return needed is not None and needed > RESIDENT_SHARE * free_bytes(device)
+
+
+def _heads(model: PreTrainedModel) -> dict[str, int]:
+    """How many attention heads of which size, where the config tells; fused projections are taken apart by them."""
+    config = model.config.get_text_config()
+    n_heads, width = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
+    if not n_heads or not width:
+        return {}
+    return {
+        "num_attention_heads": n_heads,
+        "num_key_value_heads": getattr(config, "num_key_value_heads", None) or n_heads,
+        "head_dim": getattr(config, "head_dim", None) or width // n_heads,
+    }
 
 
 def check_device(device: str) -> torch.device:
