@@ -10,7 +10,7 @@ Writes <output>/critical_analysis_<id>/: CSVs of top, bottom and random weights 
 """
 
 from bridge import argv
-from critical_weight_analysis.phase1 import DType, Metric, Mode, Options, Packing, Scope, run
+from critical_weight_analysis.phase1 import DType, Metric, Mode, Options, Packing, Scope, Weights, run
 
 
 def phase1(
@@ -27,7 +27,7 @@ def phase1(
     text_column: str = "text",
     packing: Packing = "documents",
     max_length: int = 512,
-    batch_size: int = 1,
+    batch_size: int | None = None,
     dtype: DType = "float32",
     device: str = "auto",
     revision: str | None = None,
@@ -41,6 +41,7 @@ def phase1(
     stability: int = 0,
     save_plots: bool = True,
     trust_remote_code: bool = False,
+    weights: Weights = "auto",
 ) -> None:
     """Score every weight and write the exact top-K.
 
@@ -57,7 +58,7 @@ def phase1(
         text_column: its column that holds the text.
         packing: documents, each text on its own; windows, all joined and cut into equal pieces.
         max_length: the most tokens of a sequence; of a window, exactly this many.
-        batch_size: sequences at a time, where it helps; changes no number beyond rounding.
+        batch_size: sequences at a time; found automatically if left out. Changes no number beyond rounding.
         dtype: of the weights and the forward pass; sums and scores are float32 or wider.
         device: auto, cpu, cuda, cuda:1, mps.
         revision: branch, tag or commit of the model on the hub.
@@ -71,6 +72,7 @@ def phase1(
         stability: how many times to discover two random halves of the corpus and compare; one more pass each.
         save_plots: whether to draw the plots; --no-save-plots for none.
         trust_remote_code: run the model's own code.
+        weights: resident, in memory; streamed, read from the checkpoint one layer at a time; auto, by their size.
     """
     run(Options(**locals()))
 

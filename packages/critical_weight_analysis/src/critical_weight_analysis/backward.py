@@ -98,7 +98,9 @@ class _Pass:
         """This process's batches; of one sequence where more would change a number or mix what is to be squared."""
         apart = self.needs & (SQUARES | {"inputs"}) and not self.structure.by_batch >= set(self.names)
         size = self.settings.batch_size if self.structure.causal and not apart else 1
-        budget = Budget.of(self.parameters.values()) if self.needs else Budget(0)
+        # where not even the weights are held, memory is what is short
+        spare = self.needs and not self.settings.checkpoint
+        budget = Budget.of(self.parameters.values()) if spare else Budget(0)
         device = next(iter(self.parameters.values())).device
         return [
             make_batch(members, sequences, device, lambda: Keeper(budget, self.structure.unneeded))

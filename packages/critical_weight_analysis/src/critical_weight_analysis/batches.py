@@ -9,6 +9,9 @@ from torch import Tensor
 
 from critical_weight_analysis.keeper import Keeper
 
+_CPU_TOKENS = 1024
+_GPU_SEQUENCES = 64
+
 
 @dataclass
 class Batch:
@@ -47,6 +50,13 @@ def members_of(sequences: list[Tensor], batch_size: int) -> list[list[int]]:
     """Which sequences go together: those of like length, the longest first."""
     order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def first_batch_size(sequences: list[Tensor], device: torch.device) -> int:
+    """How many sequences to try at a time: on the CPU about a thousand tokens, beyond which nothing gets faster."""
+    if device.type == "cpu":
+        return min(len(sequences), max(1, _CPU_TOKENS // max(map(len, sequences))))
+    return min(len(sequences), _GPU_SEQUENCES)
 
 
 def make_batch(

@@ -3,7 +3,9 @@
 On the device where that leaves most of its memory free, else in main memory, else in memory-mapped files.
 """
 
+import shutil
 import tempfile
+import weakref
 from pathlib import Path
 
 import torch
@@ -25,14 +27,17 @@ class HiddenStates:
     def __init__(self, n_bytes: int, device: torch.device, scratch: Path | None = None) -> None:
         self.place = place_for(n_bytes, device)
         self._device, self._kept = device, {}
-        self._folder = tempfile.TemporaryDirectory(dir=scratch, prefix=".hidden-") if self.place == "file" else None
+        self._folder: Path | None = None
+        if self.place == "file":
+            self._folder = Path(tempfile.mkdtemp(dir=scratch, prefix=".hidden-"))
+            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
 
     def put(self, key: tuple, tensor: Tensor) -> None:
         """Keep a tensor; it must not be changed afterwards."""
         if self.place == "memory":
             tensor = tensor.cpu()
         if self._folder:
-            path = Path(self._folder.name) / "-".join(map(str, key))
+            path = self._folder / "-".join(map(str, key))
             tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tofile(path)
             tensor = path, tensor.shape, tensor.dtype
         self._kept[key] = tensor

@@ -10,24 +10,30 @@ from typing import Literal
 
 import pandas as pd
 import torch
+from accelerate.utils import find_executable_batch_size
 from bridge import runs
 from bridge.errors import RequestError
 from bridge.records import LAYER_SUMMARY, SAMPLED_WEIGHTS, TOP_WEIGHTS, write_json, write_table
 from llm_perturb import models
 from llm_perturb.corpus import Corpus, CorpusOptions, read_texts, tokenize
 from llm_perturb.models import LoadedModel
+from llm_perturb.processes import Processes
 from llm_perturb.weights import in_scope
 from torch import Tensor
 from torch.nn import Parameter
 
 from critical_weight_analysis import baseline, plots, stability
+from critical_weight_analysis.batches import first_batch_size
 from critical_weight_analysis.discovery import Discovery, discover, engine_for
 from critical_weight_analysis.metrics import FORMULAS
+from critical_weight_analysis.resume import Resume
+from critical_weight_analysis.settings import Settings
 
 Metric = Literal[*FORMULAS]
 DType = Literal[*models.DTYPES]
 Packing = Literal["documents", "windows"]
 Scope = Literal["matrices", "all"]
+Weights = models.Weights
 Mode = Literal["global", "per_layer"]
 Tops = dict[str, dict[int, pd.DataFrame]]  # metric -> K -> the global top-K
 
@@ -75,7 +81,10 @@ class Options:
         Raises:
             RequestError: a number is out of range.
         """
-        for flag, numbers in {"--topk": self.topk, "--batch-size": [self.batch_size or 1]}.items():
+        for flag, numbers in {
+            "--topk": self.topk,
+            "--batch-size": [1 if self.batch_size is None else self.batch_size],
+        }.items():
             if min(numbers) < 1:
                 raise RequestError(f"{flag} must be at least 1, not {min(numbers)}")
         for flag, number in {"--stability": self.stability, "--seed": self.seed}.items():
@@ -120,33 +129,67 @@ def run(options: Options) -> None:
         RequestError: the options cannot be carried out; all but a different baseline loss is found beforehand.
         RunError: a loss or a score is not finite.
     """
+    processes = Processes()
     request = prepare(options.checked())
-    engine = engine_for(request.loaded.model)
-    opened = _open_run(request, engine.__name__.rpartition(".")[2])
-    with opened.recorded(), _logged(opened.folder):
+    settings = Settings(progress=processes.first, checkpoint=request.loaded.checkpoint, processes=processes)
+    engine = engine_for(request.loaded.model, settings)
+    opened: runs.Run | None = None
+
+    def begin() -> str:
+        nonlocal opened
+        opened = _open_run(request, engine.__name__.rpartition(".")[2], processes.world)
+        return str(opened.folder)
+
+    folder = Path(processes.once(begin))
+    with _kept(opened):
         _log.info("%s, %s", request.loaded.facts["id"], request.loaded.facts["dtype"])
         _log.info("%d weights of %d parameters in scope", request.n_weights, len(request.parameters))
         _log.info("%(n_sequences)d sequences, %(n_tokens)d predicted tokens, from %(source)s", request.corpus.facts)
-        found = discover(
+        found, settings = _discover(engine, request, replace(settings, scratch=folder), opened)
+        tops = {m: {k: ranking.top(k) for k in request.options.topk} for m, ranking in found.rankings.items()}
+        splits = list(_halves(engine, request, settings))
+        if opened:
+            _write_tables(request.options, found, tops, folder)
+            if request.options.save_plots:
+                _write_plots(found, tops, folder / "plots")
+            if splits:
+                _write_stability(request, found, splits, folder)
+            _say(folder, tops)
+        settings.resume.clear()
+    processes.close()
+
+
+def _discover(engine: ModuleType, request: Request, settings: Settings, opened: runs.Run | None) -> tuple:
+    """The pass, with as many sequences at a time as was asked for, or as fit; what it found, and its settings."""
+    options, device = request.options, request.loaded.model.device
+    used = []
+
+    def with_batch_size(batch_size: int) -> Discovery:
+        identity = {"batch_size": batch_size, "world": settings.processes.world}
+        resume = Resume(settings.scratch, identity, settings.processes)
+        used[:] = [replace(settings, batch_size=batch_size, resume=resume)]
+        return discover(
             engine,
             request.loaded.model,
             request.corpus.sequences,
             request.parameters,
-            request.options.metric,
-            request.options.topk[-1],
-            per_layer="per_layer" in request.options.mode,
-            batch_size=request.options.batch_size,
-            progress=True,
-            on_losses=lambda losses: _record_baseline(request, losses, opened.folder),
-            seed=request.options.seed,
+            options.metric,
+            options.topk[-1],
+            per_layer="per_layer" in options.mode,
+            settings=used[0],
+            on_losses=lambda losses: _check_baseline(request, losses, opened),
+            seed=options.seed,
         )
-        tops = {m: {k: ranking.top(k) for k in request.options.topk} for m, ranking in found.rankings.items()}
-        _write_tables(request.options, found, tops, opened.folder)
-        if request.options.save_plots:
-            _write_plots(found, tops, opened.folder / "plots")
-        if request.options.stability:
-            _measure_stability(engine, request, found, opened.folder)
-    _say(opened.folder, tops)
+
+    if options.batch_size:
+        found = with_batch_size(options.batch_size)
+    else:
+        first = first_batch_size(request.corpus.sequences, device)
+        found = find_executable_batch_size(with_batch_size, starting_batch_size=first)()
+    _log.info("%d sequences at a time", used[0].batch_size)
+    if opened:
+        opened.update(batch_size=used[0].batch_size)
+    return found, used[0]
 
 
 def prepare(options: Options) -> Request:
@@ -182,7 +225,7 @@ def prepare(options: Options) -> Request:
     return request
 
 
-def _open_run(request: Request, engine: str) -> runs.Run:
+def _open_run(request: Request, engine: str, world_size: int) -> runs.Run:
     options, loaded, corpus = request.options, request.loaded, request.corpus
     identity = {
         "options": options.identity() | {"model": loaded.facts["id"]},
@@ -195,10 +238,21 @@ def _open_run(request: Request, engine: str) -> runs.Run:
         "n_weights_in_scope": request.n_weights,
         "batch_size": options.batch_size,
         "device": str(loaded.model.device),
-        "world_size": 1,
+        "world_size": world_size,
+        "weights": "streamed" if loaded.checkpoint else "resident",
         "seed": options.seed,
     }
     return runs.open_run(request.output, KIND, identity, options.experiment_id, facts)
+
+
+@contextmanager
+def _kept(opened: runs.Run | None) -> Iterator[None]:
+    """While open, the run is recorded and its log written, by the process that has opened it."""
+    if opened is None:
+        yield
+        return
+    with opened.recorded(), _logged(opened.folder):
+        yield
 
 
 @contextmanager
@@ -219,12 +273,13 @@ def _logged(folder: Path) -> Iterator[None]:
         handler.close()
 
 
-def _record_baseline(request: Request, losses: Tensor, folder: Path) -> None:
+def _check_baseline(request: Request, losses: Tensor, opened: runs.Run | None) -> None:
     found = baseline.measured(request.loaded, request.corpus, losses)
     _log.info("baseline: %(nll).6f nats per token, perplexity %(ppl).6g", found)
     if request.expected:
         baseline.check_same(request.expected, found, request.options.baseline)
-    write_json(folder / "baseline.json", found)
+    if opened:
+        write_json(opened.folder / "baseline.json", found)
 
 
 def _write_tables(options: Options, found: Discovery, tops: Tops, folder: Path) -> None:
@@ -259,10 +314,11 @@ def _write_plots(found: Discovery, tops: Tops, folder: Path) -> None:
     plots.plot_scores_by_rank({metric: by_k[max(by_k)] for metric, by_k in tops.items()}, folder / "score_by_rank.png")
 
 
-def _measure_stability(engine: ModuleType, request: Request, found: Discovery, folder: Path) -> None:
+def _halves(engine: ModuleType, request: Request, settings: Settings) -> Iterator[stability.Halves]:
     options, n = request.options, request.options.stability
-    _log.info("stability: %d times two halves of the corpus, which costs %d more passes over it", n, n)
-    splits = stability.discover_halves(
+    if n:
+        _log.info("stability: %d times two halves of the corpus, which costs %d more passes over it", n, n)
+    return stability.discover_halves(
         engine,
         request.loaded.model,
         request.corpus.sequences,
@@ -271,10 +327,13 @@ def _measure_stability(engine: ModuleType, request: Request, found: Discovery, f
         options.topk[-1],
         n,
         seed=options.seed,
-        batch_size=options.batch_size,
-        progress=True,
+        settings=replace(settings, resume=None),
     )
-    table = stability.table(found.rankings, list(splits), options.topk, request.n_weights)
+
+
+def _write_stability(request: Request, found: Discovery, splits: list[stability.Halves], folder: Path) -> None:
+    options = request.options
+    table = stability.table(found.rankings, splits, options.topk, request.n_weights)
     write_table(folder / "stability.csv", table, stability.STABILITY)
     for (metric, k), rows in table[table["kind"] == "halves"].groupby(["metric", "k"], sort=False):
         words = metric, k, rows["jaccard"].mean(), rows["jaccard_chance"].iloc[0]

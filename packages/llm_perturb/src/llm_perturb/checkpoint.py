@@ -13,8 +13,10 @@ import torch
 from accelerate import init_empty_weights
 from bridge.errors import RequestError
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils import cached_file
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -115,12 +117,7 @@ def open_streamed(
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, **trusted)
     model.tie_weights()
     _replace_parameters(model, dtype, device)
-    stored = {}
-    for path in _files(source, options):
-        with safe_open(path, "pt") as opened:
-            stored |= {key: (path, tuple(opened.get_slice(key).get_shape())) for key in opened.keys()}  # noqa: SIM118
-    places = {name: _place(model, name, parameter, stored, source) for name, parameter in model.named_parameters()}
-    return model, Checkpoint(model, places, dtype, device)
+    return model, Checkpoint(model, _places(model, source, options), dtype, device)
 
 
 def _replace_parameters(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
@@ -133,20 +130,32 @@ def _replace_parameters(model: nn.Module, dtype: torch.dtype, device: torch.devi
                 module._parameters[name] = new.setdefault(id(old), nn.Parameter(empty, requires_grad=False))
 
 
-def _place(
-    model: PreTrainedModel, name: str, parameter: Tensor, stored: dict[str, tuple[Path, tuple]], source: str
-) -> tuple[Path, str]:
-    """File and key of a parameter: its name, with or without the name of the model without its head."""
-    prefix = f"{model.base_model_prefix}."
-    for key in (name, name.removeprefix(prefix), prefix + name):
-        if key in stored:
-            path, shape = stored[key]
-            if shape == tuple(parameter.shape):
-                return path, key
-    raise RequestError(
-        f"the checkpoint of '{source}' does not hold {name} {tuple(parameter.shape)} as it is; its weights cannot be "
-        "read one layer at a time: --weights resident"
-    )
+def _places(model: PreTrainedModel, source: str, options: dict) -> dict[str, tuple[Path, str]]:
+    """File and key of every parameter, as transformers would find them; none may have to be converted.
+
+    Raises:
+        RequestError: a parameter is not in the files as it is.
+    """
+    changes = get_model_conversion_mapping(model)
+    renamings = [change for change in changes if isinstance(change, WeightRenaming)]
+    converters = [change for change in changes if isinstance(change, WeightConverter)]
+    parameters, found = dict(model.named_parameters()), {}
+    for path in _files(source, options):
+        with safe_open(path, "pt") as opened:
+            for key in opened.keys():  # noqa: SIM118 - no dict
+                name, converted = rename_source_key(
+                    key, renamings, converters, model.base_model_prefix, model.state_dict()
+                )
+                shape = tuple(opened.get_slice(key).get_shape())
+                if converted is None and name in parameters and shape == tuple(parameters[name].shape):
+                    found[name] = path, key
+    missing = [name for name in parameters if name not in found]
+    if missing:
+        raise RequestError(
+            f"the checkpoint of '{source}' does not hold {missing[0]} {tuple(parameters[missing[0]].shape)} as it is; "
+            "its weights cannot be read one layer at a time: --weights resident"
+        )
+    return found
 
 
 def _files(source: str, options: dict) -> Sequence[Path]:

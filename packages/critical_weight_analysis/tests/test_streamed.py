@@ -1,0 +1,106 @@
+"""Weights that are read from the checkpoint layer by layer give the same bits as weights in memory."""
+
+import pytest
+import torch
+from bridge.errors import RequestError
+from critical_weight_analysis import backward
+from critical_weight_analysis.discovery import discover, engine_for
+from critical_weight_analysis.settings import Settings
+from llm_perturb import models
+from llm_perturb.weights import in_scope
+from safetensors.torch import load_file, save_file
+from tiny_models import build, byte_tokenizer
+
+NEEDS = frozenset({"grad", "fisher", "curvature"})
+
+
+def save(model, folder, **options):
+    model.save_pretrained(folder, **options)
+    byte_tokenizer().save_pretrained(folder)
+
+
+@pytest.fixture(params=["gpt2", "neox", "llama"])
+def folder(request, tmp_path):
+    """A checkpoint in bfloat16, of several files."""
+    save(build(request.param, torch.bfloat16), tmp_path / "model", max_shard_size="5KB")
+    assert len(list((tmp_path / "model").glob("*.safetensors"))) > 1
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_streamed_weights_give_the_same_bits(folder, sequences, dtype):
+    resident = models.load(str(folder), dtype=dtype)
+    streamed = models.load(str(folder), dtype=dtype, weights="streamed")
+    assert resident.checkpoint is None
+    assert streamed.facts == resident.facts
+    settings = Settings(batch_size=2, checkpoint=streamed.checkpoint)
+    assert engine_for(streamed.model, settings) is backward
+    names = [name for name, _ in resident.model.named_parameters()]
+    losses, stream = backward.sensitivities(resident.model, sequences, names, NEEDS, Settings(batch_size=2))
+    others, again = backward.sensitivities(streamed.model, sequences, names, NEEDS, settings)
+    assert torch.equal(losses, others)
+    for one, other in zip(stream, again, strict=True):
+        assert one.name == other.name
+        for field in ("weight", *NEEDS):
+            assert torch.equal(getattr(one, field), getattr(other, field)), (one.name, field)
+    assert all(parameter.stride() == (0,) * parameter.ndim for parameter in streamed.model.parameters())
+
+
+def test_tables_are_the_same(folder, sequences):
+    metrics, tables = ["grad_x_weight", "wanda", "magnitude"], []
+    for weights in ("resident", "streamed"):
+        loaded = models.load(str(folder), weights=weights)
+        settings = Settings(checkpoint=loaded.checkpoint)
+        engine = engine_for(loaded.model, settings)
+        found = discover(engine, loaded.model, sequences, in_scope(loaded.model), metrics, 20, settings=settings)
+        tables.append([found.sampled, *(found.rankings[metric].top(20) for metric in metrics)])
+    for one, other in zip(*tables, strict=True):
+        assert one.equals(other)
+
+
+def test_only_what_is_asked_for_is_there(folder):
+    loaded = models.load(str(folder), weights="streamed")
+    (name, other), model = list(dict(loaded.model.named_parameters()))[:2], loaded.model
+    truth = dict(models.load(str(folder)).model.named_parameters())
+    with loaded.checkpoint.present([name]):
+        with loaded.checkpoint.present([name, other]):
+            assert torch.equal(model.get_parameter(other), truth[other])
+        assert torch.equal(model.get_parameter(name), truth[name])
+        assert model.get_parameter(other).untyped_storage().nbytes() == 4
+    assert model.get_parameter(name).untyped_storage().nbytes() == 4
+
+
+def test_tensors_without_the_base_models_name(tmp_path, sequences):
+    """As in the checkpoint of gpt2 itself: h.0.attn..., and no head, which is tied."""
+    save(build("gpt2"), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    stripped = {name.removeprefix("transformer."): t for name, t in tensors.items() if name != "lm_head.weight"}
+    save_file(stripped, tmp_path / "model.safetensors", {"format": "pt"})
+    loaded = models.load(str(tmp_path), dtype="float64", weights="streamed")
+    resident = models.load(str(tmp_path), dtype="float64")
+    names = ["transformer.h.1.mlp.c_fc.weight"]
+    found = [
+        next(backward.sensitivities(m.model, sequences, names, NEEDS, Settings(checkpoint=m.checkpoint))[1]).grad
+        for m in (loaded, resident)
+    ]
+    assert torch.equal(*found)
+
+
+def test_checkpoint_that_cannot_be_streamed_is_refused(tmp_path):
+    save(build("llama"), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"] = torch.zeros(3, 3)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(RequestError, match=r"does not hold model\.layers\.0\.mlp\.up_proj\.weight .* as it is"):
+        models.load(str(tmp_path), weights="streamed")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(RequestError, match="no safetensors files"):
+        models.load(str(tmp_path), weights="streamed")
+
+
+@pytest.mark.parametrize(("share", "streamed"), [(0.0, True), (0.6, False)])
+def test_auto_goes_by_the_free_memory(folder, monkeypatch, share, streamed, capsys):
+    monkeypatch.setattr(models, "RESIDENT_SHARE", share)
+    loaded = models.load(str(folder), weights="auto")
+    assert (loaded.checkpoint is not None) == streamed
+    assert ("layer by layer" in capsys.readouterr().out) == streamed
