@@ -4,11 +4,11 @@
     packages/critical_weight_analysis/.venv/bin/python benchmarks/streamed_speed.py --shape pythia-6.9b --n-sequences 2
     nox -s benchmark -- streamed_speed
 
-Writes a GPT-NeoX checkpoint of the exact shape of a Pythia model with random weights (in the dtype in which the hub has it,
-or --stored), then scores every matrix weight by `grad_x_weight` and `grad_squared` with the exact top 500, in
-float32, in a process of its own. The matrix products that a forward and backward pass cannot do without are three
-for each weight and token; their share is how fast they would be done at the rate of this processor's float32
-product, measured in the same process, divided by the time the whole pass took. Peak memory is VmHWM.
+Writes a GPT-NeoX checkpoint of the exact shape of a Pythia model with random weights, in the dtype of the hub's (or
+--stored). Then every matrix weight is scored by `grad_x_weight` and `grad_squared` with the exact top 500, in float32,
+in a process of its own. The matrix products that a forward and backward pass cannot do without are three for each
+weight and token; their share is how fast they would be done at the rate of this processor's float32 product, measured
+in the same process, divided by the time the whole pass took. Peak memory is VmHWM.
 """
 
 import json

@@ -37,7 +37,7 @@ def test_two_processes_find_what_one_finds(checkpoint, tmp_path):
     assert json.loads((two / "manifest.json").read_text())["world_size"] == 2
     assert done.stdout.count("written to") == 1
     tables = sorted(path.name for path in one.glob("*.csv"))
-    assert len(tables) == 14
+    assert len(tables) == 18
     for table in tables:
         pd.testing.assert_frame_equal(pd.read_csv(two / table), pd.read_csv(one / table), rtol=1e-9)
     assert not list(two.glob("resume-*"))
