@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 from bridge import placement, plots, tables
 from bridge.canvas import DARK
-from bridge.findings import Evidence, answer, setup_facts, summary_lines
+from bridge.findings import Evidence, answer, identity, setup_facts, summary_lines
 from bridge.limits import limits
 from bridge.records import write_text
 from bridge.tables import TextTable
@@ -241,6 +241,7 @@ def _sections(found: Evidence, folder: Path) -> list[Section]:
                     placement.where_top_weights_sit,
                     found.top_weights,
                     found.summaries,
+                    identity(found.discovery_manifest, "model"),
                 ),
                 tables.single_weights(found),
             ),
