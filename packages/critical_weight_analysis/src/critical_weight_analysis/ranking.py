@@ -61,10 +61,10 @@ def _few_candidates(flat: Tensor, k: int) -> Tensor | None:
         return None
     bound = flat[: n_blocks * size].view(n_blocks, size).amax(1).topk(k).values[-1]
     reached = flat >= bound
-    if int(reached.sum()) <= 64 * k:
+    if int(reached.count_nonzero()) <= 64 * k:
         return reached.nonzero()[:, 0]
     above = flat > bound
-    n_above = int(above.sum())
+    n_above = int(above.count_nonzero())
     if n_above >= k:
         return None
     return torch.cat([above.nonzero()[:, 0], _first(flat == bound, k - n_above)]).sort().values  # a mass of equal ones
