@@ -498,10 +498,11 @@ def test_shards_and_their_merge_make_the_tables_of_one_run(tmp_path, output, pyt
     batch.validate(options(output, python, **more | {"experiment_id": "whole"}))
     for number in (1, 2, 3):
         part, following = batch.validate(options(output, python, shard=f"{number}/3", **more))
-        assert part.startswith(f"shard {number}/3: {output}/validation_part_")
+        assert part.startswith(f"shard {number}/3: {output}/partial_validation_")
         assert "--merge THAT_FOLDER" in following
         assert not list(Path(part.partition(": ")[2]).glob("report*"))
     lines = batch.validate(options(output, python, merge=[str(output)], **more | {"experiment_id": "merged"}))
+    assert validation.choose_validation([str(output)]).folder.name == "validation_merged"  # a part is none
     for table in TABLES:
         whole = (output / "validation_whole" / table).read_bytes()
         assert (output / "validation_merged" / table).read_bytes() == whole
@@ -513,7 +514,7 @@ def test_parts_of_another_request_are_not_merged(output, python, merge, no_plots
     batch.validate(options(output, python, shard="1/1"))
     with pytest.raises(RequestError, match="the 1 parts there are of another request"):
         batch.validate(options(output, python, seeds=[5], merge=[str(output)]))
-    with pytest.raises(RequestError, match="holds no complete validation_part"):
+    with pytest.raises(RequestError, match="holds no complete partial_validation"):
         batch.validate(options(output, python, merge=[str(output / "critical_analysis_1")]))
     assert not (output / "validation_v").exists()
 

@@ -1,6 +1,7 @@
 import pytest
 from bridge.components import (
     COMPONENTS,
+    Layout,
     component_of_weight,
     conv1d_qkv_shape,
     interleaved_head_dim,
@@ -107,3 +108,20 @@ def test_shape_of_c_attn_follows_from_its_size():
 
 def test_relative_depth_is_the_middle_of_the_layer():
     assert [relative_depth(d, 4) for d in range(4)] == [0.125, 0.375, 0.625, 0.875]
+
+
+def test_layout_takes_apart_what_it_can():
+    names = ["transformer.h.0.attn.c_attn.weight", "transformer.h.0.mlp.c_fc.weight"]
+    gpt2 = Layout({names[0]: 3 * 64 * 64, names[1]: 7}, {})
+    assert gpt2.components(names[0]) == ("attention query", "attention key", "attention value")
+    assert gpt2.components(names[1]) == ("mlp in",)
+    assert gpt2.component(names[0], 0, 70) == "attention key"
+    name = "gpt_neox.layers.5.attention.query_key_value.weight"
+    neox = Layout({name: 24 * 8}, {"num_attention_heads": 2, "head_dim": 4})
+    assert neox.component(name, 5, 0) == "attention key"
+    assert neox.components(name) == gpt2.components(names[0])
+    unknown = Layout({name: 24 * 8}, {})
+    assert (unknown.components(name), unknown.component(name, 5, 0)) == (
+        ("attention query_key_value",),
+        "attention query_key_value",
+    )

@@ -2,6 +2,7 @@ import math
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import synthetic
 from bridge.correlation import correlate
@@ -185,3 +186,14 @@ def test_a_model_of_few_layers_has_no_restricted_range():
     every = replace(found, targets=found.targets.assign(n_layers=12))
     assert any("range is restricted" in text for text in limits(found))
     assert not any("range is restricted" in text for text in limits(every))
+
+
+def test_stability_of_the_ranking_is_told_where_it_was_measured():
+    rows = [("halves", 10, 0.25), ("halves", 10, 0.5), ("halves", 100, 0.9), ("seeds", 10, 0.7)]
+    table = pd.DataFrame(rows, columns=["kind", "k", "jaccard"]).assign(jaccard_chance=1e-6)
+    found = evidence()
+    texts = limits(replace(found, stability=table.assign(metric=found.metric, other=found.metric)))
+    (text,) = [text for text in texts if "Jaccard" in text]
+    assert f"the top 10 by {found.metric} of two random halves" in text
+    assert "0.25 to 0.50 (2 splits; " in text and "chance gives 1.0×10⁻⁶" in text
+    assert limits(replace(found, stability=table.assign(metric="another"))) == limits(found)

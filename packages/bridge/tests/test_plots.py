@@ -4,7 +4,7 @@ import pytest
 import synthetic
 from bridge.canvas import DARK, LIGHT
 from bridge.correlation import correlate
-from bridge.placement import where_top_weights_sit
+from bridge.placement import _place_counts, where_top_weights_sit
 from bridge.plots import ablation, effect_by_layer, predicted_and_measured, single_weights
 from matplotlib.image import imread
 
@@ -33,7 +33,7 @@ def figures(measurements, folder, theme):
         effect_by_layer(measurements, folder / "layers.png", theme),
         ablation(measurements, folder / "ablation.png", theme),
         single_weights(weights, sampled, correlate(weights, sampled=sampled), folder / "weights.png", theme),
-        where_top_weights_sit(top, summaries, folder / "where.png", theme),
+        where_top_weights_sit(top, summaries, {}, folder / "where.png", theme),
     ]
 
 
@@ -55,7 +55,7 @@ def test_nothing_to_draw_is_no_file(tmp_path, measurements):
     assert predicted_and_measured(whole, correlate(whole), tmp_path / "a.png") is None
     assert effect_by_layer(whole, tmp_path / "b.png") is None
     assert ablation(measurements[measurements["k"] == 1], tmp_path / "c.png") is None
-    assert where_top_weights_sit({}, {}, tmp_path / "d.png") is None
+    assert where_top_weights_sit({}, {}, {}, tmp_path / "d.png") is None
     assert single_weights(whole, synthetic.sampled(), correlate(whole), tmp_path / "e.png") is None
     assert single_weights(whole, None, correlate(whole), tmp_path / "e.png") is None
     assert list(tmp_path.iterdir()) == []
@@ -105,3 +105,15 @@ def test_single_weights_enter_no_other_figure(tmp_path, measurements):
 def test_scores_of_zero_are_drawn(tmp_path):
     measurements = synthetic.measurements(n=5, metrics=("obd",)).assign(score_sum=0.0)
     assert_drawn(predicted_and_measured(measurements, correlate(measurements), tmp_path / "predicted.png"))
+
+
+def test_weights_of_a_fused_projection_are_counted_in_their_parts():
+    name = "gpt_neox.layers.2.attention.query_key_value.weight"
+    top = pd.DataFrame({"parameter": [name] * 3, "row": [0, 5, 13], "col": 0})  # two heads of 4
+    summary = pd.DataFrame({"parameter": [name, "gpt_neox.embed_in.weight"], "n_weights": [24 * 8, 10]})
+    counts = _place_counts(top, summary, {"num_attention_heads": 2, "head_dim": 4})
+    assert counts[2].to_dict() == {
+        "attention key": 1, "attention query": 2, "attention value": 0, "embedding": 0,
+    }  # fmt: skip
+    assert counts.loc["embedding", -1] == 0
+    assert _place_counts(top, summary, {}).loc["attention query_key_value", 2] == 3

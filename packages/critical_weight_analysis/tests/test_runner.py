@@ -12,10 +12,9 @@ import pandas as pd
 import pytest
 import torch
 from bridge import argv
-from bridge.records import LAYER_SUMMARY, TOP_WEIGHTS, read_table
+from bridge.records import LAYER_SUMMARY, STABILITY, TOP_WEIGHTS, read_table
 from bridge.runs import open_run, read_manifest
 from critical_weight_analysis.phase1 import Options
-from critical_weight_analysis.stability import STABILITY
 from llm_perturb import models
 from llm_perturb.perplexity import sequence_losses
 from reference import naive_score, naive_sensitivities, naive_top

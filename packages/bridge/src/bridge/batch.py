@@ -15,7 +15,7 @@ from bridge.runs import Run, find_runs, open_run, read_manifest
 from bridge.single_weights import FILE
 from bridge.validation import KIND, Validation
 
-PART = "validation_part"
+PART = "partial_validation"
 SINGLE_WEIGHTS = "single_weights.csv"
 
 

@@ -5,6 +5,7 @@ Phi-3. A name that none of them uses is ``other``.
 """
 
 import re
+from collections.abc import Mapping
 from typing import NamedTuple
 
 COMPONENTS = (
@@ -114,3 +115,26 @@ def conv1d_qkv_shape(parameter: str, n_weights: int) -> tuple[int, ...] | None:
         return (n_weights,)
     width = round((n_weights / 3) ** 0.5)
     return (width, 3 * width) if 3 * width * width == n_weights else None
+
+
+class Layout:
+    """The components of a model's weights, with fused projections taken apart where the layout is known.
+
+    Args:
+        sizes: the number of weights of every parameter.
+        model: the facts of the model in a discovery's manifest.
+    """
+
+    def __init__(self, sizes: Mapping[str, int], model: dict) -> None:
+        self._shapes = {name: conv1d_qkv_shape(name, size) for name, size in sizes.items()}
+        self._head_dims = {name: interleaved_head_dim(name, size, model) for name, size in sizes.items()}
+
+    def component(self, parameter: str, row: int, col: int | None) -> str:
+        """Of one weight."""
+        return component_of_weight(parameter, row, col, self._shapes.get(parameter), self._head_dims.get(parameter))
+
+    def components(self, parameter: str) -> tuple[str, ...]:
+        """All that a parameter holds."""
+        whole = place_of(parameter).component
+        apart = self._shapes.get(parameter) or self._head_dims.get(parameter)
+        return QUERY_KEY_VALUE if apart and whole == FUSED_QUERY_KEY_VALUE else (whole,)

@@ -14,7 +14,7 @@ import pandas as pd
 
 from bridge.argv import did_you_mean
 from bridge.errors import RequestError
-from bridge.records import LAYER_SUMMARY, SAMPLED_WEIGHTS, TOP_WEIGHTS, Table, read_table
+from bridge.records import LAYER_SUMMARY, SAMPLED_WEIGHTS, STABILITY, TOP_WEIGHTS, Table, read_table
 from bridge.runs import find_runs, read_manifest
 from bridge.single_weights import FILE, PLACE
 
@@ -120,6 +120,11 @@ class Discovery:
         if not set(shares) <= set(sampled) or not sampled[shares].gt(0).all(axis=None):
             raise RequestError(f"{path} lacks {shares[0]} or another share, or one is not above 0; discover again")
         return sampled
+
+    def stability(self) -> pd.DataFrame | None:
+        """How alike the discoveries of halves of the corpus are: table STABILITY, where the run measured it."""
+        path = self.folder / "stability.csv"
+        return read_table(path, STABILITY) if path.exists() else None
 
 
 def read_sampled(path: Path, metrics: Sequence[str]) -> pd.DataFrame:

@@ -26,6 +26,7 @@ class Evidence:
     top_weights: dict[str, pd.DataFrame]
     summaries: dict[str, pd.DataFrame]
     sampled: pd.DataFrame | None = None
+    stability: pd.DataFrame | None = None
 
     @property
     def setting(self) -> tuple[str, int]:
@@ -77,6 +78,8 @@ def summary_lines(found: Evidence) -> list[str]:
 
 def answer(found: Evidence) -> list[str]:
     """Sentences: is the top-K critical, where does it hurt most, do the scores predict it, and for single weights."""
+    if not found.metrics():
+        return ["No sets of weights were perturbed, only single weights.", _weight(found), *_single_weights(found)]
     return [
         _global(found),
         f"{_layer(found).rstrip('.')}; {_beaten(found)}",
@@ -266,12 +269,12 @@ def setup_facts(found: Evidence) -> list[tuple[str, str]]:
     model, corpus = (identity(found.discovery_manifest, part) for part in ("model", "corpus"))
     row = found.measurements.iloc[0]
     sets = found.measurements[found.measurements["selection"] != SELECTION]
-    sizes = ", ".join(map(str, sorted(set(sets["k"]))))
+    sizes = f"k = {', '.join(map(str, sorted(set(sets['k']))))}" if len(sets) else "single weights alone"
     return [
         ("Model", f"{model.get('id') or row['model']} ({model.get('dtype', 'dtype unknown')})"),
         ("Parameters", count(model.get("n_parameters"))),
         ("Corpus", f"{corpus.get('source', 'unknown')}, {corpus.get('packing', 'packing unknown')}"),
         ("Size", f"{plural(int(row['n_sequences']), 'sequence')}, {plural(int(row['n_tokens']), 'token')}"),
         ("Baseline", f"perplexity {perplexity(row['baseline_ppl'])}, loss {number(row['baseline_nll'], 4)}"),
-        ("Perturbation", f"{', '.join(dict.fromkeys(found.measurements['perturbation']))}; k = {sizes}"),
+        ("Perturbation", f"{', '.join(dict.fromkeys(found.measurements['perturbation']))}; {sizes}"),
     ]

@@ -13,7 +13,7 @@ FEW_DRAWS = 19  # the fewest with which a single layer's p-value can reach 0.05
 
 def limits(found: Evidence) -> list[str]:
     """What the numbers do not show."""
-    return [*_limits_of_layers(found), *_limits_of_measuring(found), *_warnings(found)]
+    return [*_limits_of_layers(found), *_limits_of_measuring(found), *_stability(found), *_warnings(found)]
 
 
 def _limits_of_layers(found: Evidence) -> list[str]:
@@ -71,6 +71,23 @@ def _same_texts(found: Evidence) -> str:
     if measured == {scored}:
         return "Scores and effects come from the same texts; on other texts the agreement may be lower."
     return "The effects were measured on other token sequences than the scores were computed on."
+
+
+def _stability(found: Evidence) -> list[str]:
+    """How far the top-K itself depends on the texts, where the discovery measured it."""
+    if found.stability is None:
+        return []
+    rows = found.stability[(found.stability["kind"] == "halves") & (found.stability["metric"] == found.metric)]
+    if rows.empty:
+        return []
+    rows = rows[rows["k"] == rows["k"].min()]
+    low, high = rows["jaccard"].min(), rows["jaccard"].max()
+    overlap = f"{low:.2f}" if len(rows) == 1 else f"{low:.2f} to {high:.2f}"
+    return [
+        f"Which weights are critical depends on the texts: the top {rows['k'].iloc[0]} by {found.metric} of two random "
+        f"halves of them have a Jaccard overlap of {overlap} ({plural(len(rows), 'split')}; 1 would be the same, "
+        f"chance gives {number(rows['jaccard_chance'].iloc[0], 2)})."
+    ]
 
 
 def _warnings(found: Evidence) -> list[str]:

@@ -10,17 +10,24 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 from bridge.canvas import LIGHT, MARKERS, Theme, metric_order, plain, save, style
-from bridge.components import COMPONENTS, place_of
+from bridge.components import COMPONENTS, Layout, place_of
 
 
 def where_top_weights_sit(
-    top_weights: dict[str, pd.DataFrame], summaries: dict[str, pd.DataFrame], path: Path, theme: Theme = LIGHT
+    top_weights: dict[str, pd.DataFrame],
+    summaries: dict[str, pd.DataFrame],
+    model: dict,
+    path: Path,
+    theme: Theme = LIGHT,
 ) -> Path | None:
-    """How many of each metric's global top-K weights lie in each component of each decoder layer."""
+    """How many of each metric's global top-K weights lie in each component of each decoder layer.
+
+    Fused projections are taken apart where ``model``, the facts of the discovery's manifest, tells how.
+    """
     metrics = [m for m in metric_order(pd.Series(list(top_weights), dtype=str)) if len(top_weights[m])]
     if not metrics:
         return None
-    counts = {metric: _place_counts(top_weights[metric], summaries.get(metric)) for metric in metrics}
+    counts = {metric: _place_counts(top_weights[metric], summaries.get(metric), model) for metric in metrics}
     rows = [component for component in COMPONENTS if any(component in table.index for table in counts.values())]
     columns = sorted({depth for table in counts.values() for depth in table.columns})
     largest = max(table.to_numpy().max() for table in counts.values())
@@ -43,13 +50,21 @@ def where_top_weights_sit(
         return save(figure, path)
 
 
-def _place_counts(weights: pd.DataFrame, summary: pd.DataFrame | None) -> pd.DataFrame:
+def _place_counts(weights: pd.DataFrame, summary: pd.DataFrame | None, model: dict) -> pd.DataFrame:
     """Counts, (component, depth); depth -1 outside the layers. Empty places of the model are counted as 0."""
-    known = list(summary["parameter"]) if summary is not None else []
-    places = [place_of(name) for name in [*known, *weights["parameter"]]]
-    frame = pd.DataFrame(places, columns=["component", "depth"])
+    sizes = {} if summary is None else dict(zip(summary["parameter"], map(int, summary["n_weights"]), strict=True))
+    layout = Layout(sizes, model)
+    known = [(component, place_of(name).depth, 0) for name in sizes for component in layout.components(name)]
+    held = [
+        (
+            layout.component(w.parameter, int(w.row), None if pd.isna(w.col) else int(w.col)),
+            place_of(w.parameter).depth,
+            1,
+        )
+        for w in weights.itertuples()
+    ]
+    frame = pd.DataFrame([*known, *held], columns=["component", "depth", "count"])
     frame["depth"] = frame["depth"].fillna(-1).astype(int)
-    frame["count"] = [0] * len(known) + [1] * len(weights)
     return frame.groupby(["component", "depth"])["count"].sum().unstack(fill_value=0)
 
 

@@ -11,9 +11,7 @@ from bridge.components import (
     COMPONENTS,
     FUSED_QUERY_KEY_VALUE,
     QUERY_KEY_VALUE,
-    component_of_weight,
-    conv1d_qkv_shape,
-    interleaved_head_dim,
+    Layout,
     place_of,
     relative_depth,
 )
@@ -45,18 +43,10 @@ def profiles_of(
 def _placed(top: pd.DataFrame, summary: pd.DataFrame, model: dict) -> pd.DataFrame:
     """Component and depth bin of each top weight."""
     n_layers = _n_layers(summary)
-    sizes = dict(zip(summary["parameter"], map(int, summary["n_weights"]), strict=True))
-    shapes = {name: conv1d_qkv_shape(name, size) for name, size in sizes.items()}
-    head_dims = {name: interleaved_head_dim(name, size, model) for name, size in sizes.items()}
+    layout = Layout(dict(zip(summary["parameter"], map(int, summary["n_weights"]), strict=True)), model)
     rows = [
         (
-            component_of_weight(
-                w.parameter,
-                int(w.row),
-                None if pd.isna(w.col) else int(w.col),
-                shapes.get(w.parameter),
-                head_dims.get(w.parameter),
-            ),
+            layout.component(w.parameter, int(w.row), None if pd.isna(w.col) else int(w.col)),
             _depth_bin(place_of(w.parameter).depth, n_layers),
         )
         for w in top.itertuples()

@@ -90,7 +90,21 @@ CORRELATIONS = Table(
     | dict.fromkeys(["kendall_tau_b", "weighted_tau", "rbo"], "float")
     | {"top_n": "int", "precision_at_n": "float", "note": "str"},
 )
-
+STABILITY = Table(
+    "stability",
+    {
+        "kind": "str",  # halves: of one corpus; seeds: first halves of two splits; metrics: on the whole corpus
+        "metric": "str",
+        "other": "str",  # the other metric; the same one but for kind metrics
+        "k": "int",
+        "seed": "int?",  # the split's number from 0; empty for kind metrics
+        "other_seed": "int?",
+        "jaccard": "float",
+        "jaccard_chance": "float",  # expected of two random sets of K
+        "n_common": "int",
+        "rank_correlation": "float",  # empty where it cannot be had
+    },
+)
 
 _EMPTY = {"", "NA", "nan", "NaN"}
 

@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 from bridge import placement, plots, tables
 from bridge.canvas import DARK
-from bridge.findings import Evidence, answer, setup_facts, summary_lines
+from bridge.findings import Evidence, answer, identity, setup_facts, summary_lines
 from bridge.limits import limits
 from bridge.records import write_text
 from bridge.tables import TextTable
@@ -83,6 +83,7 @@ def write_report(
     top_weights: dict[str, pd.DataFrame],
     summaries: dict[str, pd.DataFrame],
     sampled: pd.DataFrame | None = None,
+    stability: pd.DataFrame | None = None,
 ) -> list[str]:
     """Write report.html, report.md and plots/*.png into ``folder``.
 
@@ -97,13 +98,22 @@ def write_report(
         top_weights: for each metric its global top-K (table TOP_WEIGHTS).
         summaries: for each metric its table LAYER_SUMMARY.
         sampled: table SAMPLED_WEIGHTS, where single weights were perturbed.
+        stability: table STABILITY, where the discovery measured it.
 
     Returns:
         Five plain lines: the setup, the most critical weight, the global top-K, the most damaging layer, the
         agreement of score and effect. Where single weights were perturbed, a sixth: the agreement there.
     """
     found = Evidence(
-        validation_manifest, discovery_manifest, measurements, targets, correlations, top_weights, summaries, sampled
+        validation_manifest,
+        discovery_manifest,
+        measurements,
+        targets,
+        correlations,
+        top_weights,
+        summaries,
+        sampled,
+        stability,
     )
     lines = summary_lines(found)
     content = {
@@ -231,6 +241,7 @@ def _sections(found: Evidence, folder: Path) -> list[Section]:
                     placement.where_top_weights_sit,
                     found.top_weights,
                     found.summaries,
+                    identity(found.discovery_manifest, "model"),
                 ),
                 tables.single_weights(found),
             ),

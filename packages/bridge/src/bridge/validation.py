@@ -66,6 +66,7 @@ class Validation:
             top_weights={metric: discovery.top_weights(metric, discovery.ks(metric)[0]) for metric in self.metrics},
             summaries={metric: discovery.summary(metric) for metric in self.metrics},
             sampled=self.sampled(),
+            stability=discovery.stability(),
         )
 
 

@@ -13,7 +13,7 @@ import torch
 from accelerate.utils import find_executable_batch_size
 from bridge import runs
 from bridge.errors import RequestError
-from bridge.records import LAYER_SUMMARY, SAMPLED_WEIGHTS, TOP_WEIGHTS, write_json, write_table
+from bridge.records import LAYER_SUMMARY, SAMPLED_WEIGHTS, STABILITY, TOP_WEIGHTS, write_json, write_table
 from llm_perturb import models
 from llm_perturb.corpus import Corpus, CorpusOptions, read_texts, tokenize
 from llm_perturb.models import LoadedModel
@@ -334,7 +334,7 @@ def _halves(engine: ModuleType, request: Request, settings: Settings) -> Iterato
 def _write_stability(request: Request, found: Discovery, splits: list[stability.Halves], folder: Path) -> None:
     options = request.options
     table = stability.table(found.rankings, splits, options.topk, request.n_weights)
-    write_table(folder / "stability.csv", table, stability.STABILITY)
+    write_table(folder / "stability.csv", table, STABILITY)
     for (metric, k), rows in table[table["kind"] == "halves"].groupby(["metric", "k"], sort=False):
         words = metric, k, rows["jaccard"].mean(), rows["jaccard_chance"].iloc[0]
         _log.info("stability: %s, top %d: mean Jaccard overlap of two halves %.3f (chance %.2g)", *words)

@@ -68,7 +68,7 @@ def _few_candidates(flat: Tensor, k: int) -> Tensor | None:
         candidates = torch.cat([inside, torch.arange(n_blocks * size, len(flat), device=flat.device)])
         return candidates[flat[candidates] >= bound]
     above = flat > bound
-    n_above = int(above.sum())
+    n_above = int(above.count_nonzero())
     if n_above >= k:
         return None
     return torch.cat([above.nonzero()[:, 0], _first(flat == bound, k - n_above)]).sort().values  # a mass of equal ones

@@ -15,7 +15,7 @@ from types import ModuleType
 import numpy as np
 import pandas as pd
 import torch
-from bridge.records import Table
+from bridge.records import STABILITY
 from scipy import stats
 from torch import Tensor
 from torch.nn import Parameter
@@ -25,21 +25,6 @@ from critical_weight_analysis.discovery import needs_of, scores_of
 from critical_weight_analysis.ranking import Ranking
 from critical_weight_analysis.settings import Settings
 
-STABILITY = Table(
-    "stability",
-    {
-        "kind": "str",  # halves: of one corpus; seeds: first halves of two splits; metrics: on the whole corpus
-        "metric": "str",
-        "other": "str",  # the other metric; the same one but for kind metrics
-        "k": "int",
-        "seed": "int?",  # the split's number from 0; empty for kind metrics
-        "other_seed": "int?",
-        "jaccard": "float",
-        "jaccard_chance": "float",  # expected of two random sets of K
-        "n_common": "int",
-        "rank_correlation": "float",  # empty where it cannot be had
-    },
-)
 MIN_SEQUENCES = 4  # two in each half
 MIN_COMMON = 3  # two weights are always in the same or the opposite order
 Rankings = dict[str, Ranking]  # by metric
