@@ -1,7 +1,7 @@
 """Global discovery: score every weight with every metric in one pass over a corpus, keep the exact top-K."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 import pandas as pd
@@ -10,12 +10,14 @@ from torch import Tensor
 from torch.nn import Parameter
 from transformers import PreTrainedModel
 
-from critical_weight_analysis import autograd, backward
+from critical_weight_analysis import autograd, backward, hutchinson
 from critical_weight_analysis.controls import Controls
 from critical_weight_analysis.metrics import FORMULAS, NEEDS, Sensitivity
 from critical_weight_analysis.ranking import Ranking, top_indices
 from critical_weight_analysis.sample import N_HEAD, Sample
 from critical_weight_analysis.summary import Summary
+
+BEFORE = frozenset({"hessian"})  # what no engine gives, because it is computed before the pass
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ def needs_of(metrics: Sequence[str], engine: ModuleType) -> frozenset[str]:
         RequestError: the engine does not give one of them.
     """
     for metric in metrics:
-        if not NEEDS[metric] <= engine.GIVES:
+        if not NEEDS[metric] <= engine.GIVES | BEFORE:
             raise RequestError(f"--metric {metric} needs a model that can be run layer by layer, which this one cannot")
     return frozenset().union(*(NEEDS[metric] for metric in metrics))
 
@@ -83,8 +85,11 @@ def discover(
     progress: bool = False,
     on_losses: Callable[[Tensor], None] = lambda losses: None,
     seed: int = 0,
+    hutchinson_probes: int = 10,
 ) -> Discovery:
     """Score every weight of the parameters. The scores of one parameter exist at a time.
+
+    For `hutchinson_diag` the diagonal of the Hessian of all parameters is computed first, and kept during the pass.
 
     Args:
         engine: a module with ``sensitivities``, see ``engine_for``.
@@ -97,7 +102,8 @@ def discover(
         batch_size: sequences at a time, where the engine can.
         progress: whether to show bars on stderr.
         on_losses: called with the losses before the first score is taken; may raise to stop.
-        seed: of the random control list.
+        seed: of the random control list and of the signs of `hutchinson_diag`.
+        hutchinson_probes: how many vectors of signs `hutchinson_diag` averages.
 
     Raises:
         RunError: a loss or a score is not finite.
@@ -108,9 +114,13 @@ def discover(
     summaries = {metric: Summary(list(shapes)) for metric in metrics}
     controls = Controls(shapes, metrics, k, seed)
     sample = Sample(shapes, metrics)
-    losses, stream = engine.sensitivities(model, sequences, list(parameters), needs, batch_size, progress)
+    hessian = {}
+    if needs & BEFORE:
+        names = list(parameters)
+        hessian = hutchinson.hessian_diagonal(model, sequences, names, hutchinson_probes, seed, progress)
+    losses, stream = engine.sensitivities(model, sequences, list(parameters), needs - BEFORE, batch_size, progress)
     on_losses(losses)
-    for sensitivity in stream:
+    for sensitivity in _with_hessian(stream, hessian) if hessian else stream:
         highest = []
         for metric in metrics:
             scores = scores_of(metric, sensitivity)
@@ -121,3 +131,9 @@ def discover(
             highest.append(best[:N_HEAD])
         sample.update(sensitivity, highest)
     return Discovery(losses, rankings, summaries, controls, sample.table())
+
+
+def _with_hessian(stream: Iterator[Sensitivity], hessian: dict[str, Tensor]) -> Iterator[Sensitivity]:
+    """Each parameter with its part of the diagonal, which is kept no longer than that."""
+    for sensitivity in stream:
+        yield replace(sensitivity, hessian=hessian.pop(sensitivity.name))

@@ -65,6 +65,7 @@ class Options:
     experiment_id: str | None
     seed: int
     stability: int
+    hutchinson_probes: int
     save_plots: bool
     trust_remote_code: bool
 
@@ -74,12 +75,18 @@ class Options:
         Raises:
             RequestError: a number is out of range.
         """
-        for flag, numbers in {"--topk": self.topk, "--batch-size": [self.batch_size]}.items():
+        counts = {"--batch-size": [self.batch_size], "--hutchinson-probes": [self.hutchinson_probes]}
+        for flag, numbers in {"--topk": self.topk, **counts}.items():
             if min(numbers) < 1:
                 raise RequestError(f"{flag} must be at least 1, not {min(numbers)}")
         for flag, number in {"--stability": self.stability, "--seed": self.seed}.items():
             if number < 0:
                 raise RequestError(f"{flag} must be at least 0, not {number}")
+        if self.stability and "hutchinson_diag" in self.metric:
+            raise RequestError(
+                "--stability repeats the pass over the corpus, of which --metric hutchinson_diag is no part; "
+                "leave one of the two out"
+            )
         unique = {name: list(dict.fromkeys(getattr(self, name))) for name in ("metric", "mode", "include", "exclude")}
         paths = {"data_file": self.data_file and str(Path(self.data_file).absolute())}
         if self.dataset and Path(self.dataset).exists():
@@ -138,6 +145,7 @@ def run(options: Options) -> None:
             progress=True,
             on_losses=lambda losses: _record_baseline(request, losses, opened.folder),
             seed=request.options.seed,
+            hutchinson_probes=request.options.hutchinson_probes,
         )
         tops = {m: {k: ranking.top(k) for k in request.options.topk} for m, ranking in found.rankings.items()}
         _write_tables(request.options, found, tops, opened.folder)
