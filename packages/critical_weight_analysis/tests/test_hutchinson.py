@@ -132,7 +132,9 @@ def test_leaves_the_model_as_it_was(tiny_model, sequences):
 
 def test_attention_of_another_kind_is_put_aside_for_a_while(tiny_model, sequences):
     expected = hessian_diagonal(tiny_model("llama"), sequences[:2], ["model.norm.weight"], 1)
-    AttentionInterface.register("double", lambda *args, **kwargs: (sdpa_attention_forward(*args, **kwargs)[0] * 2, None))
+    AttentionInterface.register(
+        "double", lambda *args, **kwargs: (sdpa_attention_forward(*args, **kwargs)[0] * 2, None)
+    )
     model = tiny_model("llama")
     model.set_attn_implementation("double")
     found = hessian_diagonal(model, sequences[:2], ["model.norm.weight"], 1)

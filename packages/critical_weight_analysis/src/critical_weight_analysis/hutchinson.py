@@ -53,7 +53,9 @@ def hessian_diagonal(
     Raises:
         RunError: a loss is not finite, the model cannot be differentiated twice, or every second derivative is 0.
     """
-    weights = {n: p.detach().to(torch.promote_types(p.dtype, torch.float32)) for n, p in named_parameters(model).items()}
+    weights = {
+        n: p.detach().to(torch.promote_types(p.dtype, torch.float32)) for n, p in named_parameters(model).items()
+    }
     chosen = {name: weights[name].requires_grad_() for name in names}
     totals = {name: torch.zeros_like(weight, requires_grad=False) for name, weight in chosen.items()}
     _announce(len(sequences), n_probes, sum(weight.numel() for weight in chosen.values()))
@@ -88,8 +90,8 @@ def rademacher(name: str, like: Tensor, seed: int, probe: int) -> Tensor:
 
 def _announce(n_sequences: int, n_probes: int, n_weights: int) -> None:
     _log.info(
-        "hutchinson_diag: %d probes of %d sequences, each of about two more backward passes (%d in all), and memory for "
-        "about 5 times the %d weights in scope in float32 (%.1f GB), beside the intermediate results of one sequence",
+        "hutchinson_diag: %d probes of %d sequences, each of about two more backward passes (%d in all), and memory "
+        "for about 5 times the %d weights in scope in float32 (%.1f GB) beside the intermediate results of a sequence",
         *(n_probes, n_sequences, 2 * n_probes * n_sequences, n_weights, 5 * 4 * n_weights / 1e9),
     )
 
