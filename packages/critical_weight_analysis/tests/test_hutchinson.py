@@ -1,9 +1,11 @@
+import pandas as pd
 import pytest
 import torch
 from bridge.errors import RunError
 from critical_weight_analysis import autograd, hutchinson
 from critical_weight_analysis.discovery import discover, engine_for
 from critical_weight_analysis.hutchinson import hessian_diagonal, rademacher
+from decoders import DECODERS, build_decoder
 from llm_perturb.weights import in_scope
 from reference import naive_hessian_diagonal, naive_hessian_product, naive_top
 from scipy.linalg import hadamard
@@ -36,6 +38,17 @@ def test_one_probe_is_the_signs_times_the_difference_of_two_gradients(model, seq
     assert list(found) == names
     for name in names:
         torch.testing.assert_close(found[name], signs[name] * expected[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", sorted(DECODERS))
+def test_one_probe_of_other_families(sequences, name):
+    model = build_decoder(name)
+    signs = {name: rademacher(name, p.detach(), 0, 0) for name, p in model.named_parameters()}
+    expected = naive_hessian_product(model, sequences[:2], signs, step=1e-4)  # some compute parts in float32
+    found = hessian_diagonal(model, sequences[:2], names_of(model), 1)
+    scale = max(product.abs().max() for product in expected.values())
+    for name in found:
+        torch.testing.assert_close(found[name], signs[name] * expected[name], rtol=0, atol=5e-4 * scale)
 
 
 def test_several_probes_are_their_mean(tiny_model, sequences):
@@ -192,3 +205,15 @@ def test_discovery_ranks_it_beside_the_other_metrics(model, sequences, engine):
     assert (found.controls.bottom("hutchinson_diag", 5)["score"] <= top["score"].min()).all()
     assert "score_hutchinson_diag" in found.sampled
     assert found.rankings["obd"].top(30).equals(alone.rankings["obd"].top(30))
+
+
+def test_discovery_without_any_metric_of_the_pass(tiny_model, sequences):
+    model, metric = tiny_model("llama_tied"), "hutchinson_diag"
+    parameters = in_scope(model)
+    options = {"seed": 4, "hutchinson_probes": 2}
+    alone, both = (
+        discover(engine_for(model), model, sequences[:2], parameters, metrics, 30, **options)
+        for metrics in ([metric], ["grad_x_weight", metric])
+    )
+    pd.testing.assert_frame_equal(alone.rankings[metric].top(30), both.rankings[metric].top(30))
+    torch.testing.assert_close(alone.losses, both.losses, rtol=1e-12, atol=0)
