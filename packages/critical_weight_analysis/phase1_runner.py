@@ -1,12 +1,8 @@
 #!/usr/bin/env python
-"""Phase 1, global discovery: score every weight of a causal language model and keep the exact top-K.
+"""Phase 1, global discovery: score every weight of a causal language model and write the exact top-K.
 
-    python phase1_runner.py --model EleutherAI/pythia-2.8b --metric grad_x_weight grad_squared --topk 100 500 \
-      --eval-limit 100 --output discovery_results/
-    python phase1_runner.py --model pythia-2.8b --metric grad_x_weight --topk 50 --stability 3
-    python phase1_runner.py --eval-limit 20        # the embedded model, without a network
-
-Writes <output>/critical_analysis_<id>/: CSVs of top, bottom and random weights and of all layers, plots, a manifest.
+python phase1_runner.py --model pythia-2.8b --metric grad_x_weight grad_squared --topk 100 500 --stability 3
+python phase1_runner.py --eval-limit 20        # the embedded model, without a network
 """
 
 from bridge import argv
@@ -39,6 +35,7 @@ def phase1(
     experiment_id: str | None = None,
     seed: int = 0,
     stability: int = 0,
+    hutchinson_probes: int = 10,
     save_plots: bool = True,
     trust_remote_code: bool = False,
     weights: Weights = "auto",
@@ -47,7 +44,7 @@ def phase1(
 
     Args:
         model: hub id, local folder or short name; the embedded model if left out.
-        metric: grad_x_weight, grad_squared, obd, taylor2, magnitude; several in one pass.
+        metric: grad_x_weight, grad_squared[_batch|_token], obd, taylor2, magnitude, wanda, hutchinson_diag; or several.
         topk: how many weights a ranking keeps; several in one pass.
         eval_limit: the most sequences of the corpus to use; all if left out.
         output: the folder that the run's own folder is made in.
@@ -68,8 +65,9 @@ def phase1(
         mode: global, the top-K of all weights; per_layer, of each parameter.
         baseline: a baseline.json of run_baseline.py; stop if this run's setup or loss differs from it.
         experiment_id: the name of the run's folder after critical_analysis_; the time if left out.
-        seed: of the random control list and of the halves of --stability; the metrics draw nothing.
+        seed: of the random control list, the halves of --stability and the signs of hutchinson_diag.
         stability: how many times to discover two random halves of the corpus and compare; one more pass each.
+        hutchinson_probes: of hutchinson_diag; each costs about two more backward passes over the corpus.
         save_plots: whether to draw the plots; --no-save-plots for none.
         trust_remote_code: run the model's own code.
         weights: resident, in memory; streamed, read from the checkpoint one layer at a time; auto, by their size.

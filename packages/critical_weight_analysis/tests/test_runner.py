@@ -12,8 +12,9 @@ import pandas as pd
 import pytest
 import torch
 from bridge import argv
-from bridge.records import LAYER_SUMMARY, STABILITY, TOP_WEIGHTS, read_table
+from bridge.records import LAYER_SUMMARY, SAMPLED_WEIGHTS, STABILITY, TOP_WEIGHTS, read_table
 from bridge.runs import open_run, read_manifest
+from critical_weight_analysis.hutchinson import hessian_diagonal
 from critical_weight_analysis.phase1 import Options
 from llm_perturb import models
 from llm_perturb.perplexity import sequence_losses
@@ -276,9 +277,28 @@ def test_stability_announces_its_cost_and_writes_a_table_and_a_picture(checkpoin
     assert log.index("costs 2 more passes") < log.index("grad_x_weight, top 20: mean Jaccard overlap of two halves")
 
 
+def test_hutchinson_announces_its_cost_and_is_one_more_metric(checkpoint, texts, tmp_path):
+    more = ["--metric", "grad_x_weight", "hutchinson_diag", "--hutchinson-probes", 3, "--eval-limit", 4, "--topk", 7]
+    assert phase1(*flags(checkpoint, texts, tmp_path, *more, "--experiment-id", "one")) == 0
+    folder = tmp_path / "critical_analysis_one"
+    log = (folder / "analysis.log").read_text()
+    assert log.index("hutchinson_diag: 3 probes of 4 sequences") < log.index("baseline:")
+    loaded = models.load(str(checkpoint), device="cpu")
+    sequences = [torch.tensor(loaded.tokenizer(line).input_ids) for line in texts.read_text().splitlines()[:4]]
+    names = [name for name, parameter in loaded.model.named_parameters() if parameter.ndim >= 2]
+    diagonal = hessian_diagonal(loaded.model, sequences, names, 3, seed=0)
+    expected = naive_top({name: estimate.abs() for name, estimate in diagonal.items()}, 7)
+    top = read_table(folder / "top_7_weights_hutchinson_diag.csv", TOP_WEIGHTS)
+    assert top["score"].tolist() == pytest.approx([line[3] for line in expected], rel=1e-5)
+    assert (folder / "bottom_7_weights_hutchinson_diag.csv").exists()
+    assert read_table(folder / "sampled_weights.csv", SAMPLED_WEIGHTS)["score_hutchinson_diag"].max() == top["score"][0]
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        (["--stability", 1, "--metric", "hutchinson_diag"], "leave one of the two out"),
+        (["--hutchinson-probes", 0], "--hutchinson-probes must be at least 1, not 0"),
         (["--stability", -1], "--stability must be at least 0, not -1"),
         (["--stability", 1, "--eval-limit", 3], "--stability needs at least 4 sequences to halve, the corpus has 3"),
         (["--topk", 0], "--topk must be at least 1, not 0"),

@@ -1,7 +1,7 @@
 """Global discovery: score every weight with every metric in one pass over a corpus, keep the exact top-K."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 import pandas as pd
@@ -10,13 +10,15 @@ from torch import Tensor
 from torch.nn import Parameter
 from transformers import PreTrainedModel
 
-from critical_weight_analysis import autograd, backward
+from critical_weight_analysis import autograd, backward, hutchinson
 from critical_weight_analysis.controls import Controls
 from critical_weight_analysis.metrics import FORMULAS, NEEDS, Sensitivity
 from critical_weight_analysis.ranking import Ranking, top_indices
 from critical_weight_analysis.sample import N_HEAD, Sample
 from critical_weight_analysis.settings import Settings
 from critical_weight_analysis.summary import Summary
+
+BEFORE = frozenset({"hessian"})  # what no engine gives, because it is computed before the pass
 
 
 @dataclass(frozen=True)
@@ -53,14 +55,16 @@ def engine_for(model: PreTrainedModel, settings: Settings = Settings()) -> Modul
     return autograd
 
 
-def needs_of(metrics: Sequence[str], engine: ModuleType) -> frozenset[str]:
+def needs_of(metrics: Sequence[str], engine: ModuleType, settings: Settings = Settings()) -> frozenset[str]:  # noqa: B008 - frozen
     """The fields of ``Sensitivity`` that the metrics need.
 
     Raises:
-        RequestError: the engine does not give one of them.
+        RequestError: the engine does not give one of them, or not with these settings.
     """
     for metric in metrics:
-        if not NEEDS[metric] <= engine.GIVES:
+        if "hessian" in NEEDS[metric] and settings.checkpoint:
+            raise RequestError(f"--metric {metric} needs all weights in memory: --weights resident")
+        if not NEEDS[metric] <= engine.GIVES | BEFORE:
             raise RequestError(f"--metric {metric} needs a model that can be run layer by layer, which this one cannot")
     return frozenset().union(*(NEEDS[metric] for metric in metrics))
 
@@ -93,8 +97,11 @@ def discover(
     settings: Settings = Settings(),  # noqa: B008 - frozen
     on_losses: Callable[[Tensor], None] = lambda losses: None,
     seed: int = 0,
+    hutchinson_probes: int = 10,
 ) -> Discovery:
     """Score every weight of the parameters. The scores of one parameter exist at a time.
+
+    For `hutchinson_diag` the diagonal of the Hessian of all parameters is computed first, and kept during the pass.
 
     Args:
         engine: a module with ``sensitivities``, see ``engine_for``.
@@ -106,12 +113,13 @@ def discover(
         per_layer: whether to rank within each parameter as well.
         settings: how it is done.
         on_losses: called with the losses before the first score is taken; may raise to stop.
-        seed: of the random control list.
+        seed: of the random control list and of the signs of `hutchinson_diag`.
+        hutchinson_probes: how many vectors of signs `hutchinson_diag` averages.
 
     Raises:
         RunError: a loss or a score is not finite.
     """
-    needs = needs_of(metrics, engine)
+    needs = needs_of(metrics, engine, settings)
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     found = (
         {metric: Ranking(shapes, k, per_layer) for metric in metrics},
@@ -122,9 +130,12 @@ def discover(
     if settings.resume:
         settings.resume.found = found = settings.resume.found or found
     rankings, summaries, controls, sample = found
-    losses, stream = engine.sensitivities(model, sequences, list(parameters), needs, settings)
+    hessian = {}
+    if needs & BEFORE:
+        hessian = hutchinson.hessian_diagonal(model, sequences, list(parameters), hutchinson_probes, seed, settings)
+    losses, stream = engine.sensitivities(model, sequences, list(parameters), needs - BEFORE, settings)
     on_losses(losses)
-    for sensitivity in stream:
+    for sensitivity in _with_hessian(stream, hessian) if hessian else stream:
         highest = []
         for metric in metrics:
             scores = scores_of(metric, sensitivity)
@@ -135,3 +146,9 @@ def discover(
             highest.append(best[:N_HEAD])
         sample.update(sensitivity, highest)
     return Discovery(losses, rankings, summaries, controls, sample.table())
+
+
+def _with_hessian(stream: Iterator[Sensitivity], hessian: dict[str, Tensor]) -> Iterator[Sensitivity]:
+    """Each parameter with its part of the diagonal, which is kept no longer than that."""
+    for sensitivity in stream:
+        yield replace(sensitivity, hessian=hessian.pop(sensitivity.name))

@@ -71,6 +71,7 @@ class Options:
     experiment_id: str | None
     seed: int
     stability: int
+    hutchinson_probes: int
     save_plots: bool
     trust_remote_code: bool
     weights: str
@@ -81,15 +82,19 @@ class Options:
         Raises:
             RequestError: a number is out of range.
         """
-        for flag, numbers in {
-            "--topk": self.topk,
-            "--batch-size": [1 if self.batch_size is None else self.batch_size],
-        }.items():
+        counts = {"--batch-size": self.batch_size, "--hutchinson-probes": self.hutchinson_probes}
+        counts = {flag: [number] for flag, number in counts.items() if number is not None}
+        for flag, numbers in {"--topk": self.topk, **counts}.items():
             if min(numbers) < 1:
                 raise RequestError(f"{flag} must be at least 1, not {min(numbers)}")
         for flag, number in {"--stability": self.stability, "--seed": self.seed}.items():
             if number < 0:
                 raise RequestError(f"{flag} must be at least 0, not {number}")
+        if self.stability and "hutchinson_diag" in self.metric:
+            raise RequestError(
+                "--stability repeats the pass over the corpus, of which --metric hutchinson_diag is no part; "
+                "leave one of the two out"
+            )
         unique = {name: list(dict.fromkeys(getattr(self, name))) for name in ("metric", "mode", "include", "exclude")}
         paths = {"data_file": self.data_file and str(Path(self.data_file).absolute())}
         if self.dataset and Path(self.dataset).exists():
@@ -179,6 +184,7 @@ def _discover(engine: ModuleType, request: Request, settings: Settings, opened: 
             settings=used[0],
             on_losses=lambda losses: _check_baseline(request, losses, opened),
             seed=options.seed,
+            hutchinson_probes=options.hutchinson_probes,
         )
 
     if options.batch_size:

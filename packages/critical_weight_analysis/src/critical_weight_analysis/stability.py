@@ -56,7 +56,7 @@ def discover_halves(
     Raises:
         RunError: a loss or a score is not finite.
     """
-    needs = needs_of(metrics, engine)
+    needs = needs_of(metrics, engine, settings)
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
 
     def top_of(members: list[int]) -> Rankings:
