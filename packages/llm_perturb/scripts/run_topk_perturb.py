@@ -37,6 +37,7 @@ def perturb(
     bit: int | None = None,
     n_bits: int = 4,
     seeds: list[int] = (0, 1, 2),
+    kl: bool = False,
     list_layers: bool = False,
     model: str | None = None,
     revision: str | None = None,
@@ -74,6 +75,7 @@ def perturb(
         bit: of bit_flip, 0 is the lowest; default the highest bit of the exponent.
         n_bits: of quantize.
         seeds: one random control (and one draw of noise) for each.
+        kl: also measure the divergence of the predictions, KL(before || after), about twice the time of a loss.
         list_layers: print the parameters of the model and stop.
         model: hub id, local folder or short name; default by TARGET_LAYER.
         revision: of the hub.
@@ -103,7 +105,7 @@ def perturb(
     request = experiment.Request(
         targets, sorted(set(k)), list(selection), list(metric),
         [Perturbation(kind, factor, sigma, bit, n_bits) for kind in perturbation], list(seeds), weights_csv or [],
-        per_weight, rows or [], cols or [],
+        per_weight, rows or [], cols or [], kl,
     )  # fmt: skip
     corpus = CorpusOptions(data_file, dataset, dataset_config, split, text_column, packing, max_length, eval_limit)
     experiment.measure_perturbations(request, options, corpus, batch_size, output, experiment_id)

@@ -3,11 +3,12 @@
 import pytest
 import torch
 from llm_perturb import models
+from llm_perturb.condition import Condition
 from llm_perturb.corpus import CorpusOptions, read_texts, tokenize
 from llm_perturb.perplexity import sequence_losses, summarize
 from llm_perturb.perturbation import Perturbation
 from llm_perturb.selection import Target, draw
-from llm_perturb.sweep import Condition, sweep
+from llm_perturb.sweep import sweep
 from llm_perturb.weights import match, named_parameters
 
 pytestmark = pytest.mark.real_model

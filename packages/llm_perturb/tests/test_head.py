@@ -20,21 +20,21 @@ def test_chunks_of_the_vocabulary_add_up(vocabulary, bias):
     edges = [0, 1, 1022, 1023, 1024, 1025, 2047, 2048, vocabulary - 1]
     targets = torch.tensor([min(edge, vocabulary - 1) for edge in edges])
     expected = -output(hidden).log_softmax(1)[torch.arange(9), targets]
-    torch.testing.assert_close(head.token_nats(output, hidden, targets), expected, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(head.token_scores(output, hidden, targets).nats, expected, rtol=1e-12, atol=1e-14)
 
 
 def test_large_logits_do_not_overflow():
     output, hidden = linear(2500, 6, True, torch.float32), 1e4 * torch.randn(9, 6)
     targets = torch.arange(9) * 250
     expected = -output(hidden).double().log_softmax(1)[torch.arange(9), targets]
-    torch.testing.assert_close(head.token_nats(output, hidden, targets).double(), expected, rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(head.token_scores(output, hidden, targets).nats.double(), expected, rtol=1e-5, atol=1e-3)
 
 
 def test_narrow_logits_are_summed_wide():
     output, hidden = linear(2500, 6, True, torch.bfloat16), torch.randn(9, 6).to(torch.bfloat16)
     targets = torch.arange(9) * 250
     expected = -output(hidden).float().log_softmax(1)[torch.arange(9), targets]
-    found = head.token_nats(output, hidden, targets)
+    found = head.token_scores(output, hidden, targets).nats
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 

@@ -8,20 +8,20 @@ from pathlib import Path
 from bridge.errors import RequestError, RunError
 from bridge.records import write_json
 from bridge.runs import Run, check_output, open_run
-from torch import Tensor
 from tqdm import tqdm
 
 from llm_perturb import models, weights
+from llm_perturb.copies import Copies, Unit, group
 from llm_perturb.corpus import Corpus, CorpusOptions, read_texts, tokenize
 from llm_perturb.intervals import MIN_SEQUENCES
 from llm_perturb.models import LoadedModel
-from llm_perturb.perplexity import Perplexity, sequence_losses, summarize
+from llm_perturb.perplexity import Measured, Perplexity, measure, reference_of, sequence_losses, summarize
 from llm_perturb.perturbation import Perturbation
 from llm_perturb.plan import Plan, choose_weights, lines, share, single_weights
 from llm_perturb.processes import Processes
 from llm_perturb.selection import Target
 from llm_perturb.sweep import sweep
-from llm_perturb.table import row_of, write_records
+from llm_perturb.table import record_of, write_records
 from llm_perturb.weight_list import hash_file, read_weight_list
 
 
@@ -55,6 +55,7 @@ class Request:
     per_weight: str | None = None
     rows: list[int] = field(default_factory=list)
     cols: list[int] = field(default_factory=list)
+    kl: bool = False
 
 
 def measure_baseline(
@@ -106,7 +107,7 @@ def measure_perturbations(
     folder = processes.once(begin)
     run = run or Run(Path(folder), {"warnings": []}, resumed=False)
     with run.recorded() if processes.first else nullcontext():
-        _run(run, plan, loaded, corpus, batch_size, processes)
+        _run(run, plan, loaded, corpus, batch_size, request.kl, processes)
     processes.close()
 
 
@@ -159,37 +160,39 @@ def _write_baseline(run: Run, loaded: LoadedModel, corpus: Corpus, perplexity: P
     )
 
 
-def _run(run: Run, plan: Plan, loaded: LoadedModel, corpus: Corpus, batch_size: int, processes: Processes) -> None:
-    baseline = sequence_losses(loaded.model, corpus.sequences, batch_size, "baseline" if processes.first else None)
-    perplexity = summarize(baseline, corpus)
+def _run(
+    run: Run, plan: Plan, loaded: LoadedModel, corpus: Corpus, batch_size: int, kl: bool, processes: Processes
+) -> None:
+    model = loaded.model
+    reference = reference_of(model, corpus.sequences, batch_size) if kl else None
+    baseline = measure(model, corpus.sequences, batch_size, "baseline" if processes.first else None)
+    perplexity = summarize(baseline.losses, corpus)
     if processes.first:
         _write_baseline(run, loaded, corpus, perplexity)
         if len(corpus.sequences) < MIN_SEQUENCES:
             run.warn(f"{len(corpus.sequences)} sequences are too few for an interval; ci_low and ci_high are empty")
-    if len({tuple(losses) for losses in processes.gather(baseline.tolist())}) > 1:
+    if len({tuple(losses) for losses in processes.gather(baseline.losses.tolist())}) > 1:
         raise RunError("the processes do not agree on the baseline; do they run on different hardware?")
     finished = processes.once(lambda: _finished(run, perplexity))
-    shells = [shell for shell in share(plan.shells(), processes.rank, processes.world) if shell.key not in finished]
-    todo = choose_weights(plan, shells, loaded.model, corpus)
+    units = share(group(model, plan.shells()), processes.rank, processes.world)
+    todo = choose_weights(plan, [unit for unit in units if not keys_of(unit) <= finished], model, corpus)
     bar = tqdm(
-        sweep(loaded.model, corpus, todo, baseline, batch_size),
-        total=len(todo),
+        sweep(model, corpus, todo, baseline.losses, batch_size, reference),
+        total=sum(len(keys_of(unit)) for unit in todo),
         desc="perturbations",
         disable=not processes.first,
     )
     for outcome in bar:
         bar.set_postfix_str(outcome.condition.target.layer)
-        row = row_of(outcome, baseline, perplexity, corpus, loaded.facts["id"])
-        record = {
-            "key": outcome.condition.key,
-            "row": row,
-            "losses": outcome.losses.tolist(),
-            "n_changed": outcome.n_changed,
-        }
-        run.append(record, processes.rank)
+        run.append(record_of(outcome, baseline, perplexity, corpus, loaded.facts["id"]), processes.rank)
     processes.gather(len(todo))
     if processes.first:
         _finish(run, plan, baseline, corpus)
+
+
+def keys_of(unit: Unit) -> set[str]:
+    """The keys of the conditions of a unit of work."""
+    return {condition.key for condition in (unit.conditions if isinstance(unit, Copies) else [unit])}
 
 
 def _finished(run: Run, perplexity: Perplexity) -> set[str]:
@@ -203,7 +206,7 @@ def _finished(run: Run, perplexity: Perplexity) -> set[str]:
     return {record["key"] for record in records}
 
 
-def _finish(run: Run, plan: Plan, baseline: Tensor, corpus: Corpus) -> None:
+def _finish(run: Run, plan: Plan, baseline: Measured, corpus: Corpus) -> None:
     """Merge the finished records of all processes, in the order of the request, into the files."""
     records = {record["key"]: record for record in run.records()}
     ordered = [records[shell.key] for shell in plan.shells()]

@@ -7,20 +7,30 @@ import pandas as pd
 import torch
 from bridge.records import MEASUREMENTS, atomic_path, write_table
 from bridge.runs import Run
-from torch import Tensor
 
+from llm_perturb.condition import Condition, Outcome
 from llm_perturb.corpus import Corpus
 from llm_perturb.intervals import ratio_interval
-from llm_perturb.perplexity import Perplexity, exp
-from llm_perturb.sweep import Condition, Outcome
+from llm_perturb.perplexity import Measured, Perplexity, exp
 
 _WHOLE = {"seed": "Int64", "row": "Int64", "col": "Int64"}  # columns that may be empty
 
 
-def row_of(outcome: Outcome, baseline: Tensor, before: Perplexity, corpus: Corpus, model: str) -> dict:
+def record_of(outcome: Outcome, baseline: Measured, before: Perplexity, corpus: Corpus, model: str) -> dict:
+    """What is kept of an outcome until the table is written."""
+    measured = outcome.measured
+    record = {"key": outcome.condition.key, "row": row_of(outcome, baseline, before, corpus, model)}
+    record |= {"losses": measured.losses.tolist(), "correct": measured.correct.tolist()}
+    if measured.divergence is not None:
+        record["divergence"] = measured.divergence.tolist()
+    return record | {"n_changed": outcome.n_changed}
+
+
+def row_of(outcome: Outcome, baseline: Measured, before: Perplexity, corpus: Corpus, model: str) -> dict:
     """One row of the table: d_i = S_i after - S_i before, on the same tokens."""
     condition: Condition = outcome.condition
-    differences = outcome.losses - baseline  # (n,)
+    measured = outcome.measured
+    differences = measured.losses - baseline.losses  # (n,)
     lengths = torch.tensor([len(sequence) - 1 for sequence in corpus.sequences])
     delta_nll = differences.sum().item() / corpus.n_tokens
     interval = ratio_interval(differences.numpy(), lengths.numpy())
@@ -48,18 +58,20 @@ def row_of(outcome: Outcome, baseline: Tensor, before: Perplexity, corpus: Corpu
         "corpus_sha256": corpus.facts["corpus_sha256"],
         "model": model,
         "ppl_ratio": exp(delta_nll),
+        "delta_accuracy": (measured.correct - baseline.correct).sum().item() / corpus.n_tokens,
+        "kl": math.nan if measured.divergence is None else measured.divergence.sum().item() / corpus.n_tokens,
         "row": condition.row,
         "col": condition.col,
     }
 
 
-def write_records(run: Run, records: list[dict], baseline: Tensor, corpus: Corpus) -> None:
+def write_records(run: Run, records: list[dict], baseline: Measured, corpus: Corpus) -> None:
     """Write the table and the losses behind it, and print it.
 
     Args:
         run: the folder.
-        records: of each condition, in the order of the table, ``row``, ``losses`` and ``n_changed``.
-        baseline: S_i of the unperturbed model, (n,).
+        records: of each condition, in the order of the table, as ``record_of`` gives them.
+        baseline: the unperturbed model.
         corpus: the sequences.
     """
     frame = pd.DataFrame([record["row"] for record in records]).astype(_WHOLE)
@@ -84,15 +96,19 @@ def _warn(run: Run, records: list[dict]) -> None:
             run.warn(f"{what}: the perturbed loss is {row['delta_nll']}")
 
 
-def _write_losses(path: Path, records: list[dict], baseline: Tensor, corpus: Corpus) -> None:
+def _write_losses(path: Path, records: list[dict], baseline: Measured, corpus: Corpus) -> None:
     """The paired losses: one row per condition and sequence, nats summed over the sequence."""
     n = len(corpus.sequences)
     columns = ["target_layer", "selection", "perturbation", "k", "seed", "row", "col"]
     frame = pd.DataFrame({c: [r["row"][c] for r in records for _ in range(n)] for c in columns})
     frame["sequence"] = list(range(n)) * len(records)
     frame["n_tokens"] = [len(sequence) - 1 for sequence in corpus.sequences] * len(records)
-    frame["baseline_nats"] = baseline.tolist() * len(records)
+    frame["baseline_nats"] = baseline.losses.tolist() * len(records)
     frame["perturbed_nats"] = [loss for record in records for loss in record["losses"]]
+    frame["baseline_correct"] = baseline.correct.tolist() * len(records)
+    frame["perturbed_correct"] = [count for record in records for count in record["correct"]]
+    if all("divergence" in record for record in records):
+        frame["kl_nats"] = [nats for record in records for nats in record["divergence"]]
     frame = frame.astype(_WHOLE)
     with atomic_path(path) as temporary:
         frame.to_parquet(temporary)
