@@ -100,7 +100,9 @@ def test_the_divergence_of_a_copy_is_that_of_the_changed_model(sequences):
     alone = run(model, sequences, conditions, 3, units=conditions, reference=kept)
     for key, outcome in alone.items():
         assert outcome.measured.divergence.sum() > 1e-9
-        torch.testing.assert_close(together[key].measured.divergence, outcome.measured.divergence, rtol=1e-8, atol=1e-13)
+        torch.testing.assert_close(
+            together[key].measured.divergence, outcome.measured.divergence, rtol=1e-8, atol=1e-13
+        )
 
 
 @pytest.mark.parametrize("at_once", [1, 20, 10**6])

@@ -84,3 +84,43 @@ def test_the_trial_changes_no_random_state(model):
     torch.manual_seed(7)
     head.is_plain(model)
     assert torch.equal(torch.rand(3), expected)
+
+
+def naive_divergence(p_logits, q_logits):
+    p, q = p_logits.double().log_softmax(-1), q_logits.double().log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1)
+
+
+@pytest.mark.parametrize("vocabulary", [5, 1024, 2500])
+def test_the_divergence_is_that_of_the_whole_distributions(vocabulary):
+    before, after = linear(vocabulary, 6, True), linear(vocabulary, 6, True)
+    after.weight.data += 0.3 * torch.randn_like(after.weight)
+    hidden, other = torch.randn(7, 6, dtype=torch.float64), torch.randn(3, 7, 6, dtype=torch.float64)
+    found = head.token_divergence(before, hidden, after, other.view(21, 6))
+    torch.testing.assert_close(found.view(3, 7), naive_divergence(before(hidden), after(other)), rtol=1e-10, atol=0)
+    assert (found > 0).all()
+
+
+def test_the_divergence_of_the_same_predictions_is_nothing():
+    output, hidden = linear(2500, 6, True, torch.float32), 5 * torch.randn(7, 6)
+    assert head.token_divergence(output, hidden, output, hidden).abs().max() < 1e-14
+
+
+def test_a_tiny_divergence_is_not_lost_in_rounding():
+    """A millionth of a change makes a divergence of a million-millionth, in float32 too."""
+    output, hidden = linear(2500, 6, False), 5 * torch.randn(7, 6, dtype=torch.float64)
+    other = hidden + 1e-5 * torch.randn_like(hidden)
+    expected = naive_divergence(output(hidden), output(other))
+    assert expected.max() < 1e-8
+    found = head.token_divergence(output, hidden, output, other)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("vocabulary", [5, 1024, 2500])
+def test_a_token_is_correct_where_it_is_the_most_probable(vocabulary):
+    output, hidden = linear(vocabulary, 6, True), torch.randn(40, 6, dtype=torch.float64)
+    best = output(hidden).argmax(1)
+    targets = torch.where(torch.arange(40) % 3 == 0, (best + 1) % vocabulary, best)
+    expected = torch.arange(40) % 3 != 0
+    assert torch.equal(head.token_scores(output, hidden, targets).correct, expected)
+    assert torch.equal(head.exact_scores(output(hidden), targets).correct, expected)

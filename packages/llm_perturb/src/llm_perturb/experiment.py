@@ -13,13 +13,15 @@ from tqdm import tqdm
 from llm_perturb import models, weights
 from llm_perturb.copies import Copies, Unit, group
 from llm_perturb.corpus import Corpus, CorpusOptions, read_texts, tokenize
+from llm_perturb.head import is_plain
 from llm_perturb.intervals import MIN_SEQUENCES
 from llm_perturb.models import LoadedModel
-from llm_perturb.perplexity import Measured, Perplexity, measure, reference_of, sequence_losses, summarize
+from llm_perturb.perplexity import Perplexity, measure, reference_of, sequence_losses, summarize
 from llm_perturb.perturbation import Perturbation
 from llm_perturb.plan import Plan, choose_weights, lines, share, single_weights
 from llm_perturb.processes import Processes
 from llm_perturb.selection import Target
+from llm_perturb.shards import KIND, Shard
 from llm_perturb.sweep import sweep
 from llm_perturb.table import record_of, write_records
 from llm_perturb.weight_list import hash_file, read_weight_list
@@ -84,8 +86,9 @@ def measure_perturbations(
     batch_size: int,
     output: str,
     experiment_id: str | None,
+    shard: Shard | None = None,
 ) -> None:
-    """Measure every condition of a request and write the table; go on where a killed run stopped."""
+    """Measure every condition of a request, or of a shard of it, and write the table; a killed run goes on."""
     processes = Processes()
     place = check_output(output)
     texts = read_texts(corpus_options)
@@ -96,18 +99,27 @@ def measure_perturbations(
     identity["options"] |= {**asdict(request), "perturbations": [p.label for p in request.perturbations]}
     csvs = [*request.weights_csv, *([request.per_weight] if request.per_weight else [])]
     identity["weights_csv_sha256"] = [hash_file(path) for path in csvs]
+    units, order = group(loaded.model, plan.shells()), {shell.key: at for at, shell in enumerate(plan.shells())}
     facts = {"world_size": processes.world, "device": str(loaded.model.device)}
+    kind = "perturb"
+    if shard:
+        units, kind = share(units, shard.number - 1, shard.of), KIND
+        identity["shard"] = str(shard)
+        experiment_id = experiment_id and f"{experiment_id}_{shard.number}_of_{shard.of}"
+        facts |= {"rows": sorted(order[key] for unit in units for key in keys_of(unit)), "n_rows": len(order)}
+        if not units:
+            raise RequestError(f"--shard {shard} has nothing to do: there are fewer parts of the work than shards")
     run: Run | None = None
 
     def begin() -> str:
         nonlocal run
-        run = open_run(place, "perturb", identity, experiment_id, facts)
+        run = open_run(place, kind, identity, experiment_id, facts)
         return str(run.folder)
 
     folder = processes.once(begin)
     run = run or Run(Path(folder), {"warnings": []}, resumed=False)
     with run.recorded() if processes.first else nullcontext():
-        _run(run, plan, loaded, corpus, batch_size, request.kl, processes)
+        _run(run, plan, units, loaded, corpus, batch_size, request.kl, processes)
     processes.close()
 
 
@@ -120,6 +132,8 @@ def _make_plan(request: Request, loaded: LoadedModel) -> Plan:
         Target(layer, {name: named[name] for name in weights.match(loaded.model, layer)})
         for layer in dict.fromkeys(request.target_layers)
     ]
+    if request.kl and not is_plain(loaded.model):
+        raise RequestError("--kl needs a model whose logits are a linear map of its last hidden state; this is none")
     for perturbation in request.perturbations:
         perturbation.check(loaded.model.dtype)
     changes = request.perturbations, request.seeds
@@ -161,7 +175,14 @@ def _write_baseline(run: Run, loaded: LoadedModel, corpus: Corpus, perplexity: P
 
 
 def _run(
-    run: Run, plan: Plan, loaded: LoadedModel, corpus: Corpus, batch_size: int, kl: bool, processes: Processes
+    run: Run,
+    plan: Plan,
+    units: list[Unit],
+    loaded: LoadedModel,
+    corpus: Corpus,
+    batch_size: int,
+    kl: bool,
+    processes: Processes,
 ) -> None:
     model = loaded.model
     reference = reference_of(model, corpus.sequences, batch_size) if kl else None
@@ -174,8 +195,8 @@ def _run(
     if len({tuple(losses) for losses in processes.gather(baseline.losses.tolist())}) > 1:
         raise RunError("the processes do not agree on the baseline; do they run on different hardware?")
     finished = processes.once(lambda: _finished(run, perplexity))
-    units = share(group(model, plan.shells()), processes.rank, processes.world)
-    todo = choose_weights(plan, [unit for unit in units if not keys_of(unit) <= finished], model, corpus)
+    own = share(units, processes.rank, processes.world)
+    todo = choose_weights(plan, [unit for unit in own if not keys_of(unit) <= finished], model, corpus)
     bar = tqdm(
         sweep(model, corpus, todo, baseline.losses, batch_size, reference),
         total=sum(len(keys_of(unit)) for unit in todo),
@@ -187,7 +208,10 @@ def _run(
         run.append(record_of(outcome, baseline, perplexity, corpus, loaded.facts["id"]), processes.rank)
     processes.gather(len(todo))
     if processes.first:
-        _finish(run, plan, baseline, corpus)
+        keys = {key for unit in units for key in keys_of(unit)}
+        records = {record["key"]: record for record in run.records()}
+        ordered = [records[shell.key] for shell in plan.shells() if shell.key in keys]
+        write_records(run, ordered, baseline, corpus, comparisons=len(keys) == len(plan.shells()))
 
 
 def keys_of(unit: Unit) -> set[str]:
@@ -204,10 +228,3 @@ def _finished(run: Run, perplexity: Perplexity) -> set[str]:
             "go on there, or choose another --experiment-id"
         )
     return {record["key"] for record in records}
-
-
-def _finish(run: Run, plan: Plan, baseline: Measured, corpus: Corpus) -> None:
-    """Merge the finished records of all processes, in the order of the request, into the files."""
-    records = {record["key"]: record for record in run.records()}
-    ordered = [records[shell.key] for shell in plan.shells()]
-    write_records(run, ordered, baseline, corpus)

@@ -5,7 +5,7 @@ import math
 from dataclasses import asdict, dataclass
 
 import torch
-from bridge.errors import RequestError, RunError
+from bridge.errors import RunError
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -166,15 +166,8 @@ def pad(model: PreTrainedModel, sequences: list[Tensor]) -> tuple[Tensor, Tensor
 
 @torch.no_grad()
 def reference_of(model: PreTrainedModel, sequences: list[Tensor], batch_size: int) -> Reference:
-    """Keep the predictions of the model as it is, in a form much smaller than all logits.
-
-    Raises:
-        RequestError: the model does more between its last hidden state and the logits than the head's product.
-    """
-    if not is_plain(model):
-        raise RequestError(
-            "--kl needs a model whose logits are a linear map of its last hidden state, and this is none"
-        )
+    """Keep the predictions of a model with a plain head as it is now, in a form much smaller than all logits."""
+    assert is_plain(model)
     hidden = []
     for chosen in batches(sequences, batch_size):
         ids, predicted, padding = pad(model, [sequences[i] for i in chosen])

@@ -3,11 +3,13 @@
 import math
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
-from bridge.records import MEASUREMENTS, atomic_path, write_table
+from bridge.records import MEASUREMENTS, atomic_path, read_table, write_table, write_text
 from bridge.runs import Run
 
+from llm_perturb.comparison import compare
 from llm_perturb.condition import Condition, Outcome
 from llm_perturb.corpus import Corpus
 from llm_perturb.intervals import ratio_interval
@@ -65,7 +67,7 @@ def row_of(outcome: Outcome, baseline: Measured, before: Perplexity, corpus: Cor
     }
 
 
-def write_records(run: Run, records: list[dict], baseline: Measured, corpus: Corpus) -> None:
+def write_records(run: Run, records: list[dict], baseline: Measured, corpus: Corpus, comparisons: bool = True) -> None:
     """Write the table and the losses behind it, and print it.
 
     Args:
@@ -73,13 +75,39 @@ def write_records(run: Run, records: list[dict], baseline: Measured, corpus: Cor
         records: of each condition, in the order of the table, as ``record_of`` gives them.
         baseline: the unperturbed model.
         corpus: the sequences.
+        comparisons: whether these are all rows of a request, so that top sets can be compared with random ones.
     """
     frame = pd.DataFrame([record["row"] for record in records]).astype(_WHOLE)
     _warn(run, records)
     write_table(run.folder / "measurements.csv", frame, MEASUREMENTS)
     _write_losses(run.folder / "sequence_losses.parquet", records, baseline, corpus)
     _print_rows(frame)
+    if comparisons:
+        write_comparisons(run.folder)
     print(f"{len(frame)} measurements written to {run.folder / 'measurements.csv'}", flush=True)
+
+
+def write_comparisons(folder: Path) -> None:
+    """Compare top sets with random ones, from the files of a run; write and print the table if there are any."""
+    table = read_table(folder / "measurements.csv", MEASUREMENTS)
+    losses = pd.read_parquet(folder / "sequence_losses.parquet")
+    shape = len(table), -1
+    differences = (losses["perturbed_nats"] - losses["baseline_nats"]).to_numpy().reshape(shape)
+    n_tokens = losses["n_tokens"].to_numpy().reshape(shape)[0]
+    frame = compare(table, differences, n_tokens)
+    if len(frame):
+        write_text(folder / "comparisons.csv", frame.to_csv(index=False))
+        for row in frame.itertuples():
+            _print_comparison(row)
+
+
+def _print_comparison(row: tuple) -> None:
+    interval = f" ({row.note})" if np.isnan(row.ci_low) else f", 95 % interval {row.ci_low:+.6f} to {row.ci_high:+.6f}"
+    print(
+        f"{row.selection.upper()} AGAINST {row.control.upper()}: {row.target_layer}, {row.perturbation}, k={row.k}: "
+        f"{row.difference:+.6f} nats per token more than {row.n_draws} draws{interval}, p = {row.p_value:.3g}",
+        flush=True,
+    )
 
 
 def _warn(run: Run, records: list[dict]) -> None:
