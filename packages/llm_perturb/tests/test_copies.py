@@ -203,16 +203,16 @@ def test_a_weight_of_two_modules_is_left_out():
 
 
 def test_a_copy_that_does_not_get_its_change_is_found_out(sequences, monkeypatch):
-    model = build("llama")
-    monkeypatch.setattr(copies, "change_of", lambda model, c, real=copies.change_of: wrong(real(model, c)))
-    monkeypatch.setattr("llm_perturb.sweep.change_of", copies.change_of)
+    """The change is made to another output feature."""
+    model, real = build("llama"), copies.change_of
+
+    def wrong(model, condition):
+        change = real(model, condition)
+        return copies.Change(change.module, 1 - min(change.feature, 1), change.weights, change.changes_bits)
+
+    monkeypatch.setattr("llm_perturb.sweep.change_of", wrong)
     with pytest.raises(RunError, match="fails its own check: model.layers.* in a copy of the batch is .* away"):
         run(model, sequences, some_of_every_map(model))
-
-
-def wrong(change):
-    """The change made to another output feature."""
-    return copies.Change(change.module, 1 - min(change.feature, 1), change.weights, change.changes_bits)
 
 
 def test_copies_that_influence_each_other_are_found_out(sequences):

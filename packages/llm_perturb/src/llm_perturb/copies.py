@@ -22,7 +22,7 @@ from llm_perturb.perturbation import bits
 from llm_perturb.restart import Restart, decoder_layers
 from llm_perturb.weights import layer_of
 
-AT_ONCE = 2048  # tokens in a batch of copies; more were no faster
+AT_ONCE = 1024  # tokens in a batch of copies; more were no faster
 GROUP = 32  # weights that are measured, recorded and resumed together
 TOLERANCE = 1e-5  # nats per token between a copy and the changed model: products of other shapes round otherwise
 _WIDE = {torch.float32, torch.float64}  # in narrower numbers, that rounding is larger than most effects

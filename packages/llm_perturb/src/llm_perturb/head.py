@@ -8,9 +8,10 @@ from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from llm_perturb.products import linear
 
 COLUMNS = 1024
 _plain: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
@@ -114,4 +115,4 @@ def blocks(head: nn.Linear) -> list[slice]:
 
 def logits_of(head: nn.Linear, hidden: Tensor, block: slice) -> Tensor:
     """The logits of some words: (T, C)."""
-    return F.linear(hidden, head.weight[block], None if head.bias is None else head.bias[block])
+    return linear(hidden, head.weight[block], None if head.bias is None else head.bias[block])

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from llm_perturb.corpus import Corpus
 from llm_perturb.head import exact_scores, is_plain, token_divergence, token_scores
+from llm_perturb.products import own_products
 
 
 @dataclass(frozen=True)
@@ -137,12 +138,12 @@ def measure_batch(
     ids, predicted, padding = pad(model, sequences)
     targets = ids[:, 1:][predicted]  # (N,)
     if is_plain(model):
-        head = model.get_output_embeddings()
-        hidden = model.base_model(input_ids=ids, use_cache=False, **padding).last_hidden_state[:, :-1][predicted]
+        head, hidden = model.get_output_embeddings(), _last_hidden(model, ids, padding)[:, :-1][predicted]
         scores = token_scores(head, hidden, targets)
         divergence = None if reference is None else token_divergence(*reference, head, hidden)
     else:
-        logits = model(input_ids=ids, use_cache=False, **padding).logits[:, :-1][predicted]  # (N, V)
+        with own_products(model):
+            logits = model(input_ids=ids, use_cache=False, **padding).logits[:, :-1][predicted]  # (N, V)
         scores, divergence = exact_scores(logits, targets), None
 
     def sums(values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -171,6 +172,11 @@ def reference_of(model: PreTrainedModel, sequences: list[Tensor], batch_size: in
     hidden = []
     for chosen in batches(sequences, batch_size):
         ids, predicted, padding = pad(model, [sequences[i] for i in chosen])
-        state = model.base_model(input_ids=ids, use_cache=False, **padding).last_hidden_state
-        hidden.append(state[:, :-1][predicted])
+        hidden.append(_last_hidden(model, ids, padding)[:, :-1][predicted])
     return Reference(hidden, copy.deepcopy(model.get_output_embeddings()))
+
+
+def _last_hidden(model: PreTrainedModel, ids: Tensor, padding: dict[str, Tensor]) -> Tensor:
+    """What the head receives, (B, T, H)."""
+    with own_products(model):
+        return model.base_model(input_ids=ids, use_cache=False, **padding).last_hidden_state

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llm_perturb.condition import Condition, Outcome, new_values
-from llm_perturb.copies import TOLERANCE, Copies, Unit, change_of, measure_copies, unchanged
+from llm_perturb.copies import TOLERANCE, Change, Copies, Unit, change_of, measure_copies, unchanged
 from llm_perturb.corpus import Corpus
 from llm_perturb.perplexity import Reference
 from llm_perturb.perturbation import perturbed
@@ -47,11 +47,12 @@ def sweep(
     for depth, unit in sorted(((_depth(restart, unit), unit) for unit in units), key=lambda pair: pair[0]):
         restart.move_to(depth)
         first = (depth, type(unit)) not in checked
+        very_first = Copies not in {kind for _, kind in checked}
         checked.add((depth, type(unit)))
         for condition in unit.conditions if isinstance(unit, Copies) else [unit]:
             _check_own(model, condition.target)
         if isinstance(unit, Copies):
-            yield from _measure_together(model, unit, restart, baseline, first)
+            yield from _measure_together(model, unit, restart, baseline, first, very_first)
         else:
             if first and depth:
                 _check_same(_apply(model, unit, restart, no_op=True).losses, baseline, "a change of nothing")
@@ -77,14 +78,15 @@ def _measure_alone(model: PreTrainedModel, condition: Condition, restart: Restar
 
 
 def _measure_together(
-    model: PreTrainedModel, copies: Copies, restart: Restart, baseline: Tensor, check: bool
+    model: PreTrainedModel, copies: Copies, restart: Restart, baseline: Tensor, check: bool, nothing_too: bool
 ) -> Iterator[Outcome]:
     changes = [change_of(model, condition) for condition in copies.conditions]
     moving = [at for at, change in enumerate(changes) if change.changes_bits]
     found = dict(zip(moving, measure_copies(restart, [changes[at] for at in moving]), strict=True))
     if check and moving:
         largest = max(moving, key=lambda at: _size(found[at].losses - baseline))
-        _check_copies(model, copies.conditions[largest], restart, baseline)
+        chosen = copies.conditions[largest], changes[largest], found[largest].losses
+        _check_copy(model, *chosen, restart, baseline, nothing_too)
     for at, condition in enumerate(copies.conditions):
         yield Outcome(condition, found[at], 1) if at in found else _apply(model, condition, restart)
 
@@ -93,18 +95,27 @@ def _size(differences: Tensor) -> float:
     return differences.sum().abs().nan_to_num(torch.inf).item()
 
 
-def _check_copies(model: PreTrainedModel, condition: Condition, restart: Restart, baseline: Tensor) -> None:
-    """One batch in two copies, with nothing changed in one and a weight in the other, against the model itself."""
-    change, number = change_of(model, condition), len(restart.batches) // 2
+def _check_copy(
+    model: PreTrainedModel,
+    condition: Condition,
+    change: Change,
+    found: Tensor,
+    restart: Restart,
+    baseline: Tensor,
+    nothing_too: bool,
+) -> None:
+    """On one batch: a copy against the model with the weight really changed, and a change of nothing in a copy."""
+    number = len(restart.batches) // 2
     chosen = torch.tensor(restart.batches[number]).sort()
     n_tokens = torch.tensor([len(restart.sequences[i]) - 1 for i in chosen.values])
     before = baseline[chosen.values]
     parts = condition.target.split(condition.positions)
     with perturbed(condition.target.parameters, parts, new_values(model, condition)):
         really = restart.measure_batch(number).losses[chosen.indices]
-    nothing, one = (copy.losses for copy in measure_copies(restart, [unchanged(change), change], number))
-    _check_close(nothing, before, before, n_tokens, "a change of nothing")
-    _check_close(one, really, before, n_tokens, condition.key)
+    _check_close(found[chosen.values], really, before, n_tokens, condition.key)
+    if nothing_too:
+        nothing, _ = (copy.losses for copy in measure_copies(restart, [unchanged(change), change], number))
+        _check_close(nothing, before, before, n_tokens, "a change of nothing")
 
 
 def _check_close(found: Tensor, expected: Tensor, before: Tensor, n_tokens: Tensor, what: str) -> None:
