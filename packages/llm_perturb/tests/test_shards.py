@@ -1,11 +1,15 @@
+import importlib.util
 import json
 import shutil
+from pathlib import Path
 
 import pandas as pd
 import pytest
+from bridge import argv
 from bridge.errors import RequestError
 from llm_perturb.shards import Shard, merge, read_shard
 
+SCRIPT = Path(__file__).parents[1] / "scripts" / "merge_shards.py"
 COMPLETE = ("measurements.csv", "comparisons.csv", "sequence_losses.parquet", "baseline.json")
 
 
@@ -119,3 +123,17 @@ def test_more_shards_than_work_is_refused(tiny_command, tmp_path):
     with pytest.raises(RequestError, match="--shard 500/500 has nothing to do"):
         tiny_command(output=tmp_path / "out", experiment_id="x", shard="500/500")
     assert not any(tmp_path.joinpath("out").glob("*"))
+
+
+def test_the_command_says_where_the_table_is(split, parts, tmp_path, capsys):
+    spec = importlib.util.spec_from_file_location("merge_shards", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    words = ["--from", str(parts), "--output", str(tmp_path / "merged"), "--experiment-id", "y"]
+    argv.run(module.merge, "merge_shards.py", words)
+    path = tmp_path / "merged/perturb_y/measurements.csv"
+    assert f"merged into {path}" in capsys.readouterr().out
+    assert path.read_bytes() == (split[0] / "measurements.csv").read_bytes()
+    with pytest.raises(SystemExit, match="2"):
+        argv.run(module.merge, "merge_shards.py", words)
+    assert "is already complete" in capsys.readouterr().err

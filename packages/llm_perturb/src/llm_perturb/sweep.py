@@ -47,12 +47,11 @@ def sweep(
     for depth, unit in sorted(((_depth(restart, unit), unit) for unit in units), key=lambda pair: pair[0]):
         restart.move_to(depth)
         first = (depth, type(unit)) not in checked
-        very_first = Copies not in {kind for _, kind in checked}
         checked.add((depth, type(unit)))
         for condition in unit.conditions if isinstance(unit, Copies) else [unit]:
             _check_own(model, condition.target)
         if isinstance(unit, Copies):
-            yield from _measure_together(model, unit, restart, baseline, first, very_first)
+            yield from _measure_together(model, unit, restart, baseline, first)
         else:
             if first and depth:
                 _check_same(_apply(model, unit, restart, no_op=True).losses, baseline, "a change of nothing")
@@ -78,7 +77,7 @@ def _measure_alone(model: PreTrainedModel, condition: Condition, restart: Restar
 
 
 def _measure_together(
-    model: PreTrainedModel, copies: Copies, restart: Restart, baseline: Tensor, check: bool, nothing_too: bool
+    model: PreTrainedModel, copies: Copies, restart: Restart, baseline: Tensor, check: bool
 ) -> Iterator[Outcome]:
     changes = [change_of(model, condition) for condition in copies.conditions]
     moving = [at for at, change in enumerate(changes) if change.changes_bits]
@@ -86,7 +85,7 @@ def _measure_together(
     if check and moving:
         largest = max(moving, key=lambda at: _size(found[at].losses - baseline))
         chosen = copies.conditions[largest], changes[largest], found[largest].losses
-        _check_copy(model, *chosen, restart, baseline, nothing_too)
+        _check_copy(model, *chosen, restart, baseline)
     for at, condition in enumerate(copies.conditions):
         yield Outcome(condition, found[at], 1) if at in found else _apply(model, condition, restart)
 
@@ -96,26 +95,19 @@ def _size(differences: Tensor) -> float:
 
 
 def _check_copy(
-    model: PreTrainedModel,
-    condition: Condition,
-    change: Change,
-    found: Tensor,
-    restart: Restart,
-    baseline: Tensor,
-    nothing_too: bool,
+    model: PreTrainedModel, condition: Condition, change: Change, found: Tensor, restart: Restart, baseline: Tensor
 ) -> None:
-    """On one batch: a copy against the model with the weight really changed, and a change of nothing in a copy."""
+    """On one batch: a change of nothing against the baseline, and a copy against the model that was really changed."""
     number = len(restart.batches) // 2
     chosen = torch.tensor(restart.batches[number]).sort()
     n_tokens = torch.tensor([len(restart.sequences[i]) - 1 for i in chosen.values])
     before = baseline[chosen.values]
+    (nothing,) = measure_copies(restart, [unchanged(change)], number)
+    _check_close(nothing.losses, before, before, n_tokens, "a change of nothing")
     parts = condition.target.split(condition.positions)
     with perturbed(condition.target.parameters, parts, new_values(model, condition)):
         really = restart.measure_batch(number).losses[chosen.indices]
     _check_close(found[chosen.values], really, before, n_tokens, condition.key)
-    if nothing_too:
-        nothing, _ = (copy.losses for copy in measure_copies(restart, [unchanged(change), change], number))
-        _check_close(nothing, before, before, n_tokens, "a change of nothing")
 
 
 def _check_close(found: Tensor, expected: Tensor, before: Tensor, n_tokens: Tensor, what: str) -> None:
