@@ -13,7 +13,7 @@ sweep: the top 100 weights by grad_x_weight and three random sets of every linea
 processes: the same measurements by one process per layer that loads the model and measures it twice.
 single-weights: weights spread over all linear layers set to zero alone, and compared with explicit zeroing.
 loss: tokens per second of the unperturbed loss.
-two-processes: the command under accelerate with two processes of one thread, against one process of two.
+two-processes: the command on one target, under accelerate with two processes of one thread, against one of two.
 """
 
 import os
@@ -146,19 +146,19 @@ def figure_sweep(loaded: models.LoadedModel, corpus: Corpus, step: int) -> tuple
     """Top and random sets of the layers in one sweep; gives the time of one measurement."""
     targets = linear_layers(loaded, step)
     plan = Plan(targets, [], [100], ["top", "random"], ["grad_x_weight"], [ZERO], [0, 1, 2])
-    yardstick, own = Yardstick(loaded, corpus), []
+    yardstick, own, size = Yardstick(loaded, corpus), [], len(corpus.sequences)
     n = len(plan.shells())
 
     def job() -> None:
-        baseline = measure(loaded.model, corpus.sequences)
+        baseline = measure(loaded.model, corpus.sequences, size)
         conditions = choose_weights(plan, plan.shells(), loaded.model, corpus)
-        assert sum(1 for _ in sweep(loaded.model, corpus, conditions, baseline.losses)) == n
+        assert sum(1 for _ in sweep(loaded.model, corpus, conditions, baseline.losses, size)) == n
 
-    own.append(time_of(lambda: measure(loaded.model, corpus.sequences)))
+    own.append(time_of(lambda: measure(loaded.model, corpus.sequences, size)))
     whole = time_of(job)
     for _ in range(3):
         yardstick.again()
-        own.append(time_of(lambda: measure(loaded.model, corpus.sequences)))
+        own.append(time_of(lambda: measure(loaded.model, corpus.sequences, size)))
     report("one full pass, Hugging Face", yardstick.pass_, None)
     report("one full pass, this instrument", middle(own), middle(own) / yardstick.pass_)
     each = whole / n
@@ -236,10 +236,9 @@ def figure_loss(loaded: models.LoadedModel, corpus: Corpus, repeats: int) -> Non
 
 
 def figure_two_processes(number: int, n_tokens: int) -> None:
-    """The command, its model loading included."""
+    """The command on one target, its model loading included."""
     options = f"--packing windows --max-length {n_tokens + 1} --eval-limit {number} --k 100 --selection random"
-    options += " --target-layer model.layers.2*.self_attn.o_proj,model.layers.1*.mlp.down_proj"
-    options += " --seeds " + " ".join(map(str, range(20)))
+    options += " --target-layer model.layers.12.mlp.down_proj --seeds " + " ".join(map(str, range(30)))
     times = {}
     for what, n, threads in [("one process of two threads", 1, 2), ("two processes of one thread", 2, 1)]:
         launcher = ["-m", "accelerate.commands.launch", "--config_file", "configs/accelerate_config.yaml"]

@@ -5,6 +5,7 @@ repeated C times, the map's output gets, for copy c, that feature computed again
 y[c, :, o_c] = x[c] w'_c + b. From there on the copies go through the model as one batch.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -98,12 +99,12 @@ def linear_maps(model: PreTrainedModel) -> dict[str, nn.Module]:
     finally:
         for hook in hooks:
             hook.remove()
-    uses = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     names = {id(module): name for name, module in model.named_modules()}
     return {
         f"{names[id(module)]}.weight": module
         for module, seen in rows.items()
-        if seen == [10] and uses.count(id(module.weight)) == 1
+        if seen == [10] and uses[id(module.weight)] == 1
     }
 
 

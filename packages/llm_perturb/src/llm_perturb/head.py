@@ -1,6 +1,6 @@
 """The output head and the loss, without ever holding all logits.
 
-The vocabulary is taken a thousand columns at a time, so that a block of logits stays in the processor's
+The vocabulary is taken two thousand columns at a time, so that a block of logits stays in the processor's
 cache from the product that makes it to the sum that it goes into.
 """
 
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from llm_perturb.products import linear
 
-COLUMNS = 1024
+COLUMNS = 2048
 _plain: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 

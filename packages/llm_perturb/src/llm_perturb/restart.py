@@ -132,8 +132,9 @@ def used_after(model: PreTrainedModel, layer: nn.Module) -> set[str]:
     owners = [module for module in model.modules() if next(module.parameters(recurse=False), None) is not None]
     hooks = [m.register_forward_pre_hook(lambda module, inputs: seen.append(module)) for m in owners]
     hooks.append(layer.register_forward_hook(lambda module, inputs, output: seen.append(None)))
+    ids = torch.arange(min(8, model.config.get_text_config().vocab_size), device=model.device)[None]
     try:
-        model(input_ids=torch.arange(min(8, model.config.get_text_config().vocab_size), device=model.device)[None])
+        model(input_ids=ids, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
