@@ -39,6 +39,7 @@ from llm_perturb.corpus import Corpus, CorpusOptions, read_texts, tokenize
 from llm_perturb.perplexity import measure
 from llm_perturb.perturbation import Perturbation
 from llm_perturb.plan import Plan, choose_weights
+from llm_perturb.restart import decoder_layers
 from llm_perturb.selection import Target, draw
 from llm_perturb.sweep import sweep
 from llm_perturb.weights import layer_of, named_parameters
@@ -135,11 +136,13 @@ def report(what: str, seconds: Seconds, ratio: Seconds | None, goal: str = "") -
     print(f"{what:58} {seconds} s{relative}", flush=True)
 
 
-def linear_layers(loaded: models.LoadedModel, step: int) -> list[Target]:
-    """Every ``step``-th linear layer inside of the decoder, in model order."""
-    named = named_parameters(loaded.model)
+def linear_layers(loaded: models.LoadedModel, step: int = 1) -> list[Target]:
+    """Every linear layer of every ``step``-th decoder layer, in model order."""
+    named, path = named_parameters(loaded.model), decoder_layers(loaded.model)[0]
     names = [name for name in named if name in linear_maps(loaded.model)]
-    return [Target(layer_of(name), {name: named[name]}) for name in names[::step]]
+    numbers = [int(name[len(path) :].split(".")[1]) for name in names]
+    chosen = [name for name, number in zip(names, numbers, strict=True) if number % step == step // 2]
+    return [Target(layer_of(name), {name: named[name]}) for name in chosen]
 
 
 def figure_sweep(loaded: models.LoadedModel, corpus: Corpus, step: int) -> tuple[Seconds, Yardstick]:
@@ -169,7 +172,7 @@ def figure_sweep(loaded: models.LoadedModel, corpus: Corpus, step: int) -> tuple
 
 def figure_processes(loaded: models.LoadedModel, corpus: Corpus, each: Seconds, yardstick: Yardstick) -> None:
     """One process per layer, for three layers, against a measurement in the sweep."""
-    layers = linear_layers(loaded, 70)
+    layers = linear_layers(loaded)[::70]
     length, number = len(corpus.sequences[0]), len(corpus.sequences)
     times = []
     for target in layers:
@@ -185,7 +188,7 @@ def figure_processes(loaded: models.LoadedModel, corpus: Corpus, each: Seconds, 
 
 def figure_single_weights(loaded: models.LoadedModel, corpus: Corpus, n_weights: int) -> None:
     """Weights over all linear layers, each set to zero alone."""
-    targets = linear_layers(loaded, 1)
+    targets = linear_layers(loaded)
     nothing = torch.empty(0, dtype=torch.int64)
     conditions = []
     for number in range(n_weights):
@@ -269,7 +272,7 @@ def main(
         figures: which ones.
         sequences: of the corpus.
         tokens: that each of them predicts.
-        step: every step-th linear layer in the sweep; 7 for a quick look.
+        step: the linear layers of every step-th decoder layer in the sweep; 7 for a quick look.
         weights: single weights to be measured.
         repeats: how often the loss is timed.
     """

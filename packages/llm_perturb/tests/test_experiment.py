@@ -35,6 +35,7 @@ def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
     save_checkpoint(folder / "model", "neox", n_layers=2)
     (folder / "texts.txt").write_text("\n".join(TEXTS) + "\n")
+    write_list(folder / "single.csv", folder / "model", [(layer, i, 2) for layer in (UP, DENSE) for i in range(3)])
     return folder
 
 
@@ -471,6 +472,7 @@ def killed(inputs, tmp_path_factory):
         "max_length": 24,
         "output": str(output),
         "experiment_id": "x",
+        "per_weight": str(inputs / "single.csv"),
     }
     process = start(flags | MANY)
     log = output / "perturb_x/progress-0.jsonl"
@@ -499,6 +501,7 @@ def uninterrupted(inputs, tmp_path_factory):
         "max_length": 24,
         "output": str(output),
         "experiment_id": "x",
+        "per_weight": str(inputs / "single.csv"),
     }
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -522,8 +525,9 @@ def test_a_killed_run_is_unfinished_and_shows_no_table(killed):
 
 
 @pytest.mark.parametrize("identifier", ["x", None], ids=["by its id", "without an id"])
-def test_a_killed_run_goes_on_to_the_same_table(killed, uninterrupted, flags, capfd, monkeypatch, identifier):
+def test_a_killed_run_goes_on_to_the_same_table(killed, uninterrupted, flags, capfd, inputs, monkeypatch, identifier):
     folder = copied(killed, flags, identifier or "20200101_000000")
+    flags |= {"per_weight": str(inputs / "single.csv")}
     n_finished = (folder / "progress-0.jsonl").read_bytes().count(b"\n")
     measured, real = [], experiment.sweep
     monkeypatch.setattr(experiment, "sweep", lambda *a, **k: (measured.append(1) or o for o in real(*a, **k)))
@@ -533,14 +537,15 @@ def test_a_killed_run_goes_on_to_the_same_table(killed, uninterrupted, flags, ca
     assert manifest_of(folder)["status"] == "complete"
     table = folder / "measurements.csv"
     assert table.read_bytes() == (uninterrupted / "measurements.csv").read_bytes()
-    assert len(measured) + n_finished == len(read_table(table, MEASUREMENTS)) == 2 * 2 * (1 + 25)
+    assert len(measured) + n_finished == len(read_table(table, MEASUREMENTS)) == 2 * 2 * (1 + 25) + 6
     pd.testing.assert_frame_equal(
         pd.read_parquet(folder / "sequence_losses.parquet"), pd.read_parquet(uninterrupted / "sequence_losses.parquet")
     )
 
 
-def test_a_killed_run_is_not_resumed_with_other_flags(killed, flags, capfd):
+def test_a_killed_run_is_not_resumed_with_other_flags(killed, flags, capfd, inputs):
     folder = copied(killed, flags, "x")
+    flags |= {"per_weight": str(inputs / "single.csv")}
     code, _, complaints = call(capfd, flags | MANY | {"max_length": 23})
     assert code == 2
     assert len(complaints) == 1
