@@ -7,6 +7,8 @@ r"""Perturb the top-K, random and bottom-K weights of a layer and measure what e
         --perturbation zero sign_flip --seeds 0 1 2 3 4
 
     python scripts/run_topk_perturb.py --model gpt2 --list-layers
+
+    python scripts/run_topk_perturb.py --model gpt2 --target-layer transformer.h.* --shard ${SLURM_ARRAY_TASK_ID}/20
 """
 
 import os
@@ -19,6 +21,7 @@ from llm_perturb.corpus import CorpusOptions, Packing
 from llm_perturb.models import DType
 from llm_perturb.perturbation import Kind, Perturbation
 from llm_perturb.scores import Metric
+from llm_perturb.shards import read_shard
 
 
 def perturb(
@@ -37,6 +40,8 @@ def perturb(
     bit: int | None = None,
     n_bits: int = 4,
     seeds: list[int] = (0, 1, 2),
+    kl: bool = False,
+    shard: str | None = None,
     list_layers: bool = False,
     model: str | None = None,
     revision: str | None = None,
@@ -74,6 +79,8 @@ def perturb(
         bit: of bit_flip, 0 is the lowest; default the highest bit of the exponent.
         n_bits: of quantize.
         seeds: one random control (and one draw of noise) for each.
+        kl: also measure the divergence of the predictions, KL(before || after), about twice the time of a loss.
+        shard: i/n, from 1/n to n/n: do only this part, on a machine of its own; merge_shards.py puts them together.
         list_layers: print the parameters of the model and stop.
         model: hub id, local folder or short name; default by TARGET_LAYER.
         revision: of the hub.
@@ -103,10 +110,11 @@ def perturb(
     request = experiment.Request(
         targets, sorted(set(k)), list(selection), list(metric),
         [Perturbation(kind, factor, sigma, bit, n_bits) for kind in perturbation], list(seeds), weights_csv or [],
-        per_weight, rows or [], cols or [],
+        per_weight, rows or [], cols or [], kl,
     )  # fmt: skip
     corpus = CorpusOptions(data_file, dataset, dataset_config, split, text_column, packing, max_length, eval_limit)
-    experiment.measure_perturbations(request, options, corpus, batch_size, output, experiment_id)
+    part = read_shard(shard) if shard else None
+    experiment.measure_perturbations(request, options, corpus, batch_size, output, experiment_id, part)
 
 
 if __name__ == "__main__":

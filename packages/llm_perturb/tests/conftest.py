@@ -1,6 +1,14 @@
+from pathlib import Path
+
+import pandas as pd
 import pytest
 import torch
-from tiny_models import BUILDERS, build, random_sequences
+from bridge.records import TOP_WEIGHTS
+from llm_perturb import experiment
+from llm_perturb.corpus import CorpusOptions
+from llm_perturb.shards import read_shard
+from safetensors.torch import load_file
+from tiny_models import BUILDERS, build, random_sequences, save_checkpoint
 
 torch.set_num_threads(1)  # the last bit of a sum depends on how many share it, and tables are compared byte for byte
 
@@ -15,3 +23,33 @@ def model(request):
 def sequences():
     """Eight random sequences of 2 to 12 tokens, two of the same length."""
     return random_sequences()
+
+
+UP, DENSE = "gpt_neox.layers.1.mlp.dense_h_to_4h", "gpt_neox.layers.0.attention.dense"
+
+
+@pytest.fixture(scope="session")
+def tiny_command(tmp_path_factory):
+    """Measure sets of two layers and nine single weights of a tiny checkpoint; gives the output folder."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    save_checkpoint(folder / "model", "neox", n_layers=2)
+    (folder / "texts.txt").write_text("".join(f"text number {n} of {'a few' * (n % 4)} words\n" for n in range(12)))
+    state = load_file(folder / "model/model.safetensors")
+    rows = [
+        {"rank": i, "layer": layer, "parameter": f"{layer}.weight", "row": i, "col": i + 1,
+         "value": state[f"{layer}.weight"][i, i + 1].item(), "score": 1 / (i + 1)}
+        for layer in (UP, DENSE, "gpt_neox.embed_in") for i in range(3)
+    ]  # fmt: skip
+    pd.DataFrame(rows, columns=list(TOP_WEIGHTS.columns)).to_csv(folder / "single.csv", index=False)
+
+    def run(output, experiment_id, shard=None, **changes):
+        request = experiment.Request(
+            **{"target_layers": [UP, DENSE], "k": [1, 5], "per_weight": str(folder / "single.csv"), **changes}
+        )
+        options = experiment.ModelOptions(str(folder / "model"), dtype="float64", device="cpu")
+        corpus = CorpusOptions(data_file=str(folder / "texts.txt"), max_length=24)
+        shard = shard and read_shard(shard)
+        experiment.measure_perturbations(request, options, corpus, 1, str(output), experiment_id, shard)
+        return Path(output)
+
+    return run

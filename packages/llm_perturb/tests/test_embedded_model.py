@@ -3,11 +3,13 @@
 import pytest
 import torch
 from llm_perturb import models
+from llm_perturb.condition import Condition
+from llm_perturb.copies import group
 from llm_perturb.corpus import CorpusOptions, read_texts, tokenize
 from llm_perturb.perplexity import sequence_losses, summarize
 from llm_perturb.perturbation import Perturbation
 from llm_perturb.selection import Target, draw
-from llm_perturb.sweep import Condition, sweep
+from llm_perturb.sweep import sweep
 from llm_perturb.weights import match, named_parameters
 
 pytestmark = pytest.mark.real_model
@@ -41,10 +43,16 @@ def effects():
         Condition(target, name, Perturbation("zero"), len(positions), None, positions)
         for name, (target, positions) in sets.items()
     ]
+    conditions += [
+        Condition(down, "weight", Perturbation("zero"), 1, None, torch.tensor([row * N_COLUMNS + COL]), row=row)
+        for row in (ROW, 100)
+    ]
     baseline = sequence_losses(loaded.model, corpus.sequences)
     found = {"baseline": summarize(baseline, corpus).nll}
-    for outcome in sweep(loaded.model, corpus, conditions, baseline):
-        found[outcome.condition.selection] = (outcome.losses - baseline).sum().item() / corpus.n_tokens
+    for outcome in sweep(loaded.model, corpus, group(loaded.model, conditions), baseline):
+        condition = outcome.condition
+        name = condition.selection if condition.row is None else f"copy, row {condition.row}"
+        found[name] = (outcome.losses - baseline).sum().item() / corpus.n_tokens
     return found
 
 
@@ -58,6 +66,11 @@ def test_one_weight_of_134_million_breaks_the_model(effects):
 
 def test_its_row_breaks_it_even_more(effects):
     assert effects["its row"] > effects["one weight"]
+
+
+def test_in_a_copy_of_the_batch_it_does_the_same(effects):
+    assert effects[f"copy, row {ROW}"] == pytest.approx(effects["one weight"], abs=1e-5)
+    assert abs(effects["copy, row 100"]) < 0.01
 
 
 def test_another_row_of_the_same_matrix_is_spared_easily(effects):

@@ -18,7 +18,7 @@ import torch
 from bridge import argv
 from bridge.records import MEASUREMENTS, TOP_WEIGHTS, read_table
 from llm_perturb import experiment
-from reference import naive_highest, naive_loss, naive_losses, naive_lowest, naive_score, zeroed
+from reference import naive_highest, naive_loss, naive_losses, naive_lowest, naive_score, rewritten, zeroed
 from safetensors.torch import load_file, save_file
 from tiny_models import byte_tokenizer, save_checkpoint
 from transformers import AutoModelForCausalLM
@@ -35,6 +35,7 @@ def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
     save_checkpoint(folder / "model", "neox", n_layers=2)
     (folder / "texts.txt").write_text("\n".join(TEXTS) + "\n")
+    write_list(folder / "single.csv", folder / "model", [(layer, i, 2) for layer in (UP, DENSE) for i in range(3)])
     return folder
 
 
@@ -119,7 +120,8 @@ def done(flags, capfd):
 def test_a_run_writes_its_files_and_nothing_else(done):
     folder, _ = done
     visible = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
-    assert visible == {"measurements.csv", "sequence_losses.parquet", "baseline.json", "manifest.json"}
+    tables = {"measurements.csv", "comparisons.csv", "sequence_losses.parquet"}
+    assert visible == {*tables, "baseline.json", "manifest.json"}
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
@@ -163,6 +165,47 @@ def test_the_columns_of_a_row_agree_with_each_other_and_with_the_paired_losses(d
         assert row.delta_ppl == row.perturbed_ppl - row.baseline_ppl
         assert row.ci_low <= row.delta_nll <= row.ci_high
         assert (row.n_tokens, row.n_sequences) == (own["n_tokens"].sum(), len(TEXTS))
+
+
+def test_top_sets_are_compared_with_the_random_ones(done):
+    folder, out = done
+    table = read_table(folder / "measurements.csv", MEASUREMENTS)
+    compared = pd.read_csv(folder / "comparisons.csv")
+    tops = table[table["selection"] == "top_grad_x_weight"]
+    assert len(compared) == len(tops) == 8
+    for (_, row), top in zip(compared.iterrows(), tops.itertuples(), strict=True):
+        same = (table["selection"] == "random") & (table["target_layer"] == top.target_layer)
+        drawn = table[same & (table["perturbation"] == top.perturbation) & (table["k"] == top.k)]["delta_nll"]
+        assert (row["target_layer"], row["k"], row["n_draws"]) == (top.target_layer, top.k, 2)
+        assert row["difference"] == pytest.approx(top.delta_nll - drawn.mean(), rel=1e-9)
+        assert row["p_value"] == (1 + (drawn >= top.delta_nll).sum()) / 3
+        assert row["ci_low"] <= row["difference"] <= row["ci_high"]
+    lines = [line for line in out.splitlines() if line.startswith("TOP_GRAD_X_WEIGHT AGAINST RANDOM: ")]
+    assert len(lines) == 8
+
+
+def test_accuracy_and_divergence_are_columns(flags, capfd, inputs):
+    asked = {"target_layer": DENSE, "k": 5, "selection": ["top", "random"], "seeds": 0, "perturbation": "sign_flip"}
+    assert call(capfd, flags | asked)[0] == 0
+    assert call(capfd, flags | asked | {"experiment_id": "kl", "kl": "true"})[0] == 0
+    plain, with_kl = (pd.read_csv(run_of(flags, name) / "measurements.csv") for name in ("x", "kl"))
+    assert plain["kl"].isna().all()
+    pd.testing.assert_frame_equal(plain.drop(columns="kl"), with_kl.drop(columns="kl"), check_exact=True)
+    model = AutoModelForCausalLM.from_pretrained(inputs / "model", dtype=torch.float64).eval()
+    sequences = [torch.tensor(byte_tokenizer()(text).input_ids[:24]) for text in TEXTS]
+    scores = naive_score(model, sequences, f"{DENSE}.weight", "grad_x_weight").view(-1).tolist()
+    weight = model.get_parameter(f"{DENSE}.weight").view(-1)
+    changes = {j: -weight[j].item() for j in naive_highest(scores, 5)}
+    twin, divergence, correct, n_tokens = rewritten(model, {f"{DENSE}.weight": changes}), 0.0, 0, 0
+    for sequence in sequences:
+        p, q = (m(input_ids=sequence[None]).logits[0, :-1].log_softmax(-1) for m in (model, twin))
+        divergence += (p.exp() * (p - q)).sum().item()
+        correct += int((q.argmax(-1) == sequence[1:]).sum()) - int((p.argmax(-1) == sequence[1:]).sum())
+        n_tokens += len(sequence) - 1
+    top = with_kl.iloc[0]
+    assert top["kl"] == pytest.approx(divergence / n_tokens, rel=1e-6)
+    assert top["delta_accuracy"] == pytest.approx(correct / n_tokens, abs=1e-15)
+    assert (with_kl["kl"] > 0).all()
 
 
 def test_the_numbers_are_those_of_the_whole_chain_done_by_hand(done, inputs):
@@ -429,6 +472,7 @@ def killed(inputs, tmp_path_factory):
         "max_length": 24,
         "output": str(output),
         "experiment_id": "x",
+        "per_weight": str(inputs / "single.csv"),
     }
     process = start(flags | MANY)
     log = output / "perturb_x/progress-0.jsonl"
@@ -457,6 +501,7 @@ def uninterrupted(inputs, tmp_path_factory):
         "max_length": 24,
         "output": str(output),
         "experiment_id": "x",
+        "per_weight": str(inputs / "single.csv"),
     }
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -480,8 +525,9 @@ def test_a_killed_run_is_unfinished_and_shows_no_table(killed):
 
 
 @pytest.mark.parametrize("identifier", ["x", None], ids=["by its id", "without an id"])
-def test_a_killed_run_goes_on_to_the_same_table(killed, uninterrupted, flags, capfd, monkeypatch, identifier):
+def test_a_killed_run_goes_on_to_the_same_table(killed, uninterrupted, flags, capfd, inputs, monkeypatch, identifier):
     folder = copied(killed, flags, identifier or "20200101_000000")
+    flags |= {"per_weight": str(inputs / "single.csv")}
     n_finished = (folder / "progress-0.jsonl").read_bytes().count(b"\n")
     measured, real = [], experiment.sweep
     monkeypatch.setattr(experiment, "sweep", lambda *a, **k: (measured.append(1) or o for o in real(*a, **k)))
@@ -491,14 +537,15 @@ def test_a_killed_run_goes_on_to_the_same_table(killed, uninterrupted, flags, ca
     assert manifest_of(folder)["status"] == "complete"
     table = folder / "measurements.csv"
     assert table.read_bytes() == (uninterrupted / "measurements.csv").read_bytes()
-    assert len(measured) + n_finished == len(read_table(table, MEASUREMENTS)) == 2 * 2 * (1 + 25)
+    assert len(measured) + n_finished == len(read_table(table, MEASUREMENTS)) == 2 * 2 * (1 + 25) + 6
     pd.testing.assert_frame_equal(
         pd.read_parquet(folder / "sequence_losses.parquet"), pd.read_parquet(uninterrupted / "sequence_losses.parquet")
     )
 
 
-def test_a_killed_run_is_not_resumed_with_other_flags(killed, flags, capfd):
+def test_a_killed_run_is_not_resumed_with_other_flags(killed, flags, capfd, inputs):
     folder = copied(killed, flags, "x")
+    flags |= {"per_weight": str(inputs / "single.csv")}
     code, _, complaints = call(capfd, flags | MANY | {"max_length": 23})
     assert code == 2
     assert len(complaints) == 1

@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -5,7 +6,8 @@ import torch
 from bridge.errors import RunError
 from llm_perturb import perplexity
 from llm_perturb.corpus import Corpus
-from llm_perturb.perplexity import Perplexity, sequence_losses, summarize
+from llm_perturb.perplexity import Perplexity, measure, reference_of, sequence_losses, summarize
+from llm_perturb.restart import Restart
 from reference import naive_losses
 from tiny_models import build
 
@@ -102,3 +104,26 @@ def test_batches_hold_every_sequence_once_with_its_neighbours_by_length(sequence
     assert all(len(batch) == batch_size for batch in batches[:-1])
     lengths = [len(sequences[i]) for batch in batches for i in batch]
     assert lengths == sorted(lengths)
+
+
+def test_correct_tokens_are_counted_in_each_sequence(model, sequences):
+    expected = [
+        int((model(input_ids=sequence[None]).logits[0, :-1].argmax(-1) == sequence[1:]).sum()) for sequence in sequences
+    ]
+    for batch_size in (1, 3):
+        assert measure(model, sequences, batch_size).correct.tolist() == expected
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_the_divergence_from_a_reference_is_summed_over_each_sequence(model, sequences, batch_size):
+    kept, twin = reference_of(model, sequences, batch_size), copy.deepcopy(model)
+    for parameter in twin.parameters():
+        parameter.data.add_(0.05 * torch.randn_like(parameter))  # the head too
+    expected = []
+    for sequence in sequences:
+        p, q = (m(input_ids=sequence[None]).logits[0, :-1].log_softmax(-1) for m in (model, twin))
+        expected.append((p.exp() * (p - q)).sum().item())
+    model.load_state_dict(twin.state_dict())  # in place: what is kept must not change with it
+    found = Restart(model, sequences, batch_size, kept).measure()
+    torch.testing.assert_close(found.divergence, torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=0)
+    assert measure(model, sequences, batch_size).divergence is None

@@ -176,3 +176,35 @@ def test_a_model_whose_layers_are_not_found_runs_whole(sequences):
     restart = Restart(model, sequences, 3)
     assert restart.depth_of(["model.layers.2.mlp.up_proj.weight"]) == 0
     assert torch.equal(restart.losses(), sequence_losses(model, sequences, 3))
+
+
+AFTER = {
+    "gpt2": {"transformer.ln_f.weight", "transformer.ln_f.bias"},
+    "neox": {
+        "gpt_neox.final_layer_norm.weight",
+        "gpt_neox.final_layer_norm.bias",
+        "embed_out.weight",
+        "lm_head.weight",
+    },
+    "llama": {"model.norm.weight", "lm_head.weight"},
+    "llama_tied": {"model.norm.weight"},
+}
+
+
+@pytest.mark.parametrize("family", sorted(BUILDERS))
+def test_what_comes_after_all_layers_needs_none_of_them(family, sequences):
+    """But not a head that is the embedding too, nor one that has been called before the layers."""
+    model = build(family)
+    restart = Restart(model, sequences, 3)
+    named = named_parameters(model)
+    after = {name for name in named if restart.depth_of([name]) == N_LAYERS}
+    assert after == AFTER[family] & named.keys()
+    assert restart.depth_of([*after, next(name for name in named if ".2." in name)]) == 2
+    restart.move_to(N_LAYERS)
+    assert torch.equal(restart.losses(), sequence_losses(model, sequences, 3))
+    for name in after:
+        named[name].data.mul_(1.5)
+        assert torch.equal(restart.losses(), sequence_losses(model, sequences, 3))
+        torch.testing.assert_close(restart.losses(), naive_losses(model, sequences), rtol=1e-12, atol=0)
+    assert is_clean(model)
+    assert not any(module._forward_pre_hooks for module in model.modules())

@@ -8,20 +8,22 @@ from pathlib import Path
 from bridge.errors import RequestError, RunError
 from bridge.records import write_json
 from bridge.runs import Run, check_output, open_run
-from torch import Tensor
 from tqdm import tqdm
 
 from llm_perturb import models, weights
+from llm_perturb.copies import Copies, Unit, group
 from llm_perturb.corpus import Corpus, CorpusOptions, read_texts, tokenize
+from llm_perturb.head import is_plain
 from llm_perturb.intervals import MIN_SEQUENCES
 from llm_perturb.models import LoadedModel
-from llm_perturb.perplexity import Perplexity, sequence_losses, summarize
+from llm_perturb.perplexity import Perplexity, measure, reference_of, sequence_losses, summarize
 from llm_perturb.perturbation import Perturbation
 from llm_perturb.plan import Plan, choose_weights, lines, share, single_weights
 from llm_perturb.processes import Processes
 from llm_perturb.selection import Target
+from llm_perturb.shards import KIND, Shard
 from llm_perturb.sweep import sweep
-from llm_perturb.table import row_of, write_records
+from llm_perturb.table import record_of, write_records
 from llm_perturb.weight_list import hash_file, read_weight_list
 
 
@@ -55,6 +57,7 @@ class Request:
     per_weight: str | None = None
     rows: list[int] = field(default_factory=list)
     cols: list[int] = field(default_factory=list)
+    kl: bool = False
 
 
 def measure_baseline(
@@ -83,8 +86,9 @@ def measure_perturbations(
     batch_size: int,
     output: str,
     experiment_id: str | None,
+    shard: Shard | None = None,
 ) -> None:
-    """Measure every condition of a request and write the table; go on where a killed run stopped."""
+    """Measure every condition of a request, or of a shard of it, and write the table; a killed run goes on."""
     processes = Processes()
     place = check_output(output)
     texts = read_texts(corpus_options)
@@ -95,18 +99,27 @@ def measure_perturbations(
     identity["options"] |= {**asdict(request), "perturbations": [p.label for p in request.perturbations]}
     csvs = [*request.weights_csv, *([request.per_weight] if request.per_weight else [])]
     identity["weights_csv_sha256"] = [hash_file(path) for path in csvs]
+    units, order = group(loaded.model, plan.shells()), {shell.key: at for at, shell in enumerate(plan.shells())}
     facts = {"world_size": processes.world, "device": str(loaded.model.device)}
+    kind = "perturb"
+    if shard:
+        units, kind = share(units, shard.number - 1, shard.of), KIND
+        identity["shard"] = str(shard)
+        experiment_id = experiment_id and f"{experiment_id}_{shard.number}_of_{shard.of}"
+        facts |= {"rows": sorted(order[key] for unit in units for key in keys_of(unit)), "n_rows": len(order)}
+        if not units:
+            raise RequestError(f"--shard {shard} has nothing to do: there are fewer parts of the work than shards")
     run: Run | None = None
 
     def begin() -> str:
         nonlocal run
-        run = open_run(place, "perturb", identity, experiment_id, facts)
+        run = open_run(place, kind, identity, experiment_id, facts)
         return str(run.folder)
 
     folder = processes.once(begin)
     run = run or Run(Path(folder), {"warnings": []}, resumed=False)
     with run.recorded() if processes.first else nullcontext():
-        _run(run, plan, loaded, corpus, batch_size, processes)
+        _run(run, plan, units, loaded, corpus, batch_size, request.kl, processes)
     processes.close()
 
 
@@ -119,6 +132,8 @@ def _make_plan(request: Request, loaded: LoadedModel) -> Plan:
         Target(layer, {name: named[name] for name in weights.match(loaded.model, layer)})
         for layer in dict.fromkeys(request.target_layers)
     ]
+    if request.kl and not is_plain(loaded.model):
+        raise RequestError("--kl needs a model whose logits are a linear map of its last hidden state; this is none")
     for perturbation in request.perturbations:
         perturbation.check(loaded.model.dtype)
     changes = request.perturbations, request.seeds
@@ -159,37 +174,49 @@ def _write_baseline(run: Run, loaded: LoadedModel, corpus: Corpus, perplexity: P
     )
 
 
-def _run(run: Run, plan: Plan, loaded: LoadedModel, corpus: Corpus, batch_size: int, processes: Processes) -> None:
-    baseline = sequence_losses(loaded.model, corpus.sequences, batch_size, "baseline" if processes.first else None)
-    perplexity = summarize(baseline, corpus)
+def _run(
+    run: Run,
+    plan: Plan,
+    units: list[Unit],
+    loaded: LoadedModel,
+    corpus: Corpus,
+    batch_size: int,
+    kl: bool,
+    processes: Processes,
+) -> None:
+    model = loaded.model
+    reference = reference_of(model, corpus.sequences, batch_size) if kl else None
+    baseline = measure(model, corpus.sequences, batch_size, "baseline" if processes.first else None)
+    perplexity = summarize(baseline.losses, corpus)
     if processes.first:
         _write_baseline(run, loaded, corpus, perplexity)
         if len(corpus.sequences) < MIN_SEQUENCES:
             run.warn(f"{len(corpus.sequences)} sequences are too few for an interval; ci_low and ci_high are empty")
-    if len({tuple(losses) for losses in processes.gather(baseline.tolist())}) > 1:
+    if len({tuple(losses) for losses in processes.gather(baseline.losses.tolist())}) > 1:
         raise RunError("the processes do not agree on the baseline; do they run on different hardware?")
     finished = processes.once(lambda: _finished(run, perplexity))
-    shells = [shell for shell in share(plan.shells(), processes.rank, processes.world) if shell.key not in finished]
-    todo = choose_weights(plan, shells, loaded.model, corpus)
+    own = share(units, processes.rank, processes.world)
+    todo = choose_weights(plan, [unit for unit in own if not keys_of(unit) <= finished], model, corpus)
     bar = tqdm(
-        sweep(loaded.model, corpus, todo, baseline, batch_size),
-        total=len(todo),
+        sweep(model, corpus, todo, baseline.losses, batch_size, reference),
+        total=sum(len(keys_of(unit)) for unit in todo),
         desc="perturbations",
         disable=not processes.first,
     )
     for outcome in bar:
         bar.set_postfix_str(outcome.condition.target.layer)
-        row = row_of(outcome, baseline, perplexity, corpus, loaded.facts["id"])
-        record = {
-            "key": outcome.condition.key,
-            "row": row,
-            "losses": outcome.losses.tolist(),
-            "n_changed": outcome.n_changed,
-        }
-        run.append(record, processes.rank)
+        run.append(record_of(outcome, baseline, perplexity, corpus, loaded.facts["id"]), processes.rank)
     processes.gather(len(todo))
     if processes.first:
-        _finish(run, plan, baseline, corpus)
+        keys = {key for unit in units for key in keys_of(unit)}
+        records = {record["key"]: record for record in run.records()}
+        ordered = [records[shell.key] for shell in plan.shells() if shell.key in keys]
+        write_records(run, ordered, baseline, corpus, comparisons=len(keys) == len(plan.shells()))
+
+
+def keys_of(unit: Unit) -> set[str]:
+    """The keys of the conditions of a unit of work."""
+    return {condition.key for condition in (unit.conditions if isinstance(unit, Copies) else [unit])}
 
 
 def _finished(run: Run, perplexity: Perplexity) -> set[str]:
@@ -201,10 +228,3 @@ def _finished(run: Run, perplexity: Perplexity) -> set[str]:
             "go on there, or choose another --experiment-id"
         )
     return {record["key"] for record in records}
-
-
-def _finish(run: Run, plan: Plan, baseline: Tensor, corpus: Corpus) -> None:
-    """Merge the finished records of all processes, in the order of the request, into the files."""
-    records = {record["key"]: record for record in run.records()}
-    ordered = [records[shell.key] for shell in plan.shells()]
-    write_records(run, ordered, baseline, corpus)

@@ -8,11 +8,12 @@ from bridge.errors import RequestError
 from torch.nn import Parameter
 from transformers import PreTrainedModel
 
+from llm_perturb.condition import Condition
+from llm_perturb.copies import Copies, Unit
 from llm_perturb.corpus import Corpus
 from llm_perturb.perturbation import Perturbation
 from llm_perturb.scores import target_scores
 from llm_perturb.selection import Ranked, Target, draw, draw_matched, highest, lowest
-from llm_perturb.sweep import Condition
 from llm_perturb.weight_list import WeightList, csv_label
 from llm_perturb.weights import layer_of
 
@@ -138,18 +139,18 @@ def lines(
     return conditions
 
 
-def share(shells: list[Condition], rank: int, world: int) -> list[Condition]:
+def share(units: list[Unit], rank: int, world: int) -> list[Unit]:
     """The part of one process: whole targets if there are enough of them, else single conditions."""
-    layers = list(dict.fromkeys(shell.target.layer for shell in shells))
-    number = {layer: at for at, layer in enumerate(layers)}
-    by_target = len(layers) >= 2 * world
-    return [s for at, s in enumerate(shells) if (number[s.target.layer] if by_target else at) % world == rank]
+    places = [unit.conditions[0].key if isinstance(unit, Copies) else unit.target.layer for unit in units]
+    number = {place: at for at, place in enumerate(dict.fromkeys(places))}
+    by_target = len(number) >= 2 * world
+    return [u for at, u in enumerate(units) if (number[places[at]] if by_target else at) % world == rank]
 
 
-def choose_weights(plan: Plan, shells: list[Condition], model: PreTrainedModel, corpus: Corpus) -> list[Condition]:
-    """The conditions with their weights."""
-    filled = [shell for shell in shells if len(shell.positions)]
-    empty = [shell for shell in shells if not len(shell.positions)]
+def choose_weights(plan: Plan, units: list[Unit], model: PreTrainedModel, corpus: Corpus) -> list[Unit]:
+    """The units with the weights of every condition."""
+    empty = [unit for unit in units if isinstance(unit, Condition) and not len(unit.positions)]
+    filled = [unit for unit in units if not (isinstance(unit, Condition) and not len(unit.positions))]
     for targets in _groups({shell.target.layer: shell.target for shell in empty}.values()):
         ranked = _rankings(plan, targets, model, corpus)
         filled += [_filled(shell, ranked[shell.target.layer]) for shell in empty if shell.target.layer in ranked]

@@ -8,13 +8,14 @@ the same bits as a full pass.
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llm_perturb.head import is_plain
-from llm_perturb.perplexity import batch_losses, batches
+from llm_perturb.perplexity import Measured, Reference, batches, in_order, measure_batch
 
 
 class _Reached(Exception):  # noqa: N818 - a signal, not an error
@@ -34,11 +35,14 @@ class Restart:
     Args:
         model: a causal language model in eval mode.
         sequences: each (T_i + 1,) ids.
-        batch_size: sequences at a time; like sequences go together, as in ``perplexity.sequence_losses``.
+        batch_size: sequences at a time; like sequences go together, as in ``perplexity.measure``.
+        reference: the unperturbed predictions, where the divergence from them is wanted.
     """
 
-    def __init__(self, model: PreTrainedModel, sequences: list[Tensor], batch_size: int = 1) -> None:
-        self.model, self.sequences = model, sequences
+    def __init__(
+        self, model: PreTrainedModel, sequences: list[Tensor], batch_size: int = 1, reference: Reference | None = None
+    ) -> None:
+        self.model, self.sequences, self.reference = model, sequences, reference
         is_plain(model)  # its trial must not run while a pass is being watched
         self.batches = batches(sequences, batch_size)
         self.path, self.layers = decoder_layers(model) or ("", nn.ModuleList())
@@ -46,10 +50,19 @@ class Restart:
         self._kept: list = [None] * len(self.batches)
 
     def depth_of(self, parameter_names: list[str]) -> int:
-        """The first decoder layer that these parameters can influence: 0 if one lies outside of the layers."""
+        """The first decoder layer that these parameters can influence; the number of layers if they come after all."""
         pattern = re.compile(re.escape(self.path) + r"\.(\d+)\.")
-        found = [pattern.match(name) if self.path else None for name in parameter_names]
-        return min((int(hit.group(1)) if hit else 0) for hit in found)
+
+        def depth(name: str) -> int:
+            inside = pattern.match(name) if self.path else None
+            return int(inside.group(1)) if inside else len(self.layers) if name in self._after_layers else 0
+
+        return min(map(depth, parameter_names))
+
+    @cached_property
+    def _after_layers(self) -> set[str]:
+        """The parameters all of whose modules run after the last layer and none before; seen from a trial."""
+        return used_after(self.model, self.layers[-1]) if self.path else set()
 
     @torch.no_grad()
     def move_to(self, layer: int) -> None:
@@ -68,24 +81,27 @@ class Restart:
         try:
             for number in range(len(self.batches)):
                 try:
-                    self._batch_losses(number)
+                    self.measure_batch(number)
                 except _Reached:
                     continue
         finally:
             hook.remove()
         self.boundary, self._kept = layer, kept
 
-    @torch.no_grad()
     def losses(self) -> Tensor:
         """S_i of every sequence, float64 (n,), the same bits as a full pass gives."""
-        losses = torch.empty(len(self.sequences), dtype=torch.float64)
-        for number, chosen in enumerate(self.batches):
-            losses[chosen] = self._batch_losses(number)
-        return losses
+        return self.measure().losses
 
-    def _batch_losses(self, number: int) -> Tensor:
-        with self._stubs(self._kept[number]):
-            return batch_losses(self.model, [self.sequences[i] for i in self.batches[number]])
+    def measure(self) -> Measured:
+        """Every sequence, the same bits as a full pass gives."""
+        return in_order(self.batches, [self.measure_batch(number) for number in range(len(self.batches))])
+
+    @torch.no_grad()
+    def measure_batch(self, number: int, copies: int = 1) -> Measured:
+        """One batch B, or several copies of it in one pass, one after the other: (copies * B,)."""
+        reference = self.reference and (self.reference.head, self.reference.hidden[number])
+        with self._stubs(_repeat(self._kept[number], copies)):
+            return measure_batch(self.model, [self.sequences[i] for i in self.batches[number]] * copies, reference)
 
     @contextmanager
     def _stubs(self, kept: object) -> Iterator[None]:
@@ -98,3 +114,30 @@ class Restart:
         finally:
             for layer in skipped:
                 del layer.forward
+
+
+def _repeat(kept: object, copies: int) -> object:
+    """What a layer gave for a batch, as it would give it for copies of the batch one after the other."""
+    if copies == 1:
+        return kept
+    if isinstance(kept, Tensor):
+        return kept.repeat(copies, *[1] * (kept.ndim - 1))
+    return type(kept)(_repeat(part, copies) for part in kept) if isinstance(kept, tuple | list) else kept
+
+
+@torch.no_grad()
+def used_after(model: PreTrainedModel, layer: nn.Module) -> set[str]:
+    """The parameters that only modules use which run after ``layer``, and not before; seen from a trial."""
+    seen: list[nn.Module | None] = []  # modules as they are called, None where the layer ends
+    owners = [module for module in model.modules() if next(module.parameters(recurse=False), None) is not None]
+    hooks = [m.register_forward_pre_hook(lambda module, inputs: seen.append(module)) for m in owners]
+    hooks.append(layer.register_forward_hook(lambda module, inputs, output: seen.append(None)))
+    ids = torch.arange(min(8, model.config.get_text_config().vocab_size), device=model.device)[None]
+    try:
+        model(input_ids=ids, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    after = set(seen[seen.index(None) :]) - set(seen[: seen.index(None)])
+    elsewhere = {id(p) for module in owners if module not in after for p in module.parameters(recurse=False)}
+    return {name for name, parameter in model.named_parameters() if id(parameter) not in elsewhere}

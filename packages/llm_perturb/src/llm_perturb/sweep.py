@@ -1,119 +1,135 @@
 """The sweep: many perturbations of one loaded model, each measured against the same baseline.
 
 The instrument checks itself on the way: the baseline is measured again at the end and must be the same
-bits, a perturbation that writes back what was there must change nothing, and weights are compared with
-their saved bits after every restore.
+bits, a perturbation that writes back what was there must change nothing, weights are compared with their
+saved bits after every restore, and copies are compared with a model that was really changed.
 """
 
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
-import numpy as np
 import torch
 from bridge.errors import RunError
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from llm_perturb.condition import Condition, Outcome, new_values
+from llm_perturb.copies import TOLERANCE, Change, Copies, Unit, change_of, measure_copies, unchanged
 from llm_perturb.corpus import Corpus
-from llm_perturb.perturbation import Perturbation, perturbed
+from llm_perturb.perplexity import Reference
+from llm_perturb.perturbation import perturbed
 from llm_perturb.restart import Restart
-from llm_perturb.selection import Target, generator
-from llm_perturb.weights import stored_transposed
-
-
-@dataclass(frozen=True)
-class Condition:
-    """One measurement to be made: which weights of which target, changed how.
-
-    Attributes:
-        target: the tensors.
-        selection: ``top_<metric>``, ``bottom_<metric>``, ``matched_<metric>``, ``random``, ``row``, ``col``,
-            ``random_row``, ``random_col`` or ``weight``.
-        perturbation: the change.
-        k: how many weights were asked for.
-        seed: of a random selection or random change, else None.
-        positions: the weights, int64, in the order of selection.
-        score_sum: their scores added, NaN where they have none.
-        row: of the one row or weight that is perturbed, else None.
-        col: likewise.
-    """
-
-    target: Target
-    selection: str
-    perturbation: Perturbation
-    k: int
-    seed: int | None
-    positions: Tensor
-    score_sum: float = math.nan
-    row: int | None = None
-    col: int | None = None
-
-    @property
-    def key(self) -> str:
-        """What tells this condition from every other of a run."""
-        of = next(iter(self.target.parameters))  # a layer's weight and its bias are two targets of one layer
-        return "|".join(
-            map(
-                str,
-                [self.target.layer, of, self.row, self.col, self.selection, self.perturbation.label, self.k, self.seed],
-            )
-        )
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a condition did: S_i of every sequence with the weights perturbed, float64 (n,), and how many bits moved."""
-
-    condition: Condition
-    losses: Tensor
-    n_changed: int
+from llm_perturb.selection import Target
 
 
 def sweep(
-    model: PreTrainedModel, corpus: Corpus, conditions: Sequence[Condition], baseline: Tensor, batch_size: int = 1
+    model: PreTrainedModel,
+    corpus: Corpus,
+    units: Sequence[Unit],
+    baseline: Tensor,
+    batch_size: int = 1,
+    reference: Reference | None = None,
 ) -> Iterator[Outcome]:
-    """Measure the conditions, from the shallowest target to the deepest.
+    """Measure conditions, from the shallowest target to the deepest.
 
     Args:
         model: in eval mode; changed while a condition is measured, and restored bit for bit.
         corpus: the sequences.
-        conditions: in any order.
+        units: conditions, and single weights that are measured together; in any order.
         baseline: S_i of the unperturbed model, float64 (n,).
         batch_size: sequences at a time.
+        reference: the unperturbed predictions, where the divergence from them is wanted.
 
     Raises:
         RunError: the instrument does not give the same bits twice, or a top set changes no bit of the model.
     """
-    restart = Restart(model, corpus.sequences, batch_size)
-    depths = [restart.depth_of(list(c.target.split(c.positions))) for c in conditions]
-    for depth, condition in sorted(zip(depths, conditions, strict=True), key=lambda pair: pair[0]):
-        if depth != restart.boundary:
-            restart.move_to(depth)
-            _check_same(_apply(model, condition, restart, no_op=True).losses, baseline, "a change of nothing")
-        _check_own(model, condition.target)
-        outcome = _apply(model, condition, restart)
-        if outcome.n_changed == 0 and condition.selection.startswith("top_"):
-            raise RunError(
-                f"{condition.perturbation.label} of {condition.selection} in {condition.target.layer} changes no bit "
-                "of the model, so its effect cannot be measured"
-            )
-        yield outcome
+    restart = Restart(model, corpus.sequences, batch_size, reference)
+    checked: set[tuple[int, type]] = set()
+    for depth, unit in sorted(((_depth(restart, unit), unit) for unit in units), key=lambda pair: pair[0]):
+        restart.move_to(depth)
+        first = (depth, type(unit)) not in checked
+        checked.add((depth, type(unit)))
+        for condition in unit.conditions if isinstance(unit, Copies) else [unit]:
+            _check_own(model, condition.target)
+        if isinstance(unit, Copies):
+            yield from _measure_together(model, unit, restart, baseline, first)
+        else:
+            if first and depth:
+                _check_same(_apply(model, unit, restart, no_op=True).losses, baseline, "a change of nothing")
+            yield _measure_alone(model, unit, restart)
     restart.move_to(0)
     _check_same(restart.losses(), baseline, "the unperturbed model at the end")
 
 
+def _depth(restart: Restart, unit: Unit) -> int:
+    if isinstance(unit, Copies):
+        return min(_depth(restart, condition) for condition in unit.conditions)
+    return restart.depth_of(list(unit.target.split(unit.positions)))
+
+
+def _measure_alone(model: PreTrainedModel, condition: Condition, restart: Restart) -> Outcome:
+    outcome = _apply(model, condition, restart)
+    if outcome.n_changed == 0 and condition.selection.startswith("top_"):
+        raise RunError(
+            f"{condition.perturbation.label} of {condition.selection} in {condition.target.layer} changes no bit "
+            "of the model, so its effect cannot be measured"
+        )
+    return outcome
+
+
+def _measure_together(
+    model: PreTrainedModel, copies: Copies, restart: Restart, baseline: Tensor, check: bool
+) -> Iterator[Outcome]:
+    changes = [change_of(model, condition) for condition in copies.conditions]
+    moving = [at for at, change in enumerate(changes) if change.changes_bits]
+    found = dict(zip(moving, measure_copies(restart, [changes[at] for at in moving]), strict=True))
+    if check and moving:
+        largest = max(moving, key=lambda at: _size(found[at].losses - baseline))
+        chosen = copies.conditions[largest], changes[largest], found[largest].losses
+        _check_copy(model, *chosen, restart, baseline)
+    for at, condition in enumerate(copies.conditions):
+        yield Outcome(condition, found[at], 1) if at in found else _apply(model, condition, restart)
+
+
+def _size(differences: Tensor) -> float:
+    return differences.sum().abs().nan_to_num(torch.inf).item()
+
+
+def _check_copy(
+    model: PreTrainedModel, condition: Condition, change: Change, found: Tensor, restart: Restart, baseline: Tensor
+) -> None:
+    """On one batch: a change of nothing against the baseline, and a copy against the model that was really changed."""
+    number = len(restart.batches) // 2
+    chosen = torch.tensor(restart.batches[number]).sort()
+    n_tokens = torch.tensor([len(restart.sequences[i]) - 1 for i in chosen.values])
+    before = baseline[chosen.values]
+    (nothing,) = measure_copies(restart, [unchanged(change)], number)
+    _check_close(nothing.losses, before, before, n_tokens, "a change of nothing")
+    parts = condition.target.split(condition.positions)
+    with perturbed(condition.target.parameters, parts, new_values(model, condition)):
+        really = restart.measure_batch(number).losses[chosen.indices]
+    _check_close(found[chosen.values], really, before, n_tokens, condition.key)
+
+
+def _check_close(found: Tensor, expected: Tensor, before: Tensor, n_tokens: Tensor, what: str) -> None:
+    allowed = TOLERANCE * n_tokens + 1e-3 * (expected - before).abs()  # a broken model amplifies rounding
+    same = (found - expected).abs() <= allowed
+    if not (same | ~(found.isfinite() | expected.isfinite())).all():
+        worst = ((found - expected).abs() / n_tokens).max().item()
+        raise RunError(
+            f"the instrument fails its own check: {what} in a copy of the batch is {worst:.3g} nats per token away "
+            f"from the same in the model, and may be {TOLERANCE}"
+        )
+
+
 def _apply(model: PreTrainedModel, condition: Condition, restart: Restart, no_op: bool = False) -> Outcome:
-    target, change = condition.target, condition.perturbation
+    target = condition.target
 
-    def new_values(name: str, tensor: Tensor, index: Tensor) -> Tensor:
-        if no_op:
-            return tensor.view(-1)[index]
-        rng = generator([condition.seed, "noise", name])
-        return change.new_values(tensor, index, stored_transposed(model, name), rng)
+    def as_before(name: str, tensor: Tensor, index: Tensor) -> Tensor:
+        return tensor.view(-1)[index]
 
-    with perturbed(target.parameters, target.split(condition.positions), new_values) as n_changed:
-        return Outcome(condition, restart.losses(), n_changed)
+    change = as_before if no_op else new_values(model, condition)
+    with perturbed(target.parameters, target.split(condition.positions), change) as n_changed:
+        return Outcome(condition, restart.measure(), n_changed)
 
 
 def _check_own(model: PreTrainedModel, target: Target) -> None:
@@ -125,5 +141,5 @@ def _check_own(model: PreTrainedModel, target: Target) -> None:
 
 def _check_same(losses: Tensor, baseline: Tensor, what: str) -> None:
     if not torch.equal(losses, baseline):
-        worst = np.abs((losses - baseline).numpy()).max()
+        worst = (losses - baseline).abs().max()
         raise RunError(f"the instrument fails its own check: {what} changes a loss by {worst:.3g} nats, and must by 0")

@@ -3,24 +3,36 @@
 import math
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
-from bridge.records import MEASUREMENTS, atomic_path, write_table
+from bridge.records import MEASUREMENTS, atomic_path, read_table, write_table, write_text
 from bridge.runs import Run
-from torch import Tensor
 
+from llm_perturb.comparison import compare
+from llm_perturb.condition import Condition, Outcome
 from llm_perturb.corpus import Corpus
 from llm_perturb.intervals import ratio_interval
-from llm_perturb.perplexity import Perplexity, exp
-from llm_perturb.sweep import Condition, Outcome
+from llm_perturb.perplexity import Measured, Perplexity, exp
 
 _WHOLE = {"seed": "Int64", "row": "Int64", "col": "Int64"}  # columns that may be empty
 
 
-def row_of(outcome: Outcome, baseline: Tensor, before: Perplexity, corpus: Corpus, model: str) -> dict:
+def record_of(outcome: Outcome, baseline: Measured, before: Perplexity, corpus: Corpus, model: str) -> dict:
+    """What is kept of an outcome until the table is written."""
+    measured = outcome.measured
+    record = {"key": outcome.condition.key, "row": row_of(outcome, baseline, before, corpus, model)}
+    record |= {"losses": measured.losses.tolist(), "correct": measured.correct.tolist()}
+    if measured.divergence is not None:
+        record["divergence"] = measured.divergence.tolist()
+    return record | {"n_changed": outcome.n_changed}
+
+
+def row_of(outcome: Outcome, baseline: Measured, before: Perplexity, corpus: Corpus, model: str) -> dict:
     """One row of the table: d_i = S_i after - S_i before, on the same tokens."""
     condition: Condition = outcome.condition
-    differences = outcome.losses - baseline  # (n,)
+    measured = outcome.measured
+    differences = measured.losses - baseline.losses  # (n,)
     lengths = torch.tensor([len(sequence) - 1 for sequence in corpus.sequences])
     delta_nll = differences.sum().item() / corpus.n_tokens
     interval = ratio_interval(differences.numpy(), lengths.numpy())
@@ -48,26 +60,54 @@ def row_of(outcome: Outcome, baseline: Tensor, before: Perplexity, corpus: Corpu
         "corpus_sha256": corpus.facts["corpus_sha256"],
         "model": model,
         "ppl_ratio": exp(delta_nll),
+        "delta_accuracy": (measured.correct - baseline.correct).sum().item() / corpus.n_tokens,
+        "kl": math.nan if measured.divergence is None else measured.divergence.sum().item() / corpus.n_tokens,
         "row": condition.row,
         "col": condition.col,
     }
 
 
-def write_records(run: Run, records: list[dict], baseline: Tensor, corpus: Corpus) -> None:
+def write_records(run: Run, records: list[dict], baseline: Measured, corpus: Corpus, comparisons: bool = True) -> None:
     """Write the table and the losses behind it, and print it.
 
     Args:
         run: the folder.
-        records: of each condition, in the order of the table, ``row``, ``losses`` and ``n_changed``.
-        baseline: S_i of the unperturbed model, (n,).
+        records: of each condition, in the order of the table, as ``record_of`` gives them.
+        baseline: the unperturbed model.
         corpus: the sequences.
+        comparisons: whether these are all rows of a request, so that top sets can be compared with random ones.
     """
     frame = pd.DataFrame([record["row"] for record in records]).astype(_WHOLE)
     _warn(run, records)
     write_table(run.folder / "measurements.csv", frame, MEASUREMENTS)
     _write_losses(run.folder / "sequence_losses.parquet", records, baseline, corpus)
     _print_rows(frame)
+    if comparisons:
+        write_comparisons(run.folder)
     print(f"{len(frame)} measurements written to {run.folder / 'measurements.csv'}", flush=True)
+
+
+def write_comparisons(folder: Path) -> None:
+    """Compare top sets with random ones, from the files of a run; write and print the table if there are any."""
+    table = read_table(folder / "measurements.csv", MEASUREMENTS)
+    losses = pd.read_parquet(folder / "sequence_losses.parquet")
+    shape = len(table), -1
+    differences = (losses["perturbed_nats"] - losses["baseline_nats"]).to_numpy().reshape(shape)
+    n_tokens = losses["n_tokens"].to_numpy().reshape(shape)[0]
+    frame = compare(table, differences, n_tokens)
+    if len(frame):
+        write_text(folder / "comparisons.csv", frame.to_csv(index=False))
+        for row in frame.itertuples():
+            _print_comparison(row)
+
+
+def _print_comparison(row: tuple) -> None:
+    interval = f" ({row.note})" if np.isnan(row.ci_low) else f", 95 % interval {row.ci_low:+.6f} to {row.ci_high:+.6f}"
+    print(
+        f"{row.selection.upper()} AGAINST {row.control.upper()}: {row.target_layer}, {row.perturbation}, k={row.k}: "
+        f"{row.difference:+.6f} nats per token more than {row.n_draws} draws{interval}, p = {row.p_value:.3g}",
+        flush=True,
+    )
 
 
 def _warn(run: Run, records: list[dict]) -> None:
@@ -84,15 +124,19 @@ def _warn(run: Run, records: list[dict]) -> None:
             run.warn(f"{what}: the perturbed loss is {row['delta_nll']}")
 
 
-def _write_losses(path: Path, records: list[dict], baseline: Tensor, corpus: Corpus) -> None:
+def _write_losses(path: Path, records: list[dict], baseline: Measured, corpus: Corpus) -> None:
     """The paired losses: one row per condition and sequence, nats summed over the sequence."""
     n = len(corpus.sequences)
     columns = ["target_layer", "selection", "perturbation", "k", "seed", "row", "col"]
     frame = pd.DataFrame({c: [r["row"][c] for r in records for _ in range(n)] for c in columns})
     frame["sequence"] = list(range(n)) * len(records)
     frame["n_tokens"] = [len(sequence) - 1 for sequence in corpus.sequences] * len(records)
-    frame["baseline_nats"] = baseline.tolist() * len(records)
+    frame["baseline_nats"] = baseline.losses.tolist() * len(records)
     frame["perturbed_nats"] = [loss for record in records for loss in record["losses"]]
+    frame["baseline_correct"] = baseline.correct.tolist() * len(records)
+    frame["perturbed_correct"] = [count for record in records for count in record["correct"]]
+    if all("divergence" in record for record in records):
+        frame["kl_nats"] = [nats for record in records for nats in record["divergence"]]
     frame = frame.astype(_WHOLE)
     with atomic_path(path) as temporary:
         frame.to_parquet(temporary)
