@@ -67,7 +67,7 @@ def phase1(
         experiment_id: the name of the run's folder after critical_analysis_; the time if left out.
         seed: of the random control list, the halves of --stability and the signs of hutchinson_diag.
         stability: how many times to discover two random halves of the corpus and compare; one more pass each.
-        hutchinson_probes: of hutchinson_diag; each costs about two more backward passes over the corpus.
+        hutchinson_probes: of hutchinson_diag; each costs two to three backward passes over the corpus.
         save_plots: whether to draw the plots; --no-save-plots for none.
         trust_remote_code: run the model's own code.
         weights: resident, in memory; streamed, read from the checkpoint one layer at a time; auto, by their size.

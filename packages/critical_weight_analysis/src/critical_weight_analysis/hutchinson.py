@@ -95,9 +95,9 @@ def rademacher(name: str, like: Tensor, seed: int, probe: int) -> Tensor:
 
 def _announce(n_sequences: int, n_probes: int, n_weights: int) -> None:
     _log.info(
-        "hutchinson_diag: %d probes of %d sequences, each of about two more backward passes (%d in all), and memory "
-        "for about 5 times the %d weights in scope in float32 (%.1f GB) beside the intermediate results of a sequence",
-        *(n_probes, n_sequences, 2 * n_probes * n_sequences, n_weights, 5 * 4 * n_weights / 1e9),
+        "hutchinson_diag: %d probes of %d sequences, %d products, each of two to three backward passes of a sequence; "
+        "memory for about 5 times the %d weights in scope in float32 (%.1f GB), and intermediate results of a sequence",
+        *(n_probes, n_sequences, n_probes * n_sequences, n_weights, 5 * 4 * n_weights / 1e9),
     )
 
 
