@@ -7,7 +7,7 @@ stays in the processor's cache from the product that makes it to the last use of
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - torch's own name for it
+from llm_perturb.products import linear
 from torch import Tensor, nn
 
 from critical_weight_analysis.recorder import Product
@@ -37,7 +37,7 @@ def plain_loss(head: nn.Linear, hidden: Tensor, targets: Tensor) -> tuple[Tensor
     chosen = torch.empty(len(targets), dtype=wide, device=targets.device)
     for block, here in zip(columns, inside, strict=True):
         bias = None if head.bias is None else head.bias[block]
-        z = F.linear(hidden, head.weight[block], bias).to(wide)  # (T, C)
+        z = linear(hidden, head.weight[block], bias).to(wide)  # (T, C)
         chosen[here] = z[positions[here], targets[here] - block.start]
         highest.append(z.amax(dim=1, keepdim=True))
         exponentials.append(z.sub_(highest[-1]).exp_())
@@ -97,7 +97,7 @@ def back(
     result = torch.zeros_like(hidden)
     wide, at_bias = None if weight is None else hidden.to(weight.dtype), []
     for block, gradient in gradients:
-        result.addmm_(gradient.to(hidden.dtype), head.weight[block])
+        result.add_(linear(gradient.to(hidden.dtype), head.weight[block].T))
         if weight is not None:
             batch = [(i, Product(gradient[here], wide[here])) for i, here in rows.items()]
             weight.add_products(batch, start=block.start, ids=ids)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from llm_perturb.models import free_bytes
+from llm_perturb.products import linear
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
@@ -70,7 +71,7 @@ class Keeper(TorchFunctionMode):
         return self._give_back(func, args) if self.replaying else self._keep(func, args)
 
     def _keep(self, func: Callable, args: tuple) -> Tensor:
-        result, weight = func(*args), weight_of(func, args)
+        result, weight = _map(func, args), weight_of(func, args)
         size = 0 if id(weight) in self._unneeded else result.nbytes
         size = size if size <= self._budget.left else 0
         self._budget.left -= size
@@ -79,31 +80,43 @@ class Keeper(TorchFunctionMode):
         return result
 
     def _give_back(self, func: Callable, args: tuple) -> Tensor:
-        weight, x = weight_of(func, args), args[0] if func is F.linear else args[1]
+        weight = weight_of(func, args)
+        x, matrix, _ = _operands(func, args)
         key, result, version = self._kept[self.layer].popleft()
         assert key == id(weight), f"{self.layer} makes other calls when it is run again"
         if key in self._unneeded:
-            result = x.new_zeros(*x.shape[:-1], weight.shape[0 if func is F.linear else 1])
-            return _Known.apply(x, weight, func is F.linear, result)
-        if result is None:
-            return func(*args)
-        self._budget.left += result.nbytes
-        if result._version != version:  # changed in place after it was made
-            return func(*args)
-        return _Known.apply(x, weight, func is F.linear, result)
+            result = x.new_zeros(*x.shape[:-1], len(matrix))
+        elif result is not None:
+            self._budget.left += result.nbytes
+            result = result if result._version == version else None  # changed in place after it was made
+        with torch.no_grad():
+            result = _map(func, args) if result is None else result
+        return _Known.apply(x, matrix, result)
 
 
 class _Known(torch.autograd.Function):
     """A linear map whose result is known already."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: nn.Parameter, stored_out_in: bool, result: Tensor) -> Tensor:  # noqa: ANN401
-        ctx.weight, ctx.stored_out_in = weight, stored_out_in
+    def forward(ctx: Any, x: Tensor, matrix: Tensor, result: Tensor) -> Tensor:  # noqa: ANN401
+        ctx.matrix = matrix
         return result.detach()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # noqa: ANN401
-        return grad @ (ctx.weight if ctx.stored_out_in else ctx.weight.T), None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN401
+        return linear(grad, ctx.matrix.T), None, None
+
+
+def _operands(func: Callable, args: tuple) -> tuple[Tensor, Tensor, Tensor | None]:
+    """X (..., I), W (O, I) and b (O,) or none, of a call that ``is_linear``."""
+    if func is F.linear:
+        return args[0], args[1].detach(), args[2] if len(args) == 3 else None
+    return args[1], args[2].detach().T, args[0]
+
+
+def _map(func: Callable, args: tuple) -> Tensor:
+    """What the call returns, by the fastest product there is."""
+    return linear(*_operands(func, args))
 
 
 def is_linear(func: Callable, args: tuple, kwargs: dict) -> bool:
