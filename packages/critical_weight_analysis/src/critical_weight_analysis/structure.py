@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from llm_perturb.checkpoint import Checkpoint
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_flatten
 
 from critical_weight_analysis.keeper import only_added
@@ -147,6 +148,8 @@ class _Trace:
             stack.callback(self.head.register_forward_hook(self._leave_head).remove)
             stack.callback(self.base.register_forward_hook(self._leave_base).remove)
             self.recorder.section = BEFORE
+            # the graph is looked at, never run, so it need not hold what it would compute with: the weights, above all
+            stack.enter_context(saved_tensors_hooks(_forget, _forget))
             with torch.enable_grad(), self.recorder:
                 self.logits = model(input_ids=ids, use_cache=False).logits
 
@@ -251,6 +254,10 @@ class _Trace:
             if use.section not in {BEFORE, HEAD} and not _rows_are_tokens(use.x):
                 unclear |= names
         return frozenset(seen - unclear)
+
+
+def _forget(saved: object) -> None:
+    """Keep nothing for a way back that nobody goes."""
 
 
 def _hook(stack: ExitStack, register: Callable, function: Callable) -> None:
