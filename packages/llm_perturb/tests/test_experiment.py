@@ -371,6 +371,8 @@ WRONG = {
     "no such bit": ({"perturbation": "bit_flip", "bit": 64}, "bit"),
     "a negative bit": ({"perturbation": "bit_flip", "bit": -1}, "bit"),
     "a grid without steps": ({"perturbation": "quantize", "n_bits": 1}, "bits"),
+    "no such shard": ({"shard": "5/4"}, "--shard '5/4' must be i/n"),
+    "more shards than work": ({"shard": "40/40"}, "--shard 40/40 has nothing to do"),
     "a name with a slash": ({"experiment_id": "a/b"}, "must be a plain name"),
     "one text too short": ({"packing": "documents", "data_file": "SHORT"}, "too short to predict"),
     "a list of another model": ({"weights_csv": "OTHER"}, "another model or revision"),
