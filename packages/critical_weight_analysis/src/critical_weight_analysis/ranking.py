@@ -156,7 +156,8 @@ class Ranking:
     def update(self, name: str, weight: Tensor, scores: Tensor) -> None:
         """Take in one parameter: its weights and their scores, both of its stored shape. Once for each parameter."""
         number = self._order[name]
-        index = top_indices(scores, self.k)
+        held = self._parts.get(-1)  # of all parameters, where only their common top-K is kept
+        index = top_indices(scores, self.k) if held is None else _that_can_enter(held, scores, self.k)
         part = Entries(
             torch.full_like(index, number),
             index,
@@ -167,8 +168,7 @@ class Ranking:
             assert number not in self._parts, f"{name} came twice"
             self._parts[number] = part
         else:
-            held = [self._parts[-1]] if self._parts else []
-            self._parts = {-1: _highest(Entries.join([*held, part]), self.k)}
+            self._parts = {-1: _highest(Entries.join([part] if held is None else [held, part]), self.k)}
 
     def top(self, k: int) -> pd.DataFrame:
         """The K highest of all weights, or all if there are fewer, as rows of TOP_WEIGHTS."""
@@ -203,6 +203,14 @@ class Ranking:
                 "score": score,
             }
         ).assign(col=lambda frame: frame["col"].mask(self._one_dimensional[number]))
+
+
+def _that_can_enter(held: Entries, scores: Tensor, k: int) -> Tensor:
+    """Flat indices, on the CPU, of the few scores that reach the lowest of the K held; of more, the K highest."""
+    if len(held) < k:
+        return top_indices(scores, k)
+    reach = scores.detach().reshape(-1) >= held.score.min().item()
+    return reach.nonzero()[:, 0].cpu() if int(reach.count_nonzero()) <= 64 * k else top_indices(scores, k)
 
 
 def gather(tensor: Tensor, index: Tensor) -> Tensor:
