@@ -1,10 +1,13 @@
 """Weights that are read from the checkpoint layer by layer give the same bits as weights in memory."""
 
+from contextlib import ExitStack
+
 import pytest
 import torch
 from bridge.errors import RequestError
 from critical_weight_analysis import backward
 from critical_weight_analysis.discovery import discover, engine_for
+from critical_weight_analysis.recorder import Recorder
 from critical_weight_analysis.settings import Settings
 from llm_perturb import models
 from llm_perturb.weights import in_scope
@@ -68,6 +71,20 @@ def test_only_what_is_asked_for_is_there(folder):
         assert torch.equal(model.get_parameter(name), truth[name])
         assert model.get_parameter(other).untyped_storage().nbytes() == 4
     assert model.get_parameter(name).untyped_storage().nbytes() == 4
+
+
+def test_values_are_there_while_the_calls_are_watched(folder):
+    loaded, ids = models.load(str(folder), weights="streamed"), torch.tensor([[3, 1, 4, 1, 5]])
+    list_name = next(name for name, module in loaded.model.named_modules() if isinstance(module, torch.nn.ModuleList))
+    outside = [name for name, _ in loaded.model.named_parameters() if not name.startswith(list_name)]
+    recorder = Recorder(dict(loaded.model.named_parameters()))
+    with ExitStack() as stack:
+        stack.enter_context(loaded.checkpoint.present(outside))
+        for layer in loaded.model.get_submodule(list_name):
+            stack.enter_context(loaded.checkpoint.present_during(layer))
+        with recorder:
+            logits = loaded.model(input_ids=ids, use_cache=False).logits
+    assert torch.equal(logits, models.load(str(folder)).model(input_ids=ids, use_cache=False).logits)
 
 
 def test_tensors_without_the_base_models_name(tmp_path, sequences):

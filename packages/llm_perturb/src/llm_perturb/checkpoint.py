@@ -13,7 +13,7 @@ import torch
 from accelerate import init_empty_weights
 from bridge.errors import RequestError
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -51,7 +51,7 @@ class Checkpoint:
                     path, key = self._places[name]
                     if path not in files:
                         files[path] = stack.enter_context(safe_open(path, "pt"))
-                    self._parameters[name].data = files[path].get_tensor(key).to(self._device, self._dtype)
+                    self._set(name, files[path].get_tensor(key).to(self._device, self._dtype))
                 self._holders[name] += 1
             files.clear()
         try:
@@ -60,7 +60,11 @@ class Checkpoint:
             for name in names:
                 self._holders[name] -= 1
                 if self._holders[name] == 0:
-                    self._parameters[name].data = self._absent[name]
+                    self._set(name, self._absent[name])
+
+    def _set(self, name: str, value: Tensor) -> None:
+        with torch._C.DisableTorchFunction():  # whoever watches torch's calls would take this for a use
+            self._parameters[name].data = value
 
     @contextmanager
     def present_during(self, module: nn.Module) -> Iterator[None]:
