@@ -55,7 +55,7 @@ def members_of(sequences: list[Tensor], batch_size: int) -> list[list[int]]:
 def first_batch_size(sequences: list[Tensor], device: torch.device) -> int:
     """How many sequences to try at a time: on the CPU about a thousand tokens, beyond which nothing gets faster."""
     if device.type == "cpu":
-        return min(len(sequences), max(1, _CPU_TOKENS // max(map(len, sequences))))
+        return min(len(sequences), max(1, _CPU_TOKENS // (max(map(len, sequences)) - 1)))
     return min(len(sequences), _GPU_SEQUENCES)
 
 
