@@ -7,7 +7,6 @@ weights no more than one layer's need be there.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 
 import torch
 from bridge.errors import RequestError
@@ -127,7 +126,7 @@ class _Pass:
                     args, kwargs = with_hidden(batch.hidden, *batch.calls[layer])
                     if depth < to_come:
                         self.states.put((layer, number), batch.hidden)
-                    with batch.keeper.record(layer) if depth < to_come else nullcontext():
+                    with batch.keeper.record(layer, again=depth < to_come):
                         batch.hidden = output_of(module(*args, **kwargs))
             self.bar.update()
         losses = torch.zeros(len(self.lengths), dtype=torch.float64)

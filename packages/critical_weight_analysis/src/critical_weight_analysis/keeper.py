@@ -50,13 +50,13 @@ class Keeper(TorchFunctionMode):
     def __init__(self, budget: Budget, unneeded: frozenset[int]) -> None:
         super().__init__()
         self.layer: str | None = None
-        self.replaying = False
+        self.replaying, self._again = False, True
         self._budget, self._unneeded = budget, unneeded
         self._kept: dict[str, deque[tuple[int, Tensor | None, int]]] = {}  # weight, result, its version
 
-    def record(self, layer: str) -> "Keeper":
-        """The calls of this layer are about to be made for the first time."""
-        self.layer, self.replaying = layer, False
+    def record(self, layer: str, again: bool = True) -> "Keeper":
+        """The calls of this layer are about to be made for the first time; nothing is kept if not ``again``."""
+        self.layer, self.replaying, self._again = layer, False, again
         return self
 
     def replay(self, layer: str) -> "Keeper":
@@ -72,6 +72,8 @@ class Keeper(TorchFunctionMode):
 
     def _keep(self, func: Callable, args: tuple) -> Tensor:
         result, weight = _map(func, args), weight_of(func, args)
+        if not self._again:
+            return result
         size = 0 if id(weight) in self._unneeded else result.nbytes
         size = size if size <= self._budget.left else 0
         self._budget.left -= size
