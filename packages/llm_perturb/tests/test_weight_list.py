@@ -202,6 +202,7 @@ def test_a_list_without_a_weight_of_the_target_is_refused(neox, tmp_path):
     ("name", "label"),
     [
         ("x/top_100_weights_grad_x_weight.csv", "grad_x_weight"),
+        ("x/bottom_100_weights_obd.csv", "bottom_100_weights_obd"),
         ("top_100_per_layer_magnitude.csv", "magnitude"),
         ("top_100_per_layer_grad_x_weight.csv", "grad_x_weight"),
         ("mine.csv", "mine"),

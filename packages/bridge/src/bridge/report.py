@@ -25,6 +25,8 @@ from bridge.tables import TextTable
 DEFINITIONS = {
     "grad_x_weight": "|θ · ∂L/∂θ|: first-order estimate of the change of loss at θ = 0 (Molchanov et al. 2019)",
     "grad_squared": "mean over sequences of (∂L_i/∂θ)²: diagonal of the empirical Fisher (SqueezeLLM, Kim et al. 2024)",
+    "grad_squared_batch": "(∂L/∂θ)²: the square of the mean gradient, the corpus taken as one batch",
+    "grad_squared_token": "mean over predicted tokens of the squared contribution of each position to ∂S_i/∂θ",
     "obd": "½ θ² h, h the per-token empirical Fisher: second-order estimate of the same change (LeCun et al. 1990)",
     "taylor2": "|−θ ∂L/∂θ + ½ θ² h|: both terms of the Taylor series",
     "magnitude": "|θ|: the baseline that a metric must beat",

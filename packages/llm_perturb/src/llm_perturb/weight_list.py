@@ -14,11 +14,11 @@ from torch.nn import Parameter
 
 from llm_perturb.selection import Ranked, Target
 
-_FILE_NAME = re.compile(r"_(?:weights|per_layer)_(\w+)\.csv$")
+_FILE_NAME = re.compile(r"^top_\d+_(?:weights|per_layer)_(\w+)\.csv$")
 
 
 def csv_label(path: str) -> str:
-    """What the weights of a CSV are called: the metric in a discovery file's name, else the file's own name."""
+    """What the weights of a CSV are called: the metric in the name of a discovery's top-K, else the file's own name."""
     found = _FILE_NAME.search(Path(path).name)
     return found.group(1) if found else Path(path).stem
 
