@@ -8,12 +8,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Literal
 
-import pandas as pd
 import torch
 from accelerate.utils import find_executable_batch_size
 from bridge import runs
 from bridge.errors import RequestError
-from bridge.records import LAYER_SUMMARY, SAMPLED_WEIGHTS, STABILITY, TOP_WEIGHTS, write_json, write_table
+from bridge.records import write_json
 from llm_perturb import models
 from llm_perturb.corpus import Corpus, CorpusOptions, read_texts, tokenize
 from llm_perturb.models import LoadedModel
@@ -22,7 +21,7 @@ from llm_perturb.weights import in_scope
 from torch import Tensor
 from torch.nn import Parameter
 
-from critical_weight_analysis import baseline, plots, stability
+from critical_weight_analysis import baseline, stability, tables
 from critical_weight_analysis.batches import first_batch_size
 from critical_weight_analysis.discovery import Discovery, discover, engine_for
 from critical_weight_analysis.metrics import FORMULAS
@@ -35,10 +34,8 @@ Packing = Literal["documents", "windows"]
 Scope = Literal["matrices", "all"]
 Weights = models.Weights
 Mode = Literal["global", "per_layer"]
-Tops = dict[str, dict[int, pd.DataFrame]]  # metric -> K -> the global top-K
 
 KIND = "critical_analysis"
-_ROWS_SHOWN = 5
 _NOT_IDENTITY = {"batch_size", "weights", "device", "output", "baseline", "experiment_id", "save_plots"}
 _log = logging.getLogger("critical_weight_analysis")
 
@@ -154,12 +151,13 @@ def run(options: Options) -> None:
         tops = {m: {k: ranking.top(k) for k in request.options.topk} for m, ranking in found.rankings.items()}
         splits = list(_halves(engine, request, settings))
         if opened:
-            _write_tables(request.options, found, tops, folder)
+            tables.write_tables(found, tops, request.options.mode, folder)
             if request.options.save_plots:
-                _write_plots(found, tops, folder / "plots")
+                tables.write_plots(found, tops, folder / "plots")
             if splits:
-                _write_stability(request, found, splits, folder)
-            _say(folder, tops)
+                agreement = stability.table(found.rankings, splits, request.options.topk, request.n_weights)
+                tables.write_stability(agreement, folder, request.options.save_plots)
+            tables.say(folder, tops)
         settings.resume.clear()
     processes.close()
 
@@ -288,38 +286,6 @@ def _check_baseline(request: Request, losses: Tensor, opened: runs.Run | None) -
         write_json(opened.folder / "baseline.json", found)
 
 
-def _write_tables(options: Options, found: Discovery, tops: Tops, folder: Path) -> None:
-    for metric, by_k in tops.items():
-        for k, top in by_k.items():
-            if "global" in options.mode:
-                write_table(folder / f"top_{k}_weights_{metric}.csv", top, TOP_WEIGHTS)
-            if "per_layer" in options.mode:
-                within = found.rankings[metric].top_per_layer(k)
-                write_table(folder / f"top_{k}_per_layer_{metric}.csv", within, TOP_WEIGHTS)
-        summary = found.summaries[metric].table(by_k)
-        write_table(folder / f"layer_summary_{metric}.csv", summary, LAYER_SUMMARY)
-        _log.info("%s: tables of the top %s written", metric, ", ".join(map(str, by_k)))
-        for k in by_k if "global" in options.mode else ():
-            bottom = found.controls.bottom(metric, k)
-            write_table(folder / f"bottom_{k}_weights_{metric}.csv", bottom, TOP_WEIGHTS)
-    for k in options.topk if "global" in options.mode else ():
-        random = found.controls.random(k, found.rankings.values())
-        if len(random) < k:
-            _log.warning("only %d weights lie outside of every top-K for random_%d_weights.csv", len(random), k)
-        if len(random):
-            write_table(folder / f"random_{k}_weights.csv", random, TOP_WEIGHTS)
-    write_table(folder / "sampled_weights.csv", found.sampled, SAMPLED_WEIGHTS)
-
-
-def _write_plots(found: Discovery, tops: Tops, folder: Path) -> None:
-    folder.mkdir(exist_ok=True)
-    for metric, by_k in tops.items():
-        summary = found.summaries[metric].table(by_k)
-        for k in by_k:
-            plots.plot_heat_map(summary, k, metric, folder / f"top_{k}_by_layer_{metric}.png")
-    plots.plot_scores_by_rank({metric: by_k[max(by_k)] for metric, by_k in tops.items()}, folder / "score_by_rank.png")
-
-
 def _halves(engine: ModuleType, request: Request, settings: Settings) -> Iterator[stability.Halves]:
     options, n = request.options, request.options.stability
     if n:
@@ -335,23 +301,3 @@ def _halves(engine: ModuleType, request: Request, settings: Settings) -> Iterato
         seed=options.seed,
         settings=replace(settings, resume=None),
     )
-
-
-def _write_stability(request: Request, found: Discovery, splits: list[stability.Halves], folder: Path) -> None:
-    options = request.options
-    table = stability.table(found.rankings, splits, options.topk, request.n_weights)
-    write_table(folder / "stability.csv", table, STABILITY)
-    for (metric, k), rows in table[table["kind"] == "halves"].groupby(["metric", "k"], sort=False):
-        words = metric, k, rows["jaccard"].mean(), rows["jaccard_chance"].iloc[0]
-        _log.info("stability: %s, top %d: mean Jaccard overlap of two halves %.3f (chance %.2g)", *words)
-    if options.save_plots:
-        (folder / "plots").mkdir(exist_ok=True)
-        plots.plot_stability(table, folder / "plots" / "stability.png")
-
-
-def _say(folder: Path, tops: Tops) -> None:
-    for metric, by_k in tops.items():
-        for k, top in by_k.items():
-            print(f"\nTop {k} by {metric}, the first {min(k, _ROWS_SHOWN)}:")
-            print(top.head(_ROWS_SHOWN).drop(columns="layer").to_string(index=False))
-    print(f"\nwritten to {folder}")
