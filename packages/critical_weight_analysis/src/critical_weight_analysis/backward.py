@@ -86,7 +86,10 @@ class _Pass:
         self.owned, self.names = owned, list(names)
         self.wanted = {layer: [name for name in owned[layer] if name in set(names)] for layer in owned}
         self.done = settings.resume.layers if settings.resume and needs else 0  # layers, from the last one
-        self.outside = self.sums_of(self.wanted.pop("")) if needs else {}
+        outside = self.wanted.pop("") if needs else []
+        # the sums of what is before the layers alone are 0 until the very end
+        self.last = [n for n in outside if n in structure.before and self.parameters[n] is not structure.head.weight]
+        self.outside = self.sums_of([name for name in outside if name not in self.last])
         self.batches = self._make_batches(sequences)
         n_bytes = sum(batch.ids.numel() for batch in self.batches) * len(structure.layers) * _width(structure, model)
         self.states = HiddenStates(n_bytes, next(model.parameters()).device, settings.scratch)
@@ -148,7 +151,7 @@ class _Pass:
         after = [name for name in self.outside if name not in self.structure.before]
         yield from self._finish({name: self.outside.pop(name) for name in after}, hand_out=not self.done)
         for number, layer in enumerate(reversed(self.structure.layers)):
-            if not self.outside and not any(self.wanted.values()):
+            if not self.outside and not self.last and not any(self.wanted.values()):
                 break  # nothing that is asked for lies further back
             own = self.wanted.pop(layer)
             if number < self.done:
@@ -159,6 +162,7 @@ class _Pass:
             self.bar.update()
             if resume:
                 resume.save(number + 1, [batch.gradient for batch in self.batches])
+        self.outside |= self.sums_of(self.last)
         with self.settings.present(self.structure.before):
             for batch in self.batches if self.outside else []:
                 ends.back_to_embedding(self.structure, batch, self.outside)
