@@ -145,6 +145,7 @@ def discover(
             controls.update(metric, sensitivity, scores)
             highest.append(best[:N_HEAD])
         sample.update(sensitivity, highest)
+        del sensitivity, scores  # before the next layer is computed
     return Discovery(losses, rankings, summaries, controls, sample.table())
 
 
