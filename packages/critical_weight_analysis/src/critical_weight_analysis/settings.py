@@ -44,4 +44,6 @@ class Settings:
     def add_up(self, total: Tensor) -> None:
         """Add what the other processes have to a tensor, in place."""
         if self.processes and self.processes.world > 1:
-            torch.distributed.all_reduce(total)
+            here = total.to(self.processes.device)  # a group of GPUs cannot add what lies in main memory
+            torch.distributed.all_reduce(here)
+            total.copy_(here)

@@ -30,6 +30,7 @@ class Processes:
     def __init__(self) -> None:
         self._state = PartialState(cpu=not torch.cuda.is_available())
         self.rank, self.world = self._state.process_index, self._state.num_processes
+        self.device = self._state.device
         if not torch.cuda.is_available():
             _share_cores(self.world)
 
