@@ -76,14 +76,20 @@ def run_topk_perturb(
         print(f"\rmeasuring {number + 1}/{len(wanted)}", end="", file=sys.stderr, flush=True)
         if MODE == "fail" and number == 3:
             raise RunError("the loss of sequence 2 is not finite")
-        if MODE == "broken" and len(target_layer) in (1, 8) and cell[0] == broken:
-            raise RunError(f"zero of top_obd in {broken} changes no bit of the model, so its effect is not known")
         while MODE == "hold" and number == 5 and not Path(os.environ["FAKE_RELEASE"]).exists():
             time.sleep(0.02)
         run.append(row(*cell, baseline=baseline))
-    table = pd.DataFrame(run.records()[: {"short": -5, "lost": -1}.get(MODE)])
+    records = run.records()[: {"short": -5, "lost": -1}.get(MODE)]
+    table = pd.DataFrame([record for record in records if MODE != "broken" or record["target_layer"] != broken])
+    if MODE == "broken":
+        error = f"zero of top_obd in {broken} changes no bit of the model, so its effect is not known"
+        run.update(failed_targets={broken: error})
+        if not len(table):
+            raise RunError(error)
     table = table.astype({"seed": "Int64", "row": "Int64", "col": "Int64"})
     write_table(run.folder / "measurements.csv", table, MEASUREMENTS)
+    if MODE == "broken":
+        raise RunError(error)
     run.finish("complete")
 
 

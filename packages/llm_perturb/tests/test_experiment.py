@@ -446,6 +446,29 @@ def test_a_change_that_changes_nothing_fails_the_run(flags, capfd):
     assert manifest_of(run_of(flags))["status"] == "failed"
 
 
+def test_a_target_that_fails_leaves_the_others_their_table(flags, capfd, inputs, tmp_path):
+    shutil.copytree(inputs / "model", tmp_path / "zeros")
+    state = load_file(tmp_path / "zeros/model.safetensors")
+    state[f"{UP}.weight"].zero_()
+    save_file(state, tmp_path / "zeros/model.safetensors", metadata={"format": "pt"})
+    asked = flags | {"target_layer": [UP, DENSE], "k": 1, "selection": ["top", "random"]}
+    code, _, complaints = call(capfd, asked | {"model": str(tmp_path / "zeros")})
+    assert code == 1
+    assert complaints[-1].startswith(f"{SCRIPT}: error: zero of top_grad_x_weight in {UP} changes no bit of the model")
+    assert complaints[-1].endswith("(1 targets failed, the table has the others)")
+    manifest = manifest_of(run_of(flags))
+    assert manifest["status"] == "failed"
+    assert list(manifest["failed_targets"]) == [UP]
+    table = read_table(run_of(flags) / "measurements.csv", MEASUREMENTS)
+    assert table["target_layer"].unique().tolist() == [DENSE]
+    assert table["selection"].tolist() == ["top_grad_x_weight", *["random"] * 3]
+
+    call(capfd, asked | {"target_layer": [DENSE], "model": str(tmp_path / "zeros"), "experiment_id": "alone"})
+    assert (run_of(flags) / "measurements.csv").read_bytes() == (
+        run_of(flags, "alone") / "measurements.csv"
+    ).read_bytes()
+
+
 def test_a_model_perturbed_to_pieces_is_a_result(flags, capfd):
     """Overflowing weights give no finite loss, and that is what is to be reported."""
     asked = {"target_layer": "gpt_neox.final_layer_norm", "k": 4, "selection": "top", "perturbation": "bit_flip"}

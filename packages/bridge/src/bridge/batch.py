@@ -1,7 +1,6 @@
 """Validate a discovery: one run of the measuring instrument over many layers, then tables and a report."""
 
 import os
-import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -68,28 +67,21 @@ def _facts(ready: Plan) -> dict[str, str]:
 def _measure(ready: Plan, run: Run, parts: list[Path] | None) -> dict[str, str]:
     """Have everything measured, unless it was before, and the measurements here.
 
-    A failure that names a target is that target's: it is recorded, and the others are measured without it.
-
     Returns:
-        The targets that failed, with their errors.
+        The targets that failed, with their errors; the measurements are those of the others.
     """
     _prepare(ready, run)
-    failed: dict[str, str] = dict(run.manifest.get("failed_targets") or {})
-    while True:
-        targets = [layer for layer in ready.options["target_layers"] if layer not in failed]
-        folder = run.folder.absolute() / ("perturb_measure" + f"_without_{len(failed)}" * bool(failed))
-        try:
-            _obtain(ready, run, folder, targets, parts)
-            break
-        except RunError as error:
-            culprit = _named_in(str(error), targets)
-            left = len(targets) - 1 or ready.single_weights is not None
-            if culprit is None or not left:
-                raise
-            failed[culprit] = str(error)
-        run.update(failed_targets=failed)
-        run.warn(f"{culprit} could not be measured: {failed[culprit]}")
-    _accept(ready, run, folder, targets)
+    folder = run.folder.absolute() / "perturb_measure"
+    try:
+        _obtain(ready, run, folder, ready.options["target_layers"], parts)
+    except RunError:
+        if not _failed_in(folder) or not (folder / "measurements.csv").exists():
+            raise
+    failed = _failed_in(folder)
+    run.update(failed_targets=failed)
+    for target, error in failed.items():
+        run.warn(f"{target} could not be measured: {error}")
+    _accept(ready, run, folder, [layer for layer in ready.options["target_layers"] if layer not in failed])
     return failed
 
 
@@ -136,9 +128,9 @@ def _command(ready: Plan, run: Run, targets: Sequence[str]) -> list[str]:
     return words + [f"--per-weight={SINGLE_WEIGHTS}"] * (ready.single_weights is not None)
 
 
-def _named_in(message: str, targets: Sequence[str]) -> str | None:
-    """The target that a message speaks of."""
-    return next((t for t in targets if re.search(rf"(?<![\w.]){re.escape(t)}(?!\w|\.\w)", message)), None)
+def _failed_in(folder: Path) -> dict[str, str]:
+    """The targets that the instrument could not measure, though it went on with the others."""
+    return (read_manifest(folder).get("failed_targets") or {}) if (folder / "manifest.json").exists() else {}
 
 
 def _measure_shard(ready: Plan, options: Options) -> list[str]:

@@ -61,6 +61,16 @@ class Outcome:
     n_changed: int
 
     @property
+    def failure(self) -> str | None:
+        """Why the target must not be reported: weights that were chosen for their score have the bits they had."""
+        if self.n_changed or not self.condition.selection.startswith("top_"):
+            return None
+        return (
+            f"{self.condition.perturbation.label} of {self.condition.selection} in {self.condition.target.layer} "
+            "changes no bit of the model, so its effect cannot be measured"
+        )
+
+    @property
     def losses(self) -> Tensor:
         """S_i of every sequence, float64 (n,)."""
         return self.measured.losses

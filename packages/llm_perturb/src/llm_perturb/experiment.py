@@ -1,5 +1,6 @@
 """A whole experiment: from the flags of the scripts to a table of measurements in a run folder."""
 
+import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -23,7 +24,7 @@ from llm_perturb.processes import Processes
 from llm_perturb.selection import Target
 from llm_perturb.shards import KIND, Shard
 from llm_perturb.sweep import sweep
-from llm_perturb.table import record_of, write_records
+from llm_perturb.table import failures, record_of, write_records
 from llm_perturb.weight_list import hash_file, read_weight_list
 
 
@@ -205,13 +206,23 @@ def _run(
     )
     for outcome in bar:
         bar.set_postfix_str(outcome.condition.target.layer)
+        if outcome.failure:
+            bar.write(f"error: {outcome.failure}; going on with the other targets", sys.stderr)
         run.append(record_of(outcome, baseline, perplexity, corpus, loaded.facts["id"]), processes.rank)
     processes.gather(len(todo))
     if processes.first:
         keys = {key for unit in units for key in keys_of(unit)}
         records = {record["key"]: record for record in run.records()}
         ordered = [records[shell.key] for shell in plan.shells() if shell.key in keys]
-        write_records(run, ordered, baseline, corpus, comparisons=len(keys) == len(plan.shells()))
+        failed = failures(ordered)
+        kept = [r for r in ordered if r["row"]["target_layer"] not in failed or r["row"]["selection"] == "weight"]
+        if kept:
+            write_records(run, kept, baseline, corpus, comparisons=len(keys) == len(plan.shells()))
+        if failed:
+            run.update(failed_targets=failed)
+            raise RunError(
+                "; ".join(failed.values()) + f" ({len(failed)} targets failed, the table has the others)" * bool(kept)
+            )
 
 
 def keys_of(unit: Unit) -> set[str]:

@@ -40,7 +40,7 @@ def sweep(
         reference: the unperturbed predictions, where the divergence from them is wanted.
 
     Raises:
-        RunError: the instrument does not give the same bits twice, or a top set changes no bit of the model.
+        RunError: the instrument does not give the same bits twice.
     """
     restart = Restart(model, corpus.sequences, batch_size, reference)
     checked: set[tuple[int, type]] = set()
@@ -55,7 +55,7 @@ def sweep(
         else:
             if first and depth:
                 _check_same(_apply(model, unit, restart, no_op=True).losses, baseline, "a change of nothing")
-            yield _measure_alone(model, unit, restart)
+            yield _apply(model, unit, restart)
     restart.move_to(0)
     _check_same(restart.losses(), baseline, "the unperturbed model at the end")
 
@@ -64,16 +64,6 @@ def _depth(restart: Restart, unit: Unit) -> int:
     if isinstance(unit, Copies):
         return min(_depth(restart, condition) for condition in unit.conditions)
     return restart.depth_of(list(unit.target.split(unit.positions)))
-
-
-def _measure_alone(model: PreTrainedModel, condition: Condition, restart: Restart) -> Outcome:
-    outcome = _apply(model, condition, restart)
-    if outcome.n_changed == 0 and condition.selection.startswith("top_"):
-        raise RunError(
-            f"{condition.perturbation.label} of {condition.selection} in {condition.target.layer} changes no bit "
-            "of the model, so its effect cannot be measured"
-        )
-    return outcome
 
 
 def _measure_together(

@@ -25,7 +25,16 @@ def record_of(outcome: Outcome, baseline: Measured, before: Perplexity, corpus: 
     record |= {"losses": measured.losses.tolist(), "correct": measured.correct.tolist()}
     if measured.divergence is not None:
         record["divergence"] = measured.divergence.tolist()
-    return record | {"n_changed": outcome.n_changed}
+    return record | {"n_changed": outcome.n_changed, "failure": outcome.failure}
+
+
+def failures(records: list[dict]) -> dict[str, str]:
+    """The targets that failed, with the first error of each."""
+    failed: dict[str, str] = {}
+    for record in records:
+        if record["failure"]:
+            failed.setdefault(record["row"]["target_layer"], record["failure"])
+    return failed
 
 
 def row_of(outcome: Outcome, baseline: Measured, before: Perplexity, corpus: Corpus, model: str) -> dict:
