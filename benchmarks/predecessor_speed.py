@@ -24,6 +24,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads must not 
 import numpy as np
 import torch
 from bridge import argv
+from critical_weight_analysis.batches import first_batch_size
 from critical_weight_analysis.discovery import discover, engine_for
 from critical_weight_analysis.settings import Settings
 from llm_perturb import models
@@ -85,13 +86,13 @@ def ours(loaded: LoadedModel, sequences: list[Tensor], batch_size: int) -> None:
     )
 
 
-def main(*, texts: int = 50, max_length: int = 32, batch_size: int = 8, share: float = 1.0) -> None:
+def main(*, texts: int = 50, max_length: int = 32, batch_size: int | None = None, share: float = 1.0) -> None:
     """Print both times and the ratio.
 
     Args:
         texts: how many.
         max_length: tokens of a text, at most.
-        batch_size: of our pass; the predecessor's is 1.
+        batch_size: of our pass, by default what `phase1_runner.py` chooses; the predecessor's is 1.
         share: of the weights that go through the top-K in Python; its time is scaled up.
     """
     loaded = models.load()
@@ -100,6 +101,7 @@ def main(*, texts: int = 50, max_length: int = 32, batch_size: int = 8, share: f
     n_weights = sum(parameter.numel() for parameter in in_scope(loaded.model).values())
     words = len(sequences), count_tokens(sequences), n_weights, torch.get_num_threads(), torch.__version__
     print("{} texts, {} predicted tokens, {} weights, {} threads, torch {}".format(*words), flush=True)
+    batch_size = batch_size or first_batch_size(sequences, loaded.model.device)
     accumulate(loaded, sequences[:2])  # warm up
     loaded.model.zero_grad(set_to_none=True)
     new = timed(ours, loaded, sequences, batch_size)

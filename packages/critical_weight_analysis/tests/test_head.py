@@ -35,4 +35,4 @@ def test_large_logits_do_not_overflow():
     head.weight.zero_()[5] = 1000
     loss, blocks = output_head.plain_loss(head, torch.ones(1, 1), torch.tensor([7]))
     assert loss.item() == 1000
-    assert torch.cat([gradient for _, gradient in blocks], dim=1)[0, [5, 7]].tolist() == [1, -1]
+    assert torch.cat([gradient() for _, gradient in blocks], dim=1)[0, [5, 7]].tolist() == [1, -1]

@@ -1,7 +1,7 @@
 import pytest
 import torch
 from critical_weight_analysis import backward, keeper, structure
-from critical_weight_analysis.keeper import Budget, Keeper, only_added
+from critical_weight_analysis.keeper import Keeper, bytes_to_spare, only_added
 from reference import naive_sensitivities
 from test_backward import ALL, assert_same_sums, measure
 from torch.nn.functional import linear
@@ -9,24 +9,25 @@ from torch.nn.functional import linear
 
 @pytest.mark.parametrize("left", [0, 3000, 1 << 30])
 def test_budget_changes_no_sum(model, sequences, monkeypatch, left):
-    monkeypatch.setattr(Budget, "of", lambda parameters: Budget(left))
+    monkeypatch.setattr(backward, "bytes_to_spare", lambda parameters: left)
     naive = naive_sensitivities(model, sequences)
     _, found = measure(model, sequences, batch_size=2)
     assert_same_sums(found, naive, ALL)
 
 
 def test_budget_is_given_back_and_never_exceeded(tiny_model, sequences, monkeypatch):
-    budget, lowest = Budget(3000), []
-    monkeypatch.setattr(Budget, "of", lambda parameters: budget)
+    lowest, keepers = [], set()
+    monkeypatch.setattr(backward, "bytes_to_spare", lambda parameters: 3000 * len(sequences))
     keep = Keeper._keep
-    monkeypatch.setattr(Keeper, "_keep", lambda self, *call: (keep(self, *call), lowest.append(budget.left))[0])
+    look = lambda self, *call: (keep(self, *call), keepers.add(self), lowest.append(self.left))[0]  # noqa: E731
+    monkeypatch.setattr(Keeper, "_keep", look)
     measure(tiny_model("llama"), sequences)
     assert 0 <= min(lowest) < 1000
-    assert budget.left == 3000
+    assert [keeper.left for keeper in keepers] == [3000] * len(sequences)
 
 
 def test_second_run_computes_no_product_that_is_kept(tiny_model, sequences, monkeypatch):
-    monkeypatch.setattr(Budget, "of", lambda parameters: Budget(1 << 30))
+    monkeypatch.setattr(backward, "bytes_to_spare", lambda parameters: 1 << 30)
     model = tiny_model("llama")
     products = []
     known = keeper._Known.apply
@@ -62,7 +63,7 @@ def test_only_added_looks_at_every_way_to_the_output():
 def test_result_that_was_overwritten_is_computed_again():
     weight = torch.nn.Parameter(torch.randn(4, 3), requires_grad=False)
     x = torch.randn(2, 3)
-    kept = Keeper(Budget(1 << 20), frozenset())
+    kept = Keeper(1 << 20, frozenset())
     kept.layer = "layer"
     with kept:
         linear(x, weight).mul_(2)
@@ -73,12 +74,12 @@ def test_result_that_was_overwritten_is_computed_again():
 
 def test_budget_of_a_model_is_bounded_by_its_size():
     parameter = torch.nn.Parameter(torch.zeros(10, 10))
-    assert Budget.of([parameter]).left == 300
+    assert bytes_to_spare([parameter]) == 400
 
 
 def test_a_layer_that_makes_other_calls_is_noticed():
     weights = [torch.nn.Parameter(torch.randn(3, 3), requires_grad=False) for _ in range(2)]
-    kept = Keeper(Budget(1 << 20), frozenset())
+    kept = Keeper(1 << 20, frozenset())
     kept.layer = "layer"
     with kept:
         linear(torch.randn(2, 3), weights[0])
@@ -87,6 +88,6 @@ def test_a_layer_that_makes_other_calls_is_noticed():
 
 
 def test_losses_alone_keep_nothing(tiny_model, sequences, monkeypatch):
-    monkeypatch.setattr(Budget, "of", lambda parameters: pytest.fail("nothing is to be kept"))
+    monkeypatch.setattr(backward, "bytes_to_spare", lambda parameters: pytest.fail("nothing is to be kept"))
     losses, _ = backward.sensitivities(tiny_model("gpt2"), sequences, ["transformer.wte.weight"], frozenset())
     assert losses.isfinite().all()

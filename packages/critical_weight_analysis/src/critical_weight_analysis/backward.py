@@ -7,6 +7,7 @@ weights no more than one layer's need be there.
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from bridge.errors import RequestError
@@ -15,13 +16,14 @@ from tqdm import tqdm
 
 from critical_weight_analysis import ends
 from critical_weight_analysis.batches import Batch, make_batch, members_of
+from critical_weight_analysis.cores import n_cores, on_cores
 from critical_weight_analysis.hidden_states import HiddenStates
-from critical_weight_analysis.keeper import Budget, Keeper
+from critical_weight_analysis.keeper import Keeper, bytes_to_spare
 from critical_weight_analysis.metrics import Sensitivity
 from critical_weight_analysis.recorder import Recorder
 from critical_weight_analysis.settings import Settings
 from critical_weight_analysis.structure import Structure, find, output_of, with_hidden
-from critical_weight_analysis.sums import BY_PRODUCT, SQUARES, Sums
+from critical_weight_analysis.sums import BY_PRODUCT, SQUARES, PartsOf, Sums, add, parts_of
 
 GIVES = frozenset({"grad", "fisher", "curvature", "tokens", "inputs"})
 
@@ -83,6 +85,7 @@ class _Pass:
         self.structure, self.needs, self.settings = structure, needs, settings
         self.lengths = [len(sequence) - 1 for sequence in sequences]
         owned, self.parameters = structure.owned(model), dict(model.named_parameters())
+        self.device = next(iter(self.parameters.values())).device
         self.owned, self.names = owned, list(names)
         self.wanted = {layer: [name for name in owned[layer] if name in set(names)] for layer in owned}
         self.done = settings.resume.layers if settings.resume and needs else 0  # layers, from the last one
@@ -92,7 +95,7 @@ class _Pass:
         self.outside = self.sums_of([name for name in outside if name not in self.last])
         self.batches = self._make_batches(sequences)
         n_bytes = sum(batch.ids.numel() for batch in self.batches) * len(structure.layers) * _width(structure, model)
-        self.states = HiddenStates(n_bytes, next(model.parameters()).device, settings.scratch)
+        self.states = HiddenStates(n_bytes, self.device, settings.scratch)
         total = 2 * len(structure.layers) if needs else len(structure.layers)
         self.bar = tqdm(total=total, disable=not settings.progress, leave=False)
 
@@ -102,11 +105,10 @@ class _Pass:
         size = self.settings.batch_size if self.structure.causal and not apart else 1
         # where not even the weights are held, memory is what is short
         spare = self.needs and not self.settings.checkpoint
-        budget = Budget.of(self.parameters.values()) if spare else Budget(0)
-        device = next(iter(self.parameters.values())).device
+        shares = self.settings.share(members_of(sequences, size))
+        left = bytes_to_spare(self.parameters.values()) // len(shares) if spare and shares else 0
         return [
-            make_batch(members, sequences, device, lambda: Keeper(budget, self.structure.unneeded))
-            for members in self.settings.share(members_of(sequences, size))
+            make_batch(members, sequences, self.device, Keeper(left, self.structure.unneeded)) for members in shares
         ]
 
     def sums_of(self, names: Sequence[str]) -> dict[str, Sums]:
@@ -125,12 +127,8 @@ class _Pass:
         for depth, (layer, module) in enumerate(self.structure.layers.items()):
             self.bar.set_description(f"forward {layer}")
             with self.settings.present(self.owned[layer]):
-                for number, batch in enumerate(self.batches):
-                    args, kwargs = with_hidden(batch.hidden, *batch.calls[layer])
-                    if depth < to_come:
-                        self.states.put((layer, number), batch.hidden)
-                    with batch.keeper.record(layer, again=depth < to_come):
-                        batch.hidden = output_of(module(*args, **kwargs))
+                through = partial(self._through, layer, module, depth < to_come)
+                on_cores(self.device, through, enumerate(self.batches))
             self.bar.update()
         losses = torch.zeros(len(self.lengths), dtype=torch.float64)
         with self.settings.present(before):
@@ -138,6 +136,15 @@ class _Pass:
                 ends.leave(self.structure, batch, self.outside, losses)
         self.settings.add_up(losses)
         return losses
+
+    def _through(self, layer: str, module: nn.Module, again: bool, numbered: tuple[int, Batch]) -> None:
+        """One batch forward through one layer."""
+        number, batch = numbered
+        args, kwargs = with_hidden(batch.hidden, *batch.calls[layer])
+        if again:
+            self.states.put((layer, number), batch.hidden)
+        with batch.keeper.record(layer, again):
+            batch.hidden = output_of(module(*args, **kwargs))
 
     def backward(self) -> Iterator[Sensitivity]:
         """The way back: what is after the layers, every layer, what is before them."""
@@ -171,18 +178,24 @@ class _Pass:
 
     def _layer(self, layer: str, sums: dict[str, Sums]) -> Iterator[Sensitivity]:
         """Back through one layer with all sequences: the sums of its parameters."""
-        parameters = {name: s.parameter for name, s in sums.items()}
-        for number, batch in enumerate(self.batches):
-            hidden = self.states.take((layer, number)).detach().requires_grad_()  # (B, T, H)
-            args, kwargs = with_hidden(hidden, *batch.calls.pop(layer))
-            recorder = Recorder(parameters)
-            with torch.enable_grad(), batch.keeper.replay(layer), recorder:
-                output = output_of(self.structure.layers[layer](*args, **kwargs))
-            output.backward(batch.gradient)
-            batch.gradient = hidden.grad
-            ends.add(recorder, batch, sums)
+        numbered, back = list(enumerate(self.batches)), partial(self._back, layer, sums)
+        step = n_cores(self.device)
+        for start in range(0, len(numbered), step):
+            add(on_cores(self.device, back, numbered[start : start + step]), sums, self.device)
         for name in list(sums):
             yield sums.pop(name).finish()
+
+    def _back(self, layer: str, sums: dict[str, Sums], numbered: tuple[int, Batch]) -> PartsOf:
+        """One batch back through one layer: what the gradients of its sequences are made of."""
+        number, batch = numbered
+        hidden = self.states.take((layer, number)).detach().requires_grad_()  # (B, T, H)
+        args, kwargs = with_hidden(hidden, *batch.calls.pop(layer))
+        recorder = Recorder({name: s.parameter for name, s in sums.items()})
+        with torch.enable_grad(), batch.keeper.replay(layer), recorder:
+            output = output_of(self.structure.layers[layer](*args, **kwargs))
+        output.backward(batch.gradient)
+        batch.gradient = hidden.grad
+        return parts_of(recorder, batch, sums)
 
     def _finish(self, sums: dict[str, Sums], hand_out: bool = True) -> Iterator[Sensitivity]:
         for name in list(sums):

@@ -3,6 +3,7 @@
 As in ``ranking`` only arrays of a few K entries are kept, never an object per weight.
 """
 
+import operator
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from critical_weight_analysis.metrics import Sensitivity
-from critical_weight_analysis.ranking import Entries, Ranking, gather, top_indices
+from critical_weight_analysis.ranking import Entries, Ranking, gather, top_indices, where
 
 PURPOSE = "random control list"
 
@@ -47,7 +48,8 @@ class Controls:
         if lowest.bound == -torch.inf:
             index = top_indices(-flat, lowest.k)
         else:
-            index = (flat <= -lowest.bound).nonzero()[:, 0]
+            reached = flat.amin() <= -lowest.bound
+            index = where(operator.le, flat, -lowest.bound) if reached else torch.empty(0, dtype=torch.int64)
             index = index[top_indices(-flat[index], lowest.k).to(index.device)].cpu()
         if len(index):
             lowest.add(sensitivity.name, index, gather(sensitivity.weight, index), -gather(scores, index))

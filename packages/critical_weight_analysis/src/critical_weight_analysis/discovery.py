@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from critical_weight_analysis import autograd, backward, hutchinson
 from critical_weight_analysis.controls import Controls
+from critical_weight_analysis.cores import on_cores
 from critical_weight_analysis.metrics import FORMULAS, NEEDS, Sensitivity
 from critical_weight_analysis.ranking import Ranking, top_indices
 from critical_weight_analysis.sample import N_HEAD, Sample
@@ -76,7 +77,7 @@ def scores_of(metric: str, sensitivity: Sensitivity) -> Tensor:
         RunError: a score is not finite; names the parameter.
     """
     scores = FORMULAS[metric](sensitivity)
-    if not scores.max().isfinite():  # no score is below 0, and max passes NaN on
+    if not scores.amax().isfinite():  # no score is below 0, and amax passes NaN on
         n_bad = scores.numel() - int(scores.isfinite().sum())
         raise RunError(
             f"the score {metric} of {sensitivity.name} is not finite at {n_bad} of {scores.numel()} weights; "
@@ -136,16 +137,17 @@ def discover(
     losses, stream = engine.sensitivities(model, sequences, list(parameters), needs - BEFORE, settings)
     on_losses(losses)
     for sensitivity in _with_hessian(stream, hessian) if hessian else stream:
-        highest = []
-        for metric in metrics:
+
+        def score(metric: str, sensitivity: Sensitivity = sensitivity) -> Tensor:
             scores = scores_of(metric, sensitivity)
             best = top_indices(scores, max(k, N_HEAD))
             rankings[metric].update(sensitivity.name, sensitivity.weight, scores, best[:k])
             summaries[metric].update(sensitivity.name, scores)
             controls.update(metric, sensitivity, scores)
-            highest.append(best[:N_HEAD])
-        sample.update(sensitivity, highest)
-        del sensitivity, scores  # before the next layer is computed
+            return best[:N_HEAD]
+
+        sample.update(sensitivity, on_cores(sensitivity.weight.device, score, metrics))
+        del sensitivity, score  # before the next layer is computed
     return Discovery(losses, rankings, summaries, controls, sample.table())
 
 

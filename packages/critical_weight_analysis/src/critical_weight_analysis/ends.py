@@ -15,7 +15,7 @@ from critical_weight_analysis import head as output_head
 from critical_weight_analysis.batches import Batch
 from critical_weight_analysis.recorder import Recorder
 from critical_weight_analysis.structure import Structure, hidden_of
-from critical_weight_analysis.sums import Sums
+from critical_weight_analysis.sums import Sums, add, parts_of
 
 LOGIT_ROWS = 512  # tokens whose logits exist together
 
@@ -108,7 +108,7 @@ def leave(structure: Structure, batch: Batch, outside: dict[str, Sums], losses: 
             gradient[one] = at_hidden[here]
     hidden.backward(gradient)
     batch.gradient, batch.hidden = leaf.grad, None
-    add(recorder, batch, outside)
+    add([parts_of(recorder, batch, outside)], outside, gradient.device)
 
 
 def back_to_embedding(structure: Structure, batch: Batch, outside: dict[str, Sums]) -> None:
@@ -128,17 +128,6 @@ def back_to_embedding(structure: Structure, batch: Batch, outside: dict[str, Sum
         reached.pop().backward(batch.gradient[real])
         for name, parts in recorder.parts().items():
             outside[name].add([(i, parts)])
-
-
-def add(recorder: Recorder, batch: Batch, sums: dict[str, Sums]) -> None:
-    """Add the gradients that a batch left in the recorder, sequence by sequence where they must be told apart."""
-    if not any(s.by_sequence for s in sums.values()):
-        for name, parts in recorder.parts().items():
-            sums[name].add([(batch.members[0], parts)])
-        return
-    apart = [recorder.parts(row, len(batch.members), len(targets)) for row, targets in enumerate(batch.targets)]
-    for name in apart[0]:
-        sums[name].add([(i, parts[name]) for i, parts in zip(batch.members, apart, strict=True)])
 
 
 def _rows(batch: Batch, group: list[int]) -> dict[int, slice]:

@@ -7,7 +7,6 @@ it need not be computed again at all.
 
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,37 +20,30 @@ from torch.overrides import TorchFunctionMode
 _PASSING = {"AddBackward0", "ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0"}
 
 
-@dataclass
-class Budget:
-    """How many bytes may still be kept."""
-
-    left: int
-
-    @staticmethod
-    def of(parameters: Iterable[nn.Parameter]) -> "Budget":
-        """Three quarters of the model's bytes, which is less than its gradients would take, if so much is free."""
-        parameters = list(parameters)
-        free = free_bytes(parameters[0].device)
-        return Budget(min(sum(parameter.nbytes for parameter in parameters) * 3 // 4, free // 4))
+def bytes_to_spare(parameters: Iterable[nn.Parameter]) -> int:
+    """The model's bytes, which its gradients would take, if four times as much is free."""
+    parameters = list(parameters)
+    return min(sum(parameter.nbytes for parameter in parameters), free_bytes(parameters[0].device) // 4)
 
 
 class Keeper(TorchFunctionMode):
     """Active while a batch runs through a layer: the first time it keeps, the second time it gives back.
 
     Args:
-        budget: what may be kept, over all layers and batches.
+        left: how many bytes may be kept, over all layers.
         unneeded: ids of the weights of linear maps whose results no gradient depends on.
 
     Attributes:
         layer: the one that is running.
+        left: how many bytes may still be kept.
         replaying: whether the layer is run for the second time.
     """
 
-    def __init__(self, budget: Budget, unneeded: frozenset[int]) -> None:
+    def __init__(self, left: int, unneeded: frozenset[int]) -> None:
         super().__init__()
         self.layer: str | None = None
         self.replaying, self._again = False, True
-        self._budget, self._unneeded = budget, unneeded
+        self.left, self._unneeded = left, unneeded
         self._kept: dict[str, deque[tuple[int, Tensor | None, int]]] = {}  # weight, result, its version
 
     def record(self, layer: str, again: bool = True) -> "Keeper":
@@ -75,8 +67,8 @@ class Keeper(TorchFunctionMode):
         if not self._again:
             return result
         size = 0 if id(weight) in self._unneeded else result.nbytes
-        size = size if size <= self._budget.left else 0
-        self._budget.left -= size
+        size = size if size <= self.left else 0
+        self.left -= size
         record = id(weight), result.detach() if size else None, result._version
         self._kept.setdefault(self.layer, deque()).append(record)
         return result
@@ -89,7 +81,7 @@ class Keeper(TorchFunctionMode):
         if key in self._unneeded:
             result = x.new_zeros(*x.shape[:-1], len(matrix))
         elif result is not None:
-            self._budget.left += result.nbytes
+            self.left += result.nbytes
             result = result if result._version == version else None  # changed in place after it was made
         with torch.no_grad():
             result = _map(func, args) if result is None else result

@@ -5,7 +5,8 @@ parameter is asked for), never an object per weight. Equal scores are ordered by
 so a ranking has one result, whatever the order in which the parameters arrive.
 """
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +16,7 @@ from llm_perturb.weights import layer_of
 from torch import Tensor
 
 _CHUNK = 1 << 22  # scores looked at together: bounds the memory of the selection, changes no result
-_SAMPLE = 1 << 11  # scores that stand for all while a percentile is looked for
+_SAMPLE = 1 << 12  # scores that stand for all while a percentile is looked for
 
 
 def top_indices(scores: Tensor, k: int) -> Tensor:
@@ -42,7 +43,7 @@ def top_indices(scores: Tensor, k: int) -> Tensor:
         if len(best) < k:
             candidates = torch.arange(len(chunk), device=flat.device)
         else:
-            candidates = (chunk > best.min()).nonzero()[:, 0]
+            candidates = where(operator.gt, chunk, best.min())
         best = torch.cat([best, chunk[candidates]])
         index = torch.cat([index, candidates + start])
         keep = _positions_of_highest(best, k)
@@ -56,33 +57,43 @@ def _few_candidates(flat: Tensor, k: int) -> Tensor | None:
     Of equal blocks, take the maxima: the K-th highest of them is reached by at least K scores, so nothing below
     it is wanted, and only blocks whose maximum reaches it are looked into.
     """
-    size = min(1024, max(16, len(flat) // (32 * k)))
+    size = next((size for size in (1024, 256, 64, 16) if 8 * k * size <= len(flat)), 16)
     n_blocks = len(flat) // size
     if n_blocks < 2 * k:
         return None
     maxima = flat[: n_blocks * size].view(n_blocks, size).amax(1)
     bound = maxima.topk(k).values[-1]
-    blocks = (maxima >= bound).nonzero()[:, 0]
+    blocks = where(operator.ge, maxima, bound)
     if len(blocks) <= 64 * k:
         inside = (blocks[:, None] * size + torch.arange(size, device=flat.device)).reshape(-1)
         candidates = torch.cat([inside, torch.arange(n_blocks * size, len(flat), device=flat.device)])
-        return candidates[flat[candidates] >= bound]
-    above = flat > bound
-    n_above = int(above.count_nonzero())
-    if n_above >= k:
+        return candidates[where(operator.ge, flat[candidates], bound)]
+    above = where(operator.gt, flat, bound)
+    if len(above) >= k:
         return None
-    return torch.cat([above.nonzero()[:, 0], _first(flat == bound, k - n_above)]).sort().values  # a mass of equal ones
+    return torch.cat([above, _first(flat, bound, k - len(above))]).sort().values  # a mass of equal ones
 
 
-def _first(mask: Tensor, n: int) -> Tensor:
-    """Where a mask (m,) is true for the first n times."""
-    found = [torch.empty(0, dtype=torch.int64, device=mask.device)]
-    for start in range(0, len(mask), _CHUNK):
-        found.append(mask[start : start + _CHUNK].nonzero()[:n, 0] + start)
+def _first(flat: Tensor, value: Tensor, n: int) -> Tensor:
+    """Where scores (m,) equal a value for the first n times."""
+    found = [torch.empty(0, dtype=torch.int64, device=flat.device)]
+    for start in range(0, len(flat), _CHUNK):
+        found.append(where(operator.eq, flat[start : start + _CHUNK], value)[:n] + start)
         n -= len(found[-1])
         if n == 0:
             break
     return torch.cat(found)
+
+
+def where(comparison: Callable, flat: Tensor, bound: Tensor | float) -> Tensor:
+    """Indices, ascending, of the scores (m,) that ``comparison`` (operator.ge, ...) with the bound finds true.
+
+    NumPy's comparison and search are several times faster than torch's on a CPU.
+    """
+    if flat.device.type != "cpu":
+        return comparison(flat, bound).nonzero()[:, 0]
+    bound = np.asarray(bound, dtype=flat.numpy().dtype)
+    return torch.from_numpy(np.flatnonzero(comparison(flat.numpy(), bound)))
 
 
 def kth_smallest(scores: Tensor, k: int) -> float:
@@ -92,9 +103,9 @@ def kth_smallest(scores: Tensor, k: int) -> float:
     lie below, all are (after Floyd & Rivest 1975).
     """
     flat = scores.detach().reshape(-1)
-    if len(flat) > 64 * _SAMPLE and 2 * k > len(flat):
+    if len(flat) > 16 * _SAMPLE and 2 * k > len(flat):
         sample = flat[:: len(flat) // _SAMPLE].sort().values
-        upper = flat[flat >= sample[(k * len(sample)) // len(flat) - len(sample) // 32]]
+        upper = flat[where(operator.ge, flat, sample[(k * len(sample)) // len(flat) - len(sample) // 128])]
         k, flat = (k - len(flat) + len(upper), upper) if k > len(flat) - len(upper) else (k, flat)
     return flat.kthvalue(k).values.item()
 
@@ -104,8 +115,8 @@ def _positions_of_highest(scores: Tensor, k: int) -> Tensor:
     if len(scores) <= k:
         return torch.arange(len(scores), device=scores.device)
     threshold = kth_smallest(scores, len(scores) - k + 1)
-    above = (scores > threshold).nonzero()[:, 0]
-    level = (scores == threshold).nonzero()[: k - len(above), 0]
+    above = where(operator.gt, scores, threshold)
+    level = where(operator.eq, scores, threshold)[: k - len(above)]
     return torch.cat([above, level]).sort().values
 
 

@@ -89,18 +89,22 @@ class Sample:
         ranks = [ranks_among_all(column, uniform, self._n_weights) for column in scores.T]
         for rank in ranks:
             kept[stratified(rank)] = True
-        ends = np.cumsum([len(part.index) for part in parts])
-        frames = [self._rows(name, mask) for name, mask in zip(names, np.split(kept, ends[:-1]), strict=True)]
+        number = np.repeat(np.arange(len(parts)), [len(part.index) for part in parts])[kept]
+        index, value = (np.concatenate([getattr(part, field) for part in parts])[kept] for field in ("index", "value"))
+        shapes = [self._shapes[name] for name in names]
+        row, col = np.divmod(index, np.array([int(np.prod(shape[1:], dtype=np.int64)) for shape in shapes])[number])
+        place = {
+            "layer": np.array([layer_of(name) for name in names], dtype=object)[number],
+            "parameter": np.array(names, dtype=object)[number],
+            "row": row,
+            "col": pd.array(
+                np.ma.array(col, mask=np.array([len(shape) < 2 for shape in shapes])[number]), dtype="Int64"
+            ),
+            "value": value,
+        }
+        columns = {f"score_{metric}": scores[kept, at] for at, metric in enumerate(self._metrics)}
         shares = {f"share_{m}": rank[kept] / self._n_weights for m, rank in zip(self._metrics, ranks, strict=True)}
-        return pd.concat(frames, ignore_index=True).assign(**shares)
-
-    def _rows(self, name: str, mask: np.ndarray) -> pd.DataFrame:
-        part, shape = self._parts[name], self._shapes[name]
-        row, col = np.divmod(part.index[mask], int(np.prod(shape[1:], dtype=np.int64)))
-        place = {"layer": layer_of(name), "parameter": name, "row": row, "col": pd.array(col, dtype="Int64")}
-        scores = {f"score_{metric}": part.scores[mask, at] for at, metric in enumerate(self._metrics)}
-        frame = pd.DataFrame(place | {"value": part.value[mask]} | scores)
-        return frame if len(shape) > 1 else frame.assign(col=pd.array([pd.NA] * len(frame), dtype="Int64"))
+        return pd.DataFrame(place | columns | shares)
 
 
 def ranks_among_all(scores: np.ndarray, uniform: np.ndarray, n_weights: int) -> np.ndarray:

@@ -37,7 +37,7 @@ class Summary:
             "n_weights": scores.numel(),
             "score_sum": total,
             "score_mean": total / scores.numel(),
-            "score_max": scores.max().item(),
+            "score_max": scores.amax().item(),
             "score_p99": p99(scores),
         }
 

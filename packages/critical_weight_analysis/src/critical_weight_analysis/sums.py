@@ -19,12 +19,17 @@ import torch
 from bridge.errors import RunError
 from torch import Tensor, nn
 
+from critical_weight_analysis.batches import Batch
+from critical_weight_analysis.cores import on_cores
 from critical_weight_analysis.metrics import Sensitivity
-from critical_weight_analysis.recorder import Parts, Product
+from critical_weight_analysis.recorder import Parts, Product, Recorder
 
 SQUARES = frozenset({"fisher", "curvature"})
 BY_PRODUCT = frozenset({"tokens", "inputs"})  # known only where a parameter is multiplied with something
-BLOCK = 1 << 21  # weights of a block
+BLOCK = 1 << 18  # weights of a block, on a CPU
+
+
+PartsOf = list[tuple[int, dict[str, Parts]]]  # of the sequences of a batch, by their numbers; by parameter
 
 
 def _as_it_is(total: Tensor) -> None:
@@ -138,7 +143,7 @@ class Sums:
                 self.grad[start : start + n_rows].addmm_(left.T, right)
             return
         rows_of = {} if ids is None else {i: ids[i].unique() for i, *_ in batch}
-        step = max(1, BLOCK // n_columns)
+        step = max(1, BLOCK // n_columns) if self.parameter.device.type == "cpu" else n_rows
         buffer = torch.empty(min(step, n_rows), n_columns, dtype=self.dtype, device=self.parameter.device)
         for first in range(0, n_rows, step):
             rows = slice(start + first, start + min(first + step, n_rows))
@@ -236,6 +241,26 @@ class Sums:
                     "load it with a wider --dtype"
                 )
         return Sensitivity(self.name, self.parameter.detach(), **fields)
+
+
+def parts_of(recorder: Recorder, batch: Batch, sums: dict[str, Sums]) -> PartsOf:
+    """What a batch left in the recorder, sequence by sequence where they must be told apart."""
+    if not any(s.by_sequence for s in sums.values()):
+        return [(batch.members[0], recorder.parts())]
+    lengths = [len(targets) for targets in batch.targets]
+    n = len(lengths)
+    return [(i, recorder.parts(row, n, lengths[row])) for row, i in enumerate(batch.members)]
+
+
+def add(found: Sequence[PartsOf], sums: dict[str, Sums], device: torch.device) -> None:
+    """Add the gradients of some batches to the sums, the largest parameters first."""
+
+    def add_to(name: str) -> None:
+        for batch in found:
+            sums[name].add([(i, parts[name]) for i, parts in batch])
+
+    names = {name for batch in found for name in batch[0][1]}
+    on_cores(device, add_to, sorted(names, key=lambda name: (-sums[name].parameter.numel(), name)))
 
 
 def _joined(products: Sequence[Product]) -> Product:
