@@ -59,9 +59,8 @@ def first_batch_size(sequences: list[Tensor], device: torch.device) -> int:
     if device.type == "cpu":
         most, at_a_time = max(1, _CPU_TOKENS // (max(map(len, sequences)) - 1)), n_cores(device)
         n_batches = -(-len(sequences) // most)
-        return -(
-            -len(sequences) // (-(-n_batches // at_a_time) * at_a_time)
-        )  # no core without a batch in the last round
+        n_rounds = -(-n_batches // at_a_time)
+        return -(-len(sequences) // (n_rounds * at_a_time))  # so that the last round leaves no core without a batch
     return min(len(sequences), _GPU_SEQUENCES)
 
 

@@ -6,6 +6,7 @@ stays in the processor's cache from the product that makes it to the last use of
 
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 
 import torch
 from llm_perturb.products import linear
@@ -119,6 +120,6 @@ def back(
     runs = [blocks[start : start + step] for start in range(0, len(blocks), step)]
     results, at_bias = zip(*on_cores(hidden.device, back_through, runs), strict=True)
     if bias is not None:
-        for i, total in zip(rows, torch.cat(sum(at_bias, []), dim=1), strict=True):
+        for i, total in zip(rows, torch.cat([*chain(*at_bias)], dim=1), strict=True):
             bias.add_dense(i, total)
     return sum(results[1:], results[0])
