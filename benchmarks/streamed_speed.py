@@ -26,6 +26,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from bridge import argv
+from critical_weight_analysis.batches import first_batch_size
 from critical_weight_analysis.discovery import discover, engine_for
 from critical_weight_analysis.settings import Settings
 from llm_perturb.checkpoint import open_streamed
@@ -100,7 +101,7 @@ def measure(shape: str, folder: str, n_sequences: int, n_tokens: int) -> None:
     model.eval()
     generator = torch.Generator().manual_seed(1)
     sequences = [torch.randint(SIZES[shape][4], (n_tokens + 1,), generator=generator) for _ in range(n_sequences)]
-    settings = Settings(batch_size=max(1, 1024 // n_tokens), progress=True, checkpoint=checkpoint)
+    settings = Settings(batch_size=first_batch_size(sequences, model.device), progress=True, checkpoint=checkpoint)
     start = time.perf_counter()
     engine = engine_for(model, settings)
     found = discover(engine, model, sequences, in_scope(model), METRICS, 500, settings=settings)

@@ -217,3 +217,17 @@ def test_discovery_without_any_metric_of_the_pass(tiny_model, sequences):
     )
     pd.testing.assert_frame_equal(alone.rankings[metric].top(30), both.rankings[metric].top(30))
     torch.testing.assert_close(alone.losses, both.losses, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("engine", [None, autograd])
+def test_discovery_may_be_stopped_by_its_losses_before_the_hessian(tiny_model, sequences, engine, monkeypatch):
+    model = tiny_model("llama")
+    monkeypatch.setattr(hutchinson, "hessian_diagonal", lambda *args: pytest.fail("too late"))
+
+    def stop(losses):
+        raise RunError(f"{len(losses)} losses of another setup")
+
+    with pytest.raises(RunError, match="2 losses"):
+        discover(
+            engine or engine_for(model), model, sequences[:2], in_scope(model), ["hutchinson_diag"], 5, on_losses=stop
+        )

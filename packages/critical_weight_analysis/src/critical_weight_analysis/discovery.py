@@ -113,7 +113,7 @@ def discover(
         k: the largest K that the rankings will be asked for.
         per_layer: whether to rank within each parameter as well.
         settings: how it is done.
-        on_losses: called with the losses before the first score is taken; may raise to stop.
+        on_losses: called with the losses before anything that takes long; may raise to stop.
         seed: of the random control list and of the signs of `hutchinson_diag`.
         hutchinson_probes: how many vectors of signs `hutchinson_diag` averages.
 
@@ -133,9 +133,11 @@ def discover(
     rankings, summaries, controls, sample = found
     hessian = {}
     if needs & BEFORE:
+        on_losses(engine.sensitivities(model, sequences, [], frozenset(), settings)[0])  # before the long part
         hessian = hutchinson.hessian_diagonal(model, sequences, list(parameters), hutchinson_probes, seed, settings)
     losses, stream = engine.sensitivities(model, sequences, list(parameters), needs - BEFORE, settings)
-    on_losses(losses)
+    if not hessian:
+        on_losses(losses)
     for sensitivity in _with_hessian(stream, hessian) if hessian else stream:
 
         def score(metric: str, sensitivity: Sensitivity = sensitivity) -> Tensor:
