@@ -5,8 +5,6 @@ import reference
 import synthetic
 from bridge.correlation import (
     ablation_curves,
-    compare_metrics,
-    compare_metrics_on_weights,
     correlate,
     is_restricted,
     top_against_random,
@@ -171,15 +169,22 @@ def test_an_infinite_effect_of_a_weight_ranks_first(with_weights):
     assert notes.str.contains("ranked as the largest: 1").all()
 
 
-def test_two_metrics_are_compared_over_the_same_weights(with_weights):
-    effects = weight_effects(with_weights, synthetic.sampled())
-    difference, low, high = compare_metrics_on_weights(effects, "grad_x_weight", "obd", "zero")
+def test_a_metric_is_compared_with_magnitude_over_the_same_weights():
+    both = ("grad_x_weight", "magnitude")
+    sampled = synthetic.sampled(metrics=both)
+    measurements = synthetic.with_single_weights(synthetic.measurements(), sampled)
+    found = correlate(measurements, sampled=sampled)
+    row, other = (
+        found[(found["unit"] == "weights") & (found["metric"] == m)].iloc[0] for m in ("grad_x_weight", "magnitude")
+    )
+    effects = weight_effects(measurements, sampled)
     rhos = [
-        reference.spearman(effects[f"score_{metric}"].tolist(), effects["size"].tolist())
-        for metric in ("grad_x_weight", "obd")
+        reference.spearman(effects[f"score_{m}"].tolist(), effects["size"].tolist())
+        for m in ("grad_x_weight", "magnitude")
     ]
-    assert difference == pytest.approx(rhos[0] - rhos[1])
-    assert low < difference < high
+    assert row["above_magnitude"] == pytest.approx(rhos[0] - rhos[1])
+    assert row["above_low"] < row["above_magnitude"] < row["above_high"]
+    assert pd.isna(other["above_magnitude"])
 
 
 def test_several_k_give_a_correlation_of_the_areas():
@@ -228,8 +233,11 @@ def test_no_curve_from_a_single_k(measurements):
 
 
 def test_a_metric_is_compared_with_magnitude_over_the_same_layers(measurements):
-    difference, low, high = compare_metrics(measurements, "grad_x_weight", "magnitude", "zero", 100)
+    found = correlate(measurements).set_index("metric")
+    row = found.loc["grad_x_weight"]
     rhos = [reference.spearman(*layers_of(measurements, metric)) for metric in ("grad_x_weight", "magnitude")]
-    assert difference == pytest.approx(rhos[0] - rhos[1])
-    assert low < difference < high
-    assert compare_metrics(measurements, "grad_x_weight", "wanda", "zero", 100) is None
+    assert row["above_magnitude"] == pytest.approx(rhos[0] - rhos[1])
+    assert row["above_low"] < row["above_magnitude"] < row["above_high"]
+    assert pd.isna(found.loc["magnitude", "above_magnitude"])
+    without = measurements[measurements["selection"] != "top_magnitude"]
+    assert correlate(without)["above_magnitude"].isna().all()

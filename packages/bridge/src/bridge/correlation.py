@@ -16,6 +16,7 @@ from bridge.records import CORRELATIONS
 from bridge.single_weights import sampled_metrics, weight_effects
 
 ALL = "ALL"
+BASELINE = "magnitude"  # the metric that every other must beat
 RANGE_NOTE = "only the top-ranked layers were tested: the range is restricted and rho is biased"
 _KEYS = ["metric", "perturbation", "k"]
 
@@ -32,7 +33,8 @@ def correlate(
     perturbation is random). The target ALL is no layer and is left out. For single weights the prediction is
     the score of that weight by each metric, the effect abs(``delta_nll``): a score is the size of a change, and
     taking one weight away may as well lower the loss. ``p_adjusted`` controls the false discovery rate over
-    the metrics that share unit, perturbation and k (Benjamini & Hochberg 1995).
+    the metrics that share unit, perturbation and k (Benjamini & Hochberg 1995). ``above_magnitude`` is rho minus that
+    of the weights' magnitude over the same units, with the paired bootstrap interval.
 
     Args:
         measurements: a table of MEASUREMENTS.
@@ -45,7 +47,9 @@ def correlate(
     """
     restricted = targets is not None and is_restricted(targets)
     rows = []
-    for unit, key, points in _comparisons(measurements, sampled):
+    comparisons = list(_comparisons(measurements, sampled))
+    baselines = {(unit, *key[1:]): points for unit, key, points in comparisons if key[0] == BASELINE}
+    for unit, key, points in comparisons:
         purpose = "/".join(["correlation", unit, *map(str, key)])
         rng = np.random.default_rng([seed, *purpose.encode()])
         found = agreement(
@@ -58,6 +62,7 @@ def correlate(
         rows.append(
             {"unit": unit, **dict(zip(_KEYS, key, strict=True))}
             | found._asdict()
+            | _above(points, baselines.get((unit, *key[1:])), [seed, *f"difference/{purpose}".encode()])
             | {"note": "; ".join(filter(None, notes))}
         )
     return _with_adjusted_p(pd.DataFrame(rows, columns=list(CORRELATIONS.columns)))
@@ -137,36 +142,19 @@ def _with_adjusted_p(table: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
-def compare_metrics(
-    measurements: pd.DataFrame, metric: str, other: str, perturbation: str, k: int, seed: int = 0
-) -> tuple[float, float, float] | None:
-    """Rho of one metric minus rho of another over the layers measured for both: difference, ci_low, ci_high.
-
-    None if there is no rank correlation for either.
-    """
-    tops = _tops(measurements)
-    tops = tops[(tops["perturbation"] == perturbation) & (tops["k"] == k)]
-    pair = [_per_target(tops[tops["metric"] == name]).dropna() for name in (metric, other)]
-    return _rho_difference(pair, [seed, *f"difference/{metric}/{other}/{perturbation}/{k}".encode()])
-
-
-def compare_metrics_on_weights(
-    effects: pd.DataFrame, metric: str, other: str, perturbation: str, seed: int = 0
-) -> tuple[float, float, float] | None:
-    """The same over single weights, their effects as ``weight_effects`` gives them."""
-    pair = [_weight_points(effects, name, perturbation) for name in (metric, other)]
-    return _rho_difference(pair, [seed, *f"weights/{metric}/{other}/{perturbation}".encode()])
-
-
-def _rho_difference(pair: list[pd.DataFrame], key: list[int]) -> tuple[float, float, float] | None:
-    """Over the units that both tables hold; the first column predicts, the second is the effect."""
-    shared = pair[0].index.intersection(pair[1].index, sort=False)
-    first, second = (tuple(points.loc[shared].to_numpy(float).T) for points in pair)
+def _above(points: pd.DataFrame, baseline: pd.DataFrame | None, key: list[int]) -> dict[str, float]:
+    """By how much the rho of some points is above the baseline's over the units that both hold; empty for neither."""
+    if baseline is None or baseline is points:
+        return {}
+    points, baseline = points.dropna(), baseline.dropna()
+    shared = points.index.intersection(baseline.index, sort=False)
+    first, second = (tuple(table.loc[shared].to_numpy(float).T) for table in (points, baseline))
     if len(shared) < MIN_POINTS or any(
         np.ptp(ranks) == 0 for xy in (first, second) for ranks in map(stats.rankdata, xy)
     ):
-        return None
-    return rho_difference_interval(first, second, np.random.default_rng(key))
+        return {}
+    found = rho_difference_interval(first, second, np.random.default_rng(key))
+    return dict(zip(["above_magnitude", "above_low", "above_high"], found, strict=True))
 
 
 def top_against_random(measurements: pd.DataFrame) -> pd.DataFrame:

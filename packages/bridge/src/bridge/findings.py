@@ -6,11 +6,10 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from bridge.correlation import ALL, compare_metrics, compare_metrics_on_weights, top_against_random
-from bridge.single_weights import SELECTION, weight_effects
+from bridge.correlation import ALL, BASELINE, top_against_random
+from bridge.single_weights import SELECTION
 from bridge.wording import count, exp, measured, nats, number, p_value, perplexity, plural, rho, spread
 
-BASELINE = "magnitude"
 _DOING = {"zero": "Zeroing", "sign_flip": "Flipping the sign of"}
 
 
@@ -227,14 +226,16 @@ def _verdict(found: Evidence) -> str:
     rows = found.layer_correlations().set_index("metric")
     if found.metric not in rows.index or pd.isna(rows.loc[found.metric, "spearman"]):
         return f"{sentence}."
-    claim = _claim(rows.loc[found.metric])
-    difference = None
-    if found.metric != BASELINE and BASELINE in rows.index:
-        difference = compare_metrics(found.measurements, found.metric, BASELINE, *found.setting)
-    if difference is None:
-        return f"{sentence}: {claim}."
-    sure = "above" if difference[1] > 0 else "below" if difference[2] < 0 else "not clearly different from"
-    return f"{sentence}: {claim}, and it is {sure} {BASELINE} (difference {rho(*difference)})."
+    row = rows.loc[found.metric]
+    if pd.isna(row["above_magnitude"]):
+        return f"{sentence}: {_claim(row)}."
+    sure = "above" if row["above_low"] > 0 else "below" if row["above_high"] < 0 else "not clearly different from"
+    return f"{sentence}: {_claim(row)}, and it is {sure} {BASELINE} (difference {above_words(row)})."
+
+
+def above_words(row: pd.Series) -> str:
+    """How far a rho is above magnitude's: ``0.75 [0.59, 0.90]``."""
+    return rho(row["above_magnitude"], row["above_low"], row["above_high"])
 
 
 def _claim(row: pd.Series) -> str:
@@ -259,9 +260,8 @@ def _single_weights(found: Evidence) -> list[str]:
     if other is None:
         return [f"{text}; no other metric was scored on them." if len(rows) == 1 else f"{text}; no other has a rho."]
     text += f"; {other} {rho_words(ranked.loc[other])}"
-    effects = weight_effects(found.measurements, found.sampled)
-    difference = compare_metrics_on_weights(effects, best, other, found.setting[0]) if len(effects) else None
-    return [f"{text} (difference {rho(*difference)})." if difference else f"{text}."]
+    row = ranked.loc[best]
+    return [f"{text}." if pd.isna(row["above_magnitude"]) else f"{text} (difference {above_words(row)})."]
 
 
 def setup_facts(found: Evidence) -> list[tuple[str, str]]:

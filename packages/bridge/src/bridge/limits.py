@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from bridge.correlation import RANGE_NOTE, is_restricted, top_against_random
-from bridge.findings import BASELINE, Evidence, identity
+from bridge.correlation import BASELINE, RANGE_NOTE, is_restricted, top_against_random
+from bridge.findings import Evidence, identity
 from bridge.ranks import ROUGH_POINTS
 from bridge.wording import number, plural
 

@@ -87,6 +87,7 @@ CORRELATIONS = Table(
     "correlations",
     {"unit": "str", "metric": "str", "perturbation": "str", "k": "int", "n": "int"}
     | dict.fromkeys(["spearman", "ci_low", "ci_high", "p_value", "p_adjusted"], "float")
+    | dict.fromkeys(["above_magnitude", "above_low", "above_high"], "float")  # rho minus magnitude's, and its interval
     | dict.fromkeys(["kendall_tau_b", "weighted_tau", "rbo"], "float")
     | {"top_n": "int", "precision_at_n": "float", "note": "str"},
 )

@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 
 import pandas as pd
 
-from bridge.correlation import ALL, ablation_curves, top_against_random
-from bridge.findings import Evidence, beaten_random, doing_to, perplexity_interval, weight_name
+from bridge.correlation import ALL, BASELINE, ablation_curves, top_against_random
+from bridge.findings import Evidence, above_words, beaten_random, doing_to, perplexity_interval, weight_name
 from bridge.single_weights import sampled_metrics, weight_effects
 from bridge.wording import DASH, coefficient, count, measured, nats, number, p_value, perplexity, plural, rho, spread
 
@@ -133,19 +133,22 @@ def correlations(found: Evidence) -> list[TextTable]:
             count(row["n"]),
             rho(row["spearman"], row["ci_low"], row["ci_high"]),
             *(p_value(row[name]) for name in ["p_value", "p_adjusted"]),
+            above_words(row),
             *(coefficient(row[name]) for name in ["kendall_tau_b", "weighted_tau", "rbo"]),
             _precision(row),
         ]
         for _, row in found.correlations.iterrows()
     ]
-    columns = ["Unit", "Metric", "Setting", "n", "Spearman's ρ", "p", "Adjusted p", "τ-b", "Weighted τ", "RBO"]
+    columns = ["Unit", "Metric", "Setting", "n", "Spearman's ρ", "p", "Adjusted p", f"Above {BASELINE}"]
+    columns += ["τ-b", "Weighted τ", "RBO", "Precision (chance)"]
     notes = [
         "ρ and its 95 % bootstrap interval over units; p by permutation, two-sided; adjusted for the number of metrics "
-        "(Benjamini–Hochberg); RBO: rank-biased overlap, persistence 0.9; precision: share of the units predicted "
-        "highest that are among as many of largest effect, and what chance gives.",
+        f"(Benjamini–Hochberg); above {BASELINE}: ρ minus that of the weights' {BASELINE} over the same units; RBO: "
+        "rank-biased overlap, persistence 0.9; precision: share of the units predicted highest that are among as many "
+        "of largest effect, and what chance gives.",
         *_notes(found.correlations),
     ]
-    return [TextTable("Agreement of score and effect", [*columns, "Precision (chance)"], lines, 3, notes=notes)]
+    return [TextTable("Agreement of score and effect", columns, lines, 3, notes=notes)]
 
 
 def _notes(table: pd.DataFrame) -> list[str]:
