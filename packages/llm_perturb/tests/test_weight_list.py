@@ -168,6 +168,15 @@ def test_within_takes_the_highest_of_the_target_only(neox, tmp_path):
     assert found.scores.tolist() == [0.3, 0.2]
 
 
+@pytest.mark.parametrize("name", ["random_3_weights.csv", "bottom_3_weights_obd.csv"])
+def test_a_control_list_goes_by_its_ranks(neox, tmp_path, name):
+    columns = {7: (0.5, 3), 1: (0.1, 1), 4: (0.9, 2)}  # score, rank
+    rows = [row_of(neox, QKV, 2, column, score, rank=rank) for column, (score, rank) in columns.items()]
+    found = read_weight_list(write(tmp_path, rows, name), named_parameters(neox)).within(target_of(neox, QKV), 2)
+    assert (found.positions % neox.get_parameter(QKV).shape[1]).tolist() == [1, 4]
+    assert found.scores.tolist() == [0.1, 0.9]
+
+
 def test_equal_scores_go_in_model_order_not_in_file_order(neox, tmp_path):
     rows = [row_of(neox, QKV, 2, 0, 1.0), row_of(neox, QKV, 0, 3, 1.0), row_of(neox, DOWN, 5, 5, 1.0)]
     target = target_of(neox, "ALL")

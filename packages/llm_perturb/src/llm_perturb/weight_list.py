@@ -15,6 +15,7 @@ from torch.nn import Parameter
 from llm_perturb.selection import Ranked, Target
 
 _FILE_NAME = re.compile(r"^top_\d+_(?:weights|per_layer)_(\w+)\.csv$")
+_CONTROL = re.compile(r"^(?:bottom|random)_\d+_weights")  # a discovery's lists that the highest score does not lead
 
 
 def csv_label(path: str) -> str:
@@ -31,15 +32,19 @@ def hash_file(path: str) -> str:
 
 @dataclass(frozen=True)
 class WeightList:
-    """The rows of a CSV of weights: parameter names, flat indices, scores, as arrays of one length."""
+    """The rows of a CSV of weights: parameter names, flat indices, scores, as arrays of one length.
+
+    ``ranks`` are those of the file where they, and not the scores, say which rows come first.
+    """
 
     path: str
     names: np.ndarray
     indices: np.ndarray
     scores: np.ndarray
+    ranks: np.ndarray | None = None
 
     def within(self, target: Target, k: int) -> Ranked:
-        """The k highest of the rows that lie in the target; equal scores in model order.
+        """The first k of the rows that lie in the target: of highest score, equal ones in model order; or by rank.
 
         Raises:
             RequestError: none lies in it.
@@ -51,7 +56,7 @@ class WeightList:
         starts = np.array([offsets[name] for name in self.names[inside]], dtype=np.int64)
         positions, first = np.unique(starts + self.indices[inside], return_index=True)
         scores = self.scores[inside][first]
-        order = np.argsort(-scores, kind="stable")[:k]
+        order = np.argsort(-scores if self.ranks is None else self.ranks[inside][first], kind="stable")[:k]
         return Ranked(torch.from_numpy(positions[order]), torch.from_numpy(scores[order]))
 
 
@@ -81,7 +86,8 @@ def read_weight_list(path: str, model_parameters: dict[str, Parameter]) -> Weigh
         _check_values(path, rows, parameter, indices[rows.index])
     if not np.isfinite(frame["score"]).all():
         raise RequestError(f"{path}: a score is not finite")
-    return WeightList(path, frame["parameter"].to_numpy(dtype=object), indices, frame["score"].to_numpy())
+    ranks = frame["rank"].to_numpy() if _CONTROL.search(Path(path).name) else None
+    return WeightList(path, frame["parameter"].to_numpy(dtype=object), indices, frame["score"].to_numpy(), ranks)
 
 
 def _check_values(path: str, rows: pd.DataFrame, parameter: Parameter, indices: np.ndarray) -> None:
