@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 import torch
 from bridge.errors import RunError
-from critical_weight_analysis import autograd
+from critical_weight_analysis import autograd, discovery
 from critical_weight_analysis.discovery import discover, engine_for, scores_of
 from critical_weight_analysis.metrics import FORMULAS, NEEDS, Sensitivity
 from critical_weight_analysis.settings import Settings
@@ -96,3 +96,13 @@ def test_gradient_that_is_not_finite_stops_the_pass(tiny_model, sequences):
     engine = SimpleNamespace(sensitivities=broken, GIVES=autograd.GIVES)
     with pytest.raises(RunError, match=f"grad_x_weight of {name} is not finite"):
         discover(engine, model, sequences, in_scope(model), ["grad_x_weight"], 5)
+
+
+def test_scores_of_a_large_parameter_are_taken_by_one_metric_after_the_other(tiny_model, sequences, monkeypatch):
+    model = tiny_model("llama")
+    expected = discover(engine_for(model), model, sequences, in_scope(model), METRICS, 50)
+    monkeypatch.setattr(discovery, "TOGETHER", 0)
+    monkeypatch.setattr(discovery, "on_cores", lambda *args: pytest.fail("several at a time"))
+    found = discover(engine_for(model), model, sequences, in_scope(model), METRICS, 50)
+    for metric in METRICS:
+        assert found.rankings[metric].top(50).equals(expected.rankings[metric].top(50))

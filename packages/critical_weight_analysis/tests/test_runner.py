@@ -282,7 +282,10 @@ def test_hutchinson_announces_its_cost_and_is_one_more_metric(checkpoint, texts,
     assert phase1(*flags(checkpoint, texts, tmp_path, *more, "--experiment-id", "one")) == 0
     folder = tmp_path / "critical_analysis_one"
     log = (folder / "analysis.log").read_text()
-    assert log.index("hutchinson_diag: 3 probes of 4 sequences") < log.index("baseline:")
+    assert (
+        log.index("baseline:") < log.index("hutchinson_diag: 3 probes of 4 sequences") < log.index("tables of the top")
+    )
+    assert log.count("baseline:") == 1
     loaded = models.load(str(checkpoint), device="cpu")
     sequences = [torch.tensor(loaded.tokenizer(line).input_ids) for line in texts.read_text().splitlines()[:4]]
     names = [name for name, parameter in loaded.model.named_parameters() if parameter.ndim >= 2]

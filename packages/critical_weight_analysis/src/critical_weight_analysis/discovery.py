@@ -19,6 +19,7 @@ from critical_weight_analysis.sample import N_HEAD, Sample
 from critical_weight_analysis.settings import Settings
 from critical_weight_analysis.summary import Summary
 
+TOGETHER = 1 << 25  # weights of a parameter whose scores by several metrics may be in memory at the same time
 BEFORE = frozenset({"hessian"})  # what no engine gives, because it is computed before the pass
 
 
@@ -148,7 +149,9 @@ def discover(
             controls.update(metric, sensitivity, scores)
             return best[:N_HEAD]
 
-        sample.update(sensitivity, on_cores(sensitivity.weight.device, score, metrics))
+        together = sensitivity.weight.numel() <= TOGETHER
+        highest = on_cores(sensitivity.weight.device, score, metrics) if together else map(score, metrics)
+        sample.update(sensitivity, list(highest))
         del sensitivity, score  # before the next layer is computed
     return Discovery(losses, rankings, summaries, controls, sample.table())
 
