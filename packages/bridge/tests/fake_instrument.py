@@ -84,11 +84,13 @@ def run_topk_perturb(
     if MODE == "broken":
         error = f"zero of top_obd in {broken} changes no bit of the model, so its effect is not known"
         run.update(failed_targets={broken: error})
-        if not len(table):
+        if not len(table) or os.environ.get("FAKE_ALSO"):
+            run.finish("failed", error=os.environ.get("FAKE_ALSO") or error)
             raise RunError(error)
     table = table.astype({"seed": "Int64", "row": "Int64", "col": "Int64"})
     write_table(run.folder / "measurements.csv", table, MEASUREMENTS)
     if MODE == "broken":
+        run.finish("failed", error=f"RunError: {error}")
         raise RunError(error)
     run.finish("complete")
 

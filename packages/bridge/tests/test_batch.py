@@ -470,6 +470,24 @@ def test_failing_target_is_recorded_and_the_rest_goes_on(tmp_path, output, pytho
     assert len(pd.read_csv(folder / "correlations.csv")) == 2
 
 
+def test_the_table_of_an_earlier_attempt_is_not_taken_when_the_last_failed_otherwise(output, python, monkeypatch):
+    def fails(*args, **content):
+        raise RunError("no space left")
+
+    monkeypatch.setattr(validation, "write_report", fails)
+    monkeypatch.setenv("FAKE", "broken")
+    with pytest.raises(RunError, match="no space left"):
+        batch.validate(options(output, python))
+    monkeypatch.setattr(validation, "write_report", plain_report)
+    monkeypatch.setenv("FAKE_ALSO", "RunError: the instrument fails its own check")
+    with pytest.raises(RunError) as caught:
+        batch.validate(options(output, python))
+    assert not isinstance(caught.value, batch.TargetsFailedError)
+    monkeypatch.delenv("FAKE_ALSO")
+    with pytest.raises(batch.TargetsFailedError):
+        batch.validate(options(output, python))
+
+
 def test_command_reports_and_exits_with_1_when_a_target_failed(output, python, monkeypatch, capsys):
     process = command(output, python, FAKE="broken")
     out, err = process.communicate()

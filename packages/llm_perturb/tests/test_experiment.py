@@ -459,6 +459,7 @@ def test_a_target_that_fails_leaves_the_others_their_table(flags, capfd, inputs,
     manifest = manifest_of(run_of(flags))
     assert manifest["status"] == "failed"
     assert list(manifest["failed_targets"]) == [UP]
+    assert manifest["failed_targets"][UP] in manifest["error"]
     table = read_table(run_of(flags) / "measurements.csv", MEASUREMENTS)
     assert table["target_layer"].unique().tolist() == [DENSE]
     assert table["selection"].tolist() == ["top_grad_x_weight", *["random"] * 3]

@@ -129,8 +129,11 @@ def _command(ready: Plan, run: Run, targets: Sequence[str]) -> list[str]:
 
 
 def _failed_in(folder: Path) -> dict[str, str]:
-    """The targets that the instrument could not measure, though it went on with the others."""
-    return (read_manifest(folder).get("failed_targets") or {}) if (folder / "manifest.json").exists() else {}
+    """The targets that the instrument could not measure, if that alone is why its last attempt failed."""
+    manifest = read_manifest(folder) if (folder / "manifest.json").exists() else {}
+    failed = manifest.get("failed_targets") or {}
+    alone = manifest.get("status") == "failed" and all(error in manifest["error"] for error in failed.values())
+    return failed if alone else {}
 
 
 def _measure_shard(ready: Plan, options: Options) -> list[str]:
