@@ -100,7 +100,7 @@ def _obtain(ready: Plan, run: Run, folder: Path, targets: Sequence[str], parts: 
         command = _merge_command(ready, parts) if parts else _command(ready, run, targets)
         command += [f"--output={folder.parent}", f"--experiment-id={folder.name.removeprefix('perturb_')}"]
         run.update(instrument=command)
-        check = baseline_check(ready, folder)
+        check = baseline_check(ready, folder, run.warn)
         instrument.measure(command, run.folder, run.folder / "perturb.log", folder, check, script)
 
 
@@ -112,7 +112,7 @@ def _accept(ready: Plan, run: Run, folder: Path, targets: Sequence[str]) -> None
         raise RunError(
             f"the instrument left no usable measurements: {error}; see {run.folder / 'perturb.log'}"
         ) from None
-    baseline_check(ready, folder)()
+    baseline_check(ready, folder, run.warn)()
     check_baseline(ready, baseline_of(measurements), folder)
     check_effects(ready, targets, measurements)
     check_single_weights(ready, measurements)
@@ -148,11 +148,11 @@ def _measure_shard(ready: Plan, options: Options) -> list[str]:
             command = _command(ready, run, ready.options["target_layers"])
             command += [f"--shard={number}/{of}", f"--output={folder.parent}", "--experiment-id=measure"]
             run.update(instrument=command)
-            check = baseline_check(ready, folder)
+            check = baseline_check(ready, folder, run.warn)
             instrument.measure(command, run.folder, run.folder / "perturb.log", folder, check)
         if not _is_complete(folder):
             raise RunError(f"the instrument left no {folder}; see {run.folder / 'perturb.log'}")
-        baseline_check(ready, folder)()
+        baseline_check(ready, folder, run.warn)()
     return [
         f"shard {options.shard}: {run.folder}",
         f"when all {of} are measured, gather their folders in one and give the same command with --merge THAT_FOLDER "
