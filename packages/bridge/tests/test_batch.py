@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from bridge import batch, instrument, validation
 from bridge.errors import RequestError, RunError
-from bridge.fingerprint import write_fingerprint
+from bridge.fingerprint import read_fingerprint, write_fingerprint
 from bridge.plan import Options, plan
 from bridge.runs import read_manifest
 from discovery_folder import fingerprint, make_discovery, parameters, snapshot
@@ -109,6 +109,7 @@ def test_validation_from_start_to_end(tmp_path, output, python, capsys, monkeypa
     assert list(measured["target_layer"].unique()) == [*targets["target_layer"], "ALL"]
     assert set(measured["selection"]) == {"top_magnitude", "top_grad_x_weight", "random"}
     assert set(measured["k"]) == {5}
+    assert read_fingerprint(folder) == fingerprint()
     manifest = read_manifest(folder)
     assert manifest["status"] == "complete"
     assert len(manifest["identity"]["discovery"]) == 7

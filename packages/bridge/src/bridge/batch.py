@@ -8,6 +8,7 @@ from pathlib import Path
 from bridge import instrument
 from bridge.checks import baseline_check, baseline_of, check_baseline, check_effects, check_single_weights
 from bridge.errors import RequestError, RunError
+from bridge.fingerprint import write_fingerprint
 from bridge.plan import Options, Plan, plan
 from bridge.records import MEASUREMENTS, TARGETS, TOP_WEIGHTS, atomic_path, read_table, write_table
 from bridge.runs import Run, find_runs, open_run, read_manifest
@@ -88,6 +89,8 @@ def _measure(ready: Plan, run: Run, parts: list[Path] | None) -> dict[str, str]:
 def _prepare(ready: Plan, run: Run) -> None:
     for warning in ready.warnings:
         run.warn(warning)
+    if ready.discovery.fingerprint:  # beside the lists that are written here, for the instrument to compare
+        write_fingerprint(run.folder, ready.discovery.fingerprint)
     if ready.single_weights is not None:
         write_table(run.folder / SINGLE_WEIGHTS, ready.single_weights, TOP_WEIGHTS)
         _copy(ready.discovery.folder / FILE, run.folder / FILE)
