@@ -63,7 +63,7 @@ def phase1(
         include: name patterns such as '*.mlp.*'; only parameters that match one.
         exclude: name patterns; no parameter that matches one.
         mode: global, the top-K of all weights; per_layer, of each parameter.
-        baseline: a baseline.json of run_baseline.py; stop if this run's setup or loss differs from it.
+        baseline: a baseline.json of run_baseline.py; stop if this run's setup, weights or loss are others.
         experiment_id: the name of the run's folder after critical_analysis_; the time if left out.
         seed: of the random control list, the halves of --stability and the signs of hutchinson_diag.
         stability: how many times to discover two random halves of the corpus and compare; one more pass each.

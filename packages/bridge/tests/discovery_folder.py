@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from bridge.fingerprint import Fingerprint, write_fingerprint
 
 MODEL = {"id": "tiny", "revision": "abc", "dtype": "float32", "n_parameters": 480, "tied_groups": []}
 CORPUS = {"source": "shipped passages", "n_tokens": 90, "n_sequences": 3, "corpus_sha256": "c" * 64}
@@ -16,6 +17,14 @@ SHAPE = (8, 5)
 
 def parameters(n_layers: int = 12) -> list[str]:
     return [f"model.layers.{i}.mlp.weight" for i in range(n_layers)]
+
+
+def fingerprint(*changed: str, dtype: str = "float32") -> Fingerprint:
+    """Of the made-up model, with other values in some parameters."""
+    words = {name: f"{name} {'other' if name in changed else ''} {dtype}" for name in parameters()}
+    digests = {name: hashlib.sha256(word.encode()).hexdigest()[:32] for name, word in words.items()}
+    total = hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:32]
+    return Fingerprint(total, "70" * 16, dtype, digests)
 
 
 def make_discovery(
@@ -40,7 +49,8 @@ def make_discovery(
     model = MODEL | (model or {})
     baseline = {"model": model["id"], "revision": model["revision"], "dtype": model["dtype"]}
     baseline |= {key: CORPUS[key] for key in ("corpus_sha256", "n_tokens", "n_sequences")}
-    baseline |= {"nll": 3.5, "ppl": math.exp(3.5)}
+    baseline |= {"nll": 3.5, "ppl": math.exp(3.5)} | fingerprint(dtype=model["dtype"]).totals
+    write_fingerprint(folder, fingerprint(dtype=model["dtype"]))
     (folder / "baseline.json").write_text(json.dumps(baseline))
     options = {"model": None, "metric": list(metrics), "topk": list(ks), "max_length": 64, **options}
     manifest = {"schema": 1, "kind": "critical_analysis", "status": "complete", "ended": ended}

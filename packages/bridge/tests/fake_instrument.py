@@ -1,8 +1,8 @@
 """Stands in for run_topk_perturb.py: the same flags, folder, files and way of resuming, numbers made up.
 
-``FAKE`` says what it should do wrong: refuse, fail, zero (no effect), baseline (another corpus), short (rows
-missing), lost (a single weight missing), broken (no bit changes in the third target), hold (wait after five rows
-until the file ``FAKE_RELEASE`` exists).
+``FAKE`` says what it should do wrong: refuse, fail, zero (no effect), baseline (another corpus), other (another value
+in one parameter), old (no fingerprint), short (rows missing), lost (a single weight missing), broken (no bit changes
+in the third target), hold (wait after five rows until the file ``FAKE_RELEASE`` exists).
 ``FAKE_STARTS`` names a file that gets a line for each start.
 """
 
@@ -20,7 +20,7 @@ from bridge import argv
 from bridge.errors import RequestError, RunError
 from bridge.records import MEASUREMENTS, TOP_WEIGHTS, read_table, write_json, write_table
 from bridge.runs import find_runs, open_run, read_manifest
-from discovery_folder import CORPUS, MODEL
+from discovery_folder import CORPUS, MODEL, fingerprint, parameters
 
 MODE = os.environ.get("FAKE", "")
 
@@ -59,9 +59,11 @@ def run_topk_perturb(
     identity = {"options": {"model": model, "k": list(k), "per_weight": per_weight, "csv": list(weights_csv)}}
     number, of = map(int, (shard or "1/1").split("/"))
     kind, name = ("shard", f"{experiment_id}_{number}_of_{of}") if shard else ("perturb", experiment_id)
-    run = open_run(Path(output), kind, identity | ({"shard": shard} if shard else {}), name)
+    own = fingerprint(parameters()[2], dtype=dtype) if MODE == "other" else fingerprint(dtype=dtype)
+    own = None if MODE == "old" else own
+    run = open_run(Path(output), kind, identity | ({"shard": shard} if shard else {}), name, fingerprint=own)
     baseline = {"model": model, "revision": MODEL["revision"], "dtype": dtype, "nll": 3.5, "ppl": math.exp(3.5)}
-    baseline |= {key: CORPUS[key] for key in ("corpus_sha256", "n_tokens", "n_sequences")}
+    baseline |= {key: CORPUS[key] for key in ("corpus_sha256", "n_tokens", "n_sequences")} | (own.totals if own else {})
     if MODE == "baseline":
         baseline |= {"corpus_sha256": "d" * 64, "nll": 3.6}
     write_json(run.folder / "baseline.json", baseline)

@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,9 +12,10 @@ import pandas as pd
 import pytest
 from bridge import batch, instrument, validation
 from bridge.errors import RequestError, RunError
+from bridge.fingerprint import read_fingerprint, write_fingerprint
 from bridge.plan import Options, plan
 from bridge.runs import read_manifest
-from discovery_folder import make_discovery, snapshot
+from discovery_folder import fingerprint, make_discovery, parameters, snapshot
 
 TABLES = ("measurements.csv", "targets.csv", "correlations.csv")
 NEW = "validation_2*"  # named by the time
@@ -107,6 +109,7 @@ def test_validation_from_start_to_end(tmp_path, output, python, capsys, monkeypa
     assert list(measured["target_layer"].unique()) == [*targets["target_layer"], "ALL"]
     assert set(measured["selection"]) == {"top_magnitude", "top_grad_x_weight", "random"}
     assert set(measured["k"]) == {5}
+    assert read_fingerprint(folder) == fingerprint()
     manifest = read_manifest(folder)
     assert manifest["status"] == "complete"
     assert len(manifest["identity"]["discovery"]) == 7
@@ -404,6 +407,11 @@ def test_code_of_the_model_runs_only_when_asked_for_here(tmp_path, python):
         ("fail", RunError, r"failed with exit code 1: .*the loss of sequence 2 is not finite; see .*perturb\.log"),
         ("zero", RunError, "changed the loss nowhere"),
         ("baseline", RunError, "corpus_sha256 is dddd.*, was cccc.*, nll is 3.6, was 3.5; run the discovery again"),
+        (
+            "other",
+            RunError,
+            r"not the discovery's: they differ in model\.layers\.2\.mlp\.weight; run the discovery again",
+        ),
         ("short", RunError, "the measurements lack the top 5 of ALL by grad_x_weight"),
     ],
 )
@@ -429,6 +437,57 @@ def test_wrong_baseline_stops_the_instrument_at_once(output, python, monkeypatch
     with pytest.raises(RunError, match="corpus_sha256"):
         batch.validate(options(output, python))
     assert not (output / "validation_v" / "perturb_measure" / "measurements.csv").exists()
+
+
+def test_another_model_of_equal_loss_stops_the_instrument_at_once(output, python, monkeypatch, no_plots):
+    """Same id, revision, dtype, texts and loss; one parameter has other values."""
+    monkeypatch.setenv("FAKE", "other")
+    with pytest.raises(RunError, match=r"differ in model\.layers\.2\.mlp\.weight"):
+        batch.validate(options(output, python))
+    assert not (output / "validation_v" / "perturb_measure" / "measurements.csv").exists()
+
+
+def without_fingerprint(discovery):
+    """As an earlier version left it."""
+    (discovery / "fingerprint.json").unlink()
+    baseline = json.loads((discovery / "baseline.json").read_text())
+    old = {key: value for key, value in baseline.items() if not key.endswith("_xxh3")}
+    (discovery / "baseline.json").write_text(json.dumps(old))
+
+
+@pytest.mark.parametrize("which", ["discovery", "measurement"])
+def test_run_of_an_earlier_version_is_accepted_with_a_warning(output, python, monkeypatch, no_plots, which):
+    if which == "discovery":
+        without_fingerprint(output / "critical_analysis_1")
+    else:
+        monkeypatch.setenv("FAKE", "old")
+    batch.validate(options(output, python))
+    manifest = read_manifest(output / "validation_v")
+    assert manifest["status"] == "complete"
+    (warning,) = manifest["warnings"]
+    assert warning.startswith(f"the {which} has no fingerprint")
+    assert warning.endswith("so the values of the models could not be compared")
+
+
+def test_baseline_of_an_earlier_version_is_accepted_with_a_warning(tmp_path, output, python, no_plots):
+    copy = tmp_path / "copy"
+    shutil.copytree(output / "critical_analysis_1", copy)
+    without_fingerprint(copy)
+    batch.validate(options(output, python, baseline=str(copy / "baseline.json")))
+    (warning,) = read_manifest(output / "validation_v")["warnings"]
+    assert warning.startswith(f"--baseline {copy / 'baseline.json'} has no fingerprint")
+
+
+def test_baseline_of_another_model_is_refused_before_anything_starts(tmp_path, output, python):
+    copy = tmp_path / "copy"
+    shutil.copytree(output / "critical_analysis_1", copy)
+    changed = fingerprint(parameters()[4])
+    write_fingerprint(copy, changed)
+    baseline = json.loads((copy / "baseline.json").read_text())
+    (copy / "baseline.json").write_text(json.dumps(baseline | changed.totals))
+    with pytest.raises(RequestError, match=r"the models differ in model\.layers\.4\.mlp\.weight"):
+        batch.validate(options(output, python, baseline=str(copy / "baseline.json")))
+    assert starts(tmp_path) == []
 
 
 def test_failed_validation_goes_on_when_its_cause_is_gone(tmp_path, output, python, monkeypatch, no_plots):

@@ -5,8 +5,10 @@ import sys
 import pytest
 from bridge import runs
 from bridge.errors import RequestError
+from bridge.fingerprint import read_fingerprint
 from bridge.records import write_json
 from bridge.runs import check_output, find_runs, is_locked, read_manifest
+from discovery_folder import fingerprint
 
 IDENTITY = {"options": {"k": [100], "seeds": (0, 1)}, "model": {"id": "tiny"}}
 
@@ -21,8 +23,8 @@ def release_all():
         release(OPENED.pop())
 
 
-def open_run(*args):
-    OPENED.append(runs.open_run(*args))
+def open_run(*args, **more):
+    OPENED.append(runs.open_run(*args, **more))
     return OPENED[-1]
 
 
@@ -103,6 +105,28 @@ def test_other_identity_is_refused_by_name_or_gets_its_own_folder(tmp_path):
     with pytest.raises(RequestError, match="begun with another model, k; choose"):
         open_run(tmp_path, "perturb", other, "a")
     assert open_run(tmp_path, "perturb", other).folder.name != "perturb_a"
+
+
+def test_fingerprint_is_kept_and_another_one_is_not_resumed(tmp_path):
+    run = open_run(tmp_path, "perturb", IDENTITY, "a", fingerprint=fingerprint())
+    assert run.manifest["identity"]["fingerprint"] == fingerprint().totals
+    assert read_fingerprint(run.folder) == fingerprint()
+    release(run)
+    same = open_run(tmp_path, "perturb", IDENTITY, fingerprint=fingerprint())
+    assert same.resumed and same.folder == run.folder
+    release(same)
+    changed = fingerprint("model.layers.7.mlp.weight")
+    message = r"begun with another fingerprint \(the models differ in model\.layers\.7\.mlp\.weight\); choose"
+    with pytest.raises(RequestError, match=message):
+        open_run(tmp_path, "perturb", IDENTITY, "a", fingerprint=changed)
+    assert read_fingerprint(run.folder) == fingerprint()
+    assert open_run(tmp_path, "perturb", IDENTITY, fingerprint=changed).folder != run.folder
+
+
+def test_run_begun_without_a_fingerprint_is_not_resumed_with_one(tmp_path):
+    release(open_run(tmp_path, "perturb", IDENTITY, "a"))
+    with pytest.raises(RequestError, match="begun with another fingerprint; choose"):
+        open_run(tmp_path, "perturb", IDENTITY, "a", fingerprint=fingerprint())
 
 
 def test_two_processes_never_share_a_folder(tmp_path):

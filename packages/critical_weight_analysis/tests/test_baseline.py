@@ -1,7 +1,9 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 from bridge.errors import RequestError
+from bridge.fingerprint import Fingerprint, write_fingerprint
 from critical_weight_analysis import baseline
 
 FOUND = {"model": "gpt2", "revision": "abc", "dtype": "float32", "corpus_sha256": "1f", "nll": 3.0, "ppl": 20.1}
@@ -49,3 +51,32 @@ def test_setup_is_compared_before_there_is_a_loss():
     baseline.check_same(FOUND, setup, "b.json")
     with pytest.raises(RequestError, match="has dtype float32, this run has bfloat16"):
         baseline.check_same(FOUND, setup | {"dtype": "bfloat16"}, "b.json")
+
+
+LOADED = SimpleNamespace(fingerprint=Fingerprint("1a", "2b", "float32", {"up.weight": "3c", "down.weight": "4d"}))
+OTHER = Fingerprint("ff", "2b", "float32", {"up.weight": "3c", "down.weight": "5e"})
+
+
+def test_same_model(tmp_path):
+    file = str(tmp_path / "baseline.json")
+    assert baseline.check_model(FOUND | LOADED.fingerprint.totals, LOADED, file) == []
+
+
+@pytest.mark.parametrize(("beside", "what"), [(True, r"down\.weight"), (False, "the values of the parameters")])
+def test_other_model_is_refused_and_the_parameter_named_where_the_digests_are_beside(tmp_path, beside, what):
+    if beside:
+        write_fingerprint(tmp_path, OTHER)
+    with pytest.raises(RequestError, match=f"is of another model than this run: they differ in {what}$"):
+        baseline.check_model(FOUND | OTHER.totals, LOADED, str(tmp_path / "baseline.json"))
+
+
+def test_other_tokenizer_is_refused(tmp_path):
+    with pytest.raises(RequestError, match="they differ in the tokenizer$"):
+        baseline.check_model(
+            FOUND | {"parameters_xxh3": "1a", "tokenizer_xxh3": "00"}, LOADED, str(tmp_path / "b.json")
+        )
+
+
+def test_baseline_of_an_earlier_version_gives_a_warning(tmp_path):
+    (warning,) = baseline.check_model(FOUND, LOADED, str(tmp_path / "b.json"))
+    assert warning.startswith(f"--baseline {tmp_path / 'b.json'} has no fingerprint (an earlier version made it)")

@@ -36,6 +36,7 @@ def test_two_processes_find_what_one_finds(checkpoint, tmp_path):
     two, done = discover(checkpoint, tmp_path / "two", 2, "--weights", "streamed", "--stability", "1")
     assert json.loads((two / "manifest.json").read_text())["world_size"] == 2
     assert done.stdout.count("written to") == 1
+    assert (two / "fingerprint.json").read_bytes() == (one / "fingerprint.json").read_bytes()  # resident and streamed
     tables = sorted(path.name for path in one.glob("*.csv"))
     assert len(tables) == 18
     for table in tables:

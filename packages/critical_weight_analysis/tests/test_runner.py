@@ -12,8 +12,11 @@ import pandas as pd
 import pytest
 import torch
 from bridge import argv
+from bridge.errors import RunError
+from bridge.fingerprint import read_fingerprint
 from bridge.records import LAYER_SUMMARY, SAMPLED_WEIGHTS, STABILITY, TOP_WEIGHTS, read_table
 from bridge.runs import open_run, read_manifest
+from critical_weight_analysis import phase1 as phase1_module
 from critical_weight_analysis.hutchinson import hessian_diagonal
 from critical_weight_analysis.phase1 import Options
 from llm_perturb import models
@@ -113,7 +116,7 @@ def test_every_file_is_there_and_no_other(finished):
     ]
     found = {path.name for path in folder.iterdir()} - {".lock"}
     tables += ["random_20_weights.csv", "random_100_weights.csv", "sampled_weights.csv"]
-    assert found == {*tables, "baseline.json", "manifest.json", "analysis.log", "plots"}
+    assert found == {*tables, "baseline.json", "fingerprint.json", "manifest.json", "analysis.log", "plots"}
     assert len(list((folder / "plots").glob("*.png"))) == 5
 
 
@@ -183,6 +186,12 @@ def test_baseline_and_manifest(finished, naive, checkpoint, texts):
     assert manifest["status"] == "complete" and manifest["error"] is None
     assert manifest["identity"]["model"]["id"] == manifest["identity"]["options"]["model"] == str(checkpoint)
     assert manifest["identity"]["corpus"]["corpus_sha256"] == baseline["corpus_sha256"]
+    fingerprint = models.load(str(checkpoint), device="cpu").fingerprint
+    assert read_fingerprint(folder) == fingerprint
+    assert (
+        manifest["identity"]["fingerprint"] == fingerprint.totals == {key: baseline[key] for key in fingerprint.totals}
+    )
+    assert manifest["warnings"] == []
     options = manifest["identity"]["options"]
     assert options["topk"] == [20, 100] and options["metric"] == ["grad_x_weight", "grad_squared"]
     assert options["data_file"] == str(texts)
@@ -220,6 +229,56 @@ def test_another_loss_on_the_same_setup_fails_the_run(finished, checkpoint, text
     assert not list((tmp_path / "critical_analysis_x").glob("*.csv"))
 
 
+@pytest.fixture
+def another_weight(monkeypatch):
+    """From now on one weight that is read from the same files is another; gives its parameter's name."""
+    name, load = "gpt_neox.layers.2.mlp.dense_h_to_4h.weight", models.load
+
+    def load_changed(*arguments, **options):
+        loaded = load(*arguments, **options)
+        loaded.model.get_parameter(name).view(torch.int32)[3, 2] ^= 1  # the last bit: the loss hides it
+        return loaded
+
+    monkeypatch.setattr(models, "load", load_changed)
+    return name
+
+
+def test_baseline_of_another_model_with_the_same_files_and_loss_is_refused(
+    finished, checkpoint, texts, tmp_path, capsys, another_weight
+):
+    words = flags(checkpoint, texts, tmp_path, "--eval-limit", 10, "--baseline", finished[0] / "baseline.json")
+    assert phase1(*words) == 2
+    message = f"is of another model than this run: they differ in {another_weight}"
+    assert capsys.readouterr().err.splitlines()[-1].endswith(message)
+    assert not list(tmp_path.glob("critical_analysis_*"))
+
+
+def test_baseline_without_a_fingerprint_is_accepted_with_a_warning(finished, checkpoint, texts, tmp_path):
+    content = json.loads((finished[0] / "baseline.json").read_text())
+    baseline = tmp_path / "baseline.json"
+    baseline.write_text(json.dumps({key: value for key, value in content.items() if not key.endswith("_xxh3")}))
+    more = ["--topk", 3, "--no-save-plots", "--eval-limit", 10, "--baseline", baseline, "--experiment-id", "one"]
+    assert phase1(*flags(checkpoint, texts, tmp_path, *more)) == 0
+    (warning,) = read_manifest(tmp_path / "critical_analysis_one")["warnings"]
+    assert warning.startswith(f"--baseline {baseline} has no fingerprint")
+
+
+def test_failed_run_is_not_resumed_with_another_weight(checkpoint, texts, tmp_path, capsys, monkeypatch, request):
+    def fail(*arguments, **options):
+        raise RunError("no more time")
+
+    words = flags(checkpoint, texts, tmp_path, "--topk", 3, "--no-save-plots")
+    with monkeypatch.context() as patch:
+        patch.setattr(phase1_module, "discover", fail)
+        assert phase1(*words, "--experiment-id", "one") == 1
+    name = request.getfixturevalue("another_weight")
+    assert phase1(*words, "--experiment-id", "one") == 2
+    assert f"begun with another fingerprint (the models differ in {name})" in capsys.readouterr().err
+    assert phase1(*words) == 0  # which takes a folder of its own
+    assert len(list(tmp_path.glob("critical_analysis_*"))) == 2
+    assert read_manifest(tmp_path / "critical_analysis_one")["status"] == "failed"
+
+
 def test_only_what_the_mode_names(checkpoint, texts, tmp_path):
     common = ["--topk", 3, "--no-save-plots", "--metric", "magnitude", "--scope", "all", "--include", "*.mlp.*"]
     for mode in ("global", "per_layer"):
@@ -251,6 +310,7 @@ def test_a_failed_run_says_so_and_can_be_begun_again(checkpoint, texts, tmp_path
 
     def load_broken(*arguments, **options):
         loaded = load(*arguments, **options)
+        assert loaded.fingerprint  # taken of the sound model, which breaks only then
         loaded.model.gpt_neox.layers[1].mlp.dense_4h_to_h.weight[0, 0] = torch.nan
         return loaded
 

@@ -49,6 +49,15 @@ def test_streamed_weights_give_the_same_bits(folder, sequences, dtype):
     assert all(parameter.stride() == (0,) * parameter.ndim for parameter in streamed.model.parameters())
 
 
+def test_fingerprint_is_that_of_weights_in_memory_and_costs_no_reading(folder, monkeypatch):
+    loaded = models.load(str(folder), weights="streamed")
+    engine_for(loaded.model, Settings(checkpoint=loaded.checkpoint))
+    with monkeypatch.context() as patch:
+        patch.setattr(loaded.checkpoint, "present", None)
+        fingerprint = loaded.fingerprint
+    assert fingerprint == models.load(str(folder)).fingerprint
+
+
 def test_tables_are_the_same(folder, sequences):
     metrics, tables = ["grad_x_weight", "wanda", "magnitude"], []
     for weights in ("resident", "streamed"):

@@ -69,7 +69,8 @@ def perturb(
         selection: top: highest scores; random: controls from the same target; bottom: lowest scores; matched:
             random weights of the same magnitudes as the top.
         metric: the score that top and bottom go by, computed for the target alone.
-        weights_csv: take the top weights from these files of a discovery instead.
+        weights_csv: take the top weights from these files of a discovery instead; refused if the fingerprint beside
+            a file is of another model (in another dtype, if the values in its rows are).
         per_weight: also perturb each weight of this CSV alone.
         rows: perturb these whole rows of the matrix as stored, and a random one per seed, instead of sets.
         cols: likewise columns.

@@ -10,14 +10,16 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 from bridge import argv
+from bridge.fingerprint import read_fingerprint, write_fingerprint
 from bridge.records import MEASUREMENTS, TOP_WEIGHTS, read_table
-from llm_perturb import experiment
+from llm_perturb import experiment, models
 from reference import naive_highest, naive_loss, naive_losses, naive_lowest, naive_score, rewritten, zeroed
 from safetensors.torch import load_file, save_file
 from tiny_models import byte_tokenizer, save_checkpoint
@@ -121,7 +123,7 @@ def test_a_run_writes_its_files_and_nothing_else(done):
     folder, _ = done
     visible = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
     tables = {"measurements.csv", "comparisons.csv", "sequence_losses.parquet"}
-    assert visible == {*tables, "baseline.json", "manifest.json"}
+    assert visible == {*tables, "baseline.json", "fingerprint.json", "manifest.json"}
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
@@ -246,7 +248,12 @@ def test_the_manifest_says_what_the_numbers_depend_on(done, flags):
     assert manifest["identity"]["model"]["id"] == flags["model"]
     corpus = manifest["identity"]["corpus"]
     baseline = json.loads((folder / "baseline.json").read_text())
-    assert list(baseline) == ["model", "revision", "dtype", "corpus_sha256", "nll", "ppl", "n_tokens", "n_sequences"]
+    setup = ["model", "revision", "dtype", "parameters_xxh3", "tokenizer_xxh3", "corpus_sha256"]
+    assert list(baseline) == [*setup, "nll", "ppl", "n_tokens", "n_sequences"]
+    fingerprint = models.load(flags["model"], dtype="float64", device="cpu").fingerprint
+    assert manifest["identity"]["fingerprint"] == fingerprint.totals
+    assert baseline | fingerprint.totals == baseline
+    assert read_fingerprint(folder) == fingerprint
     assert baseline["corpus_sha256"] == corpus["corpus_sha256"]
     assert baseline["n_tokens"] == corpus["n_tokens"]
 
@@ -261,6 +268,8 @@ def test_the_baseline_command_finds_the_same_baseline(done, flags, capfd):
     assert "BASELINE_PERPLEXITY: " in out
     alone = run_of(flags, kind="baseline") / "baseline.json"
     assert json.loads(alone.read_text()) == json.loads((folder / "baseline.json").read_text())
+    assert read_fingerprint(alone.parent) == read_fingerprint(folder)
+    assert manifest_of(alone.parent)["identity"]["fingerprint"] == manifest_of(folder)["identity"]["fingerprint"]
 
 
 def test_a_finished_run_is_never_touched_again(done, flags, capfd):
@@ -321,6 +330,48 @@ def write_list(path, checkpoint, weights):
     ]  # fmt: skip
     pd.DataFrame(rows, columns=list(TOP_WEIGHTS.columns)).to_csv(path, index=False)
     return str(path)
+
+
+def of_discovery(folder, flags, other=None, **load):
+    """Lay a fingerprint beside a list, as a discovery does; of the model with one weight changed in ``other``."""
+    loaded = models.load(flags["model"], device="cpu", **load)
+    if other:
+        loaded.model.get_parameter(other)[0, 0] *= -1
+    write_fingerprint(folder, loaded.fingerprint)
+
+
+@pytest.mark.parametrize("flag", ["weights_csv", "per_weight"])
+def test_a_list_of_another_model_is_refused_by_the_fingerprint_beside_it(flags, capfd, inputs, tmp_path, flag):
+    """The listed weights are the same in both models; another one of another layer is not."""
+    path = write_list(tmp_path / "top_1_weights_wanda.csv", inputs / "model", [(UP, 3, 5)])
+    asked = {"target_layer": UP, "k": 1, "selection": "top", flag: path}
+    of_discovery(tmp_path, flags, f"{DENSE}.weight", dtype="float64")
+    code, _, complaints = call(capfd, flags | asked)
+    assert (code, len(complaints)) == (2, 1)
+    assert f"{path} was made from another model or revision: they differ in {DENSE}.weight" in complaints[0]
+    assert not run_of(flags).exists()
+    of_discovery(tmp_path, flags, dtype="float64")
+    assert call(capfd, flags | asked)[0] == 0
+
+
+def test_a_list_of_another_tokenizer_is_refused(flags, capfd, inputs, tmp_path):
+    path = write_list(tmp_path / "top_1_weights_wanda.csv", inputs / "model", [(UP, 3, 5)])
+    own = models.load(flags["model"], device="cpu").fingerprint  # in float32: the parameters cannot be compared
+    write_fingerprint(tmp_path, replace(own, tokenizer_xxh3="0f"))
+    code, _, complaints = call(capfd, flags | {"target_layer": UP, "k": 1, "selection": "top", "weights_csv": path})
+    assert (code, len(complaints)) == (2, 1)
+    assert "was made from another model or revision: they differ in the tokenizer" in complaints[0]
+
+
+def test_a_list_of_another_dtype_is_checked_by_its_rows(flags, capfd, inputs, tmp_path):
+    of_discovery(tmp_path, flags, f"{DENSE}.weight", dtype="bfloat16")
+    path = write_list(tmp_path / "top_1_weights_wanda.csv", inputs / "model", [(UP, 3, 5)])
+    asked = {"target_layer": UP, "k": 1, "selection": "top", "weights_csv": path}
+    assert call(capfd, flags | asked)[0] == 0
+    Path(path).write_text(Path(path).read_text().replace(",5,", ",6,"))
+    code, _, complaints = call(capfd, flags | asked | {"experiment_id": "y"})
+    assert code == 2
+    assert "the weight is" in complaints[0] and "in this model" in complaints[0]
 
 
 def test_weights_of_a_list_are_zeroed_exactly(flags, capfd, inputs, tmp_path):
@@ -567,6 +618,22 @@ def test_a_killed_run_goes_on_to_the_same_table(killed, uninterrupted, flags, ca
     pd.testing.assert_frame_equal(
         pd.read_parquet(folder / "sequence_losses.parquet"), pd.read_parquet(uninterrupted / "sequence_losses.parquet")
     )
+
+
+def test_a_killed_run_is_not_resumed_with_other_weights(killed, flags, capfd, inputs, monkeypatch):
+    """The files are the same, what is read from them is not."""
+    folder, load = copied(killed, flags, "x"), models.load
+
+    def load_changed(*arguments, **options):
+        loaded = load(*arguments, **options)
+        loaded.model.get_parameter(f"{DENSE}.weight")[1, 1] *= -1
+        return loaded
+
+    monkeypatch.setattr(models, "load", load_changed)
+    code, _, complaints = call(capfd, flags | MANY | {"per_weight": str(inputs / "single.csv")})
+    assert (code, len(complaints)) == (2, 1)
+    assert f"begun with another fingerprint (the models differ in {DENSE}.weight)" in complaints[0]
+    assert manifest_of(folder)["status"] == "running"
 
 
 def test_a_killed_run_is_not_resumed_with_other_flags(killed, flags, capfd, inputs):

@@ -1,12 +1,14 @@
 import importlib.util
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
 from bridge import argv
 from bridge.errors import RequestError
+from bridge.fingerprint import read_fingerprint, write_fingerprint
 from llm_perturb.shards import Shard, merge, read_shard
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "merge_shards.py"
@@ -50,6 +52,8 @@ def test_the_shards_make_the_table_of_the_whole_byte_for_byte(split, parts, tmp_
     manifests = [json.loads((place / "manifest.json").read_text()) for place in (folder, whole)]
     assert manifests[0]["identity"] == manifests[1]["identity"]
     assert manifests[0]["status"] == "complete"
+    assert read_fingerprint(folder) == read_fingerprint(whole)
+    assert manifests[0]["identity"]["fingerprint"] == read_fingerprint(parts / "shard_x_1_of_3").totals
 
 
 def test_each_shard_measured_its_part_alone(split):
@@ -98,6 +102,25 @@ def test_a_shard_given_twice_is_refused(parts, tmp_path):
 def test_shards_of_another_request_are_refused(parts, tmp_path):
     change_manifest(parts / "shard_x_2_of_3", lambda m: m["identity"]["options"].update(max_length=7))
     refused(parts, tmp_path, "are shards of different requests")
+
+
+def test_shards_of_another_model_are_refused_and_the_parameter_is_named(parts, tmp_path):
+    folder = parts / "shard_x_2_of_3"
+    own = read_fingerprint(folder)
+    changed = replace(own, parameters_xxh3="0f", digests=own.digests | {"embed_out.weight": "1e"})
+    write_fingerprint(folder, changed)
+    change_manifest(folder, lambda m: m["identity"].update(fingerprint=changed.totals))
+    refused(parts, tmp_path, r"are shards of different requests \(the models differ in embed_out\.weight\)")
+
+
+def test_shards_of_an_earlier_version_are_merged_with_a_warning(parts, tmp_path):
+    for folder in parts.iterdir():
+        (folder / "fingerprint.json").unlink()
+        change_manifest(folder, lambda m: m["identity"].pop("fingerprint"))
+    folder = merge([str(parts)], str(tmp_path / "merged"), "y")
+    (warning,) = (w for w in json.loads((folder / "manifest.json").read_text())["warnings"] if "fingerprint" in w)
+    assert "shard_x_1_of_3 has no fingerprint" in warning
+    assert not (folder / "fingerprint.json").exists()
 
 
 def test_another_baseline_is_refused(parts, tmp_path):

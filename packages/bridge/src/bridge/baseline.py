@@ -6,13 +6,17 @@ from pathlib import Path
 
 from bridge.discovery import Discovery
 from bridge.errors import RequestError
+from bridge.fingerprint import MISSING, Fingerprint, difference, recorded_fingerprint
 
 TOLERANCE = 1e-4  # relative; another device or batch size changes the loss by less
 SAME = ("model", "revision", "dtype", "corpus_sha256")
 
 
-def check_same(path: str, discovery: Discovery) -> None:
+def check_same(path: str, discovery: Discovery) -> list[str]:
     """Refuse to validate a discovery whose model, texts or loss are not those of a ``baseline.json``.
+
+    Returns:
+        What could not be compared, as warnings.
 
     Raises:
         RequestError: no such file, not a baseline, or something differs; all differences are named.
@@ -24,9 +28,25 @@ def check_same(path: str, discovery: Discovery) -> None:
     different = [key for key in SAME if expected[key] != found[key]]
     if not math.isclose(expected["nll"], found["nll"], rel_tol=TOLERANCE):
         different.append("nll")
-    if different:
-        what = ", ".join(f"{key} is {expected[key]} there and {found[key]} in the discovery" for key in different)
-        raise RequestError(f"--baseline {path} is not of the setup of {discovery.folder}: {what}")
+    words = [f"{key} is {expected[key]} there and {found[key]} in the discovery" for key in different]
+    changed, warnings = compare_models(expected, path, discovery.fingerprint)
+    if words or changed:
+        words += [f"the models differ in {changed}"] * bool(changed)
+        raise RequestError(f"--baseline {path} is not of the setup of {discovery.folder}: {', '.join(words)}")
+    return warnings
+
+
+def compare_models(expected: dict, path: str, here: Fingerprint | None) -> tuple[str, list[str]]:
+    """The fingerprint that a ``baseline.json`` has, and the digests beside it, against that of the model here.
+
+    Returns:
+        What the models differ in, empty if in nothing; a warning where one of them has no fingerprint.
+    """
+    there = recorded_fingerprint(expected, Path(path).parent)
+    if there and here:
+        return difference(there, here), []
+    which = "the discovery" if there else f"--baseline {path}"
+    return "", [f"{which} {MISSING}"]
 
 
 def read(path: str) -> dict:

@@ -8,6 +8,7 @@ from pathlib import Path
 from bridge import instrument
 from bridge.checks import baseline_check, baseline_of, check_baseline, check_effects, check_single_weights
 from bridge.errors import RequestError, RunError
+from bridge.fingerprint import write_fingerprint
 from bridge.plan import Options, Plan, plan
 from bridge.records import MEASUREMENTS, TARGETS, TOP_WEIGHTS, atomic_path, read_table, write_table
 from bridge.runs import Run, find_runs, open_run, read_manifest
@@ -88,6 +89,8 @@ def _measure(ready: Plan, run: Run, parts: list[Path] | None) -> dict[str, str]:
 def _prepare(ready: Plan, run: Run) -> None:
     for warning in ready.warnings:
         run.warn(warning)
+    if ready.discovery.fingerprint:  # beside the lists that are written here, for the instrument to compare
+        write_fingerprint(run.folder, ready.discovery.fingerprint)
     if ready.single_weights is not None:
         write_table(run.folder / SINGLE_WEIGHTS, ready.single_weights, TOP_WEIGHTS)
         _copy(ready.discovery.folder / FILE, run.folder / FILE)
@@ -100,7 +103,7 @@ def _obtain(ready: Plan, run: Run, folder: Path, targets: Sequence[str], parts: 
         command = _merge_command(ready, parts) if parts else _command(ready, run, targets)
         command += [f"--output={folder.parent}", f"--experiment-id={folder.name.removeprefix('perturb_')}"]
         run.update(instrument=command)
-        check = baseline_check(ready, folder)
+        check = baseline_check(ready, folder, run.warn)
         instrument.measure(command, run.folder, run.folder / "perturb.log", folder, check, script)
 
 
@@ -112,7 +115,7 @@ def _accept(ready: Plan, run: Run, folder: Path, targets: Sequence[str]) -> None
         raise RunError(
             f"the instrument left no usable measurements: {error}; see {run.folder / 'perturb.log'}"
         ) from None
-    baseline_check(ready, folder)()
+    baseline_check(ready, folder, run.warn)()
     check_baseline(ready, baseline_of(measurements), folder)
     check_effects(ready, targets, measurements)
     check_single_weights(ready, measurements)
@@ -148,11 +151,11 @@ def _measure_shard(ready: Plan, options: Options) -> list[str]:
             command = _command(ready, run, ready.options["target_layers"])
             command += [f"--shard={number}/{of}", f"--output={folder.parent}", "--experiment-id=measure"]
             run.update(instrument=command)
-            check = baseline_check(ready, folder)
+            check = baseline_check(ready, folder, run.warn)
             instrument.measure(command, run.folder, run.folder / "perturb.log", folder, check)
         if not _is_complete(folder):
             raise RunError(f"the instrument left no {folder}; see {run.folder / 'perturb.log'}")
-        baseline_check(ready, folder)()
+        baseline_check(ready, folder, run.warn)()
     return [
         f"shard {options.shard}: {run.folder}",
         f"when all {of} are measured, gather their folders in one and give the same command with --merge THAT_FOLDER "

@@ -9,6 +9,7 @@ import pandas as pd
 
 from bridge import baseline
 from bridge.errors import RunError
+from bridge.fingerprint import MISSING, difference, recorded_fingerprint
 from bridge.plan import Plan
 from bridge.single_weights import PLACE, weight_rows
 
@@ -22,18 +23,38 @@ def baseline_of(measurements: pd.DataFrame) -> dict:
     return baselines.iloc[0].to_dict()
 
 
-def baseline_check(ready: Plan, folder: Path) -> Callable[[], None]:
-    """A function that compares the instrument's baseline once it is written: hours before the last measurement."""
+def baseline_check(ready: Plan, folder: Path, warn: Callable[[str], None]) -> Callable[[], None]:
+    """A function that compares the instrument's baseline once it is written: hours before the last measurement.
+
+    Args:
+        ready: the plan, with the discovery.
+        folder: the instrument's.
+        warn: called with what could not be compared.
+    """
     checked = False
 
     def check() -> None:
         nonlocal checked
         path = folder / "baseline.json"
         if not checked and path.exists():
-            check_baseline(ready, json.loads(path.read_text(encoding="utf-8")), folder)
+            measured = json.loads(path.read_text(encoding="utf-8"))
+            check_model(ready, measured, folder, warn)
+            check_baseline(ready, measured, folder)
             checked = True
 
     return check
+
+
+def check_model(ready: Plan, measured: dict, folder: Path, warn: Callable[[str], None]) -> None:
+    """Refuse measurements of other values, or of another tokenizer, than the discovery's: bit for bit."""
+    there, here = ready.discovery.fingerprint, recorded_fingerprint(measured, folder)
+    if there is None or here is None:
+        warn(f"the {'measurement' if there else 'discovery'} {MISSING}")
+    elif what := difference(there, here):
+        raise RunError(
+            f"the model that was measured is not the discovery's: they differ in {what}; "
+            f"run the discovery again with the model there is now, or set it right, remove {folder}, and validate again"
+        )
 
 
 def check_baseline(ready: Plan, measured: dict, folder: Path) -> None:

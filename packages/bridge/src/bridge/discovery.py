@@ -14,6 +14,7 @@ import pandas as pd
 
 from bridge.argv import did_you_mean
 from bridge.errors import RequestError
+from bridge.fingerprint import Fingerprint, recorded_fingerprint
 from bridge.records import LAYER_SUMMARY, SAMPLED_WEIGHTS, STABILITY, TOP_WEIGHTS, Table, read_table
 from bridge.runs import find_runs, read_manifest
 from bridge.single_weights import FILE, PLACE
@@ -54,6 +55,11 @@ class Discovery:
         except (OSError, ValueError, KeyError, TypeError):
             pass
         raise RequestError(f"{path} is missing or damaged: expected the run's baseline; run the discovery again")
+
+    @property
+    def fingerprint(self) -> Fingerprint | None:
+        """Of the model as it was scored; None in the runs of versions that took none."""
+        return recorded_fingerprint(self.baseline, self.folder)
 
     def metrics(self, wanted: Sequence[str] | None = None) -> list[str]:
         """The metrics of the run, or the wanted ones after a check that the run has them."""

@@ -74,8 +74,7 @@ def plan(options: Options) -> Plan:
     """
     shard = _shard(options)
     discovery = choose_discovery(options.places)
-    if options.baseline:
-        baseline.check_same(options.baseline, discovery)
+    unknown = baseline.check_same(options.baseline, discovery) if options.baseline else []
     metrics = discovery.metrics(options.metrics)
     sets = options.layers or options.control_layers or options.all_layers or options.global_set
     ks, weights = _sets(discovery, metrics, options) if sets else ([1], {})
@@ -110,7 +109,7 @@ def plan(options: Options) -> Plan:
     python = instrument.find_python(options.perturb_python)
     words = command.launcher(python, options.num_processes) + flags
     output = check_output(options.output or str(discovery.folder.parent))
-    warnings += more_warnings
+    warnings += more_warnings + unknown
     return Plan(discovery, targets, single_weights, warnings, chosen, identity, weights, shard, python, words, output)
 
 

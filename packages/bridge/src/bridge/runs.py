@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO
 
 from bridge.errors import RequestError
+from bridge.fingerprint import Fingerprint, difference, recorded_fingerprint, write_fingerprint
 from bridge.records import write_json
 
 SCHEMA_VERSION = 1
@@ -111,7 +112,12 @@ class Run:
 
 
 def open_run(
-    output: Path, kind: str, identity: dict, experiment_id: str | None = None, facts: dict | None = None
+    output: Path,
+    kind: str,
+    identity: dict,
+    experiment_id: str | None = None,
+    facts: dict | None = None,
+    fingerprint: Fingerprint | None = None,
 ) -> Run:
     """Open ``<output>/<kind>_<id>`` for this process alone, new or to be resumed.
 
@@ -124,11 +130,15 @@ def open_run(
         identity: all that the numbers depend on (JSON values): options, model, corpus.
         experiment_id: the id, or None.
         facts: more for the manifest, which a resumed run may change.
+        fingerprint: of the model that the run measures: its totals become part of the identity, and it is written.
 
     Raises:
-        RequestError: the id is taken by a finished run or by other options, or another process is at work there.
+        RequestError: the id is taken by a finished run or by another model or other options, or another process is
+            at work there.
     """
     identity = json.loads(json.dumps(identity))
+    if fingerprint:
+        identity["fingerprint"] = fingerprint.totals
     if experiment_id is not None:
         if not experiment_id or Path(experiment_id).name != experiment_id or experiment_id in {".", ".."}:
             raise RequestError(
@@ -143,7 +153,7 @@ def open_run(
     lock = _lock(folder)
     try:
         manifest = _read_manifest(folder)
-        _check_resumable(folder, manifest, identity)
+        _check_resumable(folder, manifest, identity, fingerprint)
     except RequestError:
         lock.close()
         raise
@@ -159,6 +169,8 @@ def open_run(
         host=_host(),
         **(facts or {}),
     )
+    if fingerprint:
+        write_fingerprint(folder, fingerprint)
     return run
 
 
@@ -207,17 +219,21 @@ def _read_manifest(folder: Path) -> dict | None:
     return manifest
 
 
-def _check_resumable(folder: Path, manifest: dict | None, identity: dict) -> None:
+def _check_resumable(folder: Path, manifest: dict | None, identity: dict, fingerprint: Fingerprint | None) -> None:
     if manifest is None:
         if any(not path.name.startswith(".") for path in folder.iterdir()):
             raise RequestError(f"{folder} holds files of something else; choose another --experiment-id")
         return
     if manifest.get("status") == "complete":
         raise RequestError(f"{folder} is already complete; choose another --experiment-id, or remove the folder")
-    different = _differences(manifest.get("identity") or {}, identity)
+    before = manifest.get("identity") or {}
+    different = _differences(before, identity)
     if different:
+        begun = recorded_fingerprint(before.get("fingerprint") or {}, folder)
+        what = difference(begun, fingerprint) if begun and fingerprint else ""
+        detail = f" (the models differ in {what})" if what else ""
         raise RequestError(
-            f"{folder} was begun with another {', '.join(different)}; "
+            f"{folder} was begun with another {', '.join(different)}{detail}; "
             "choose another --experiment-id, or remove the folder"
         )
 

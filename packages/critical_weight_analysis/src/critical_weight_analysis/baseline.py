@@ -2,14 +2,14 @@
 
 import math
 
-from bridge.baseline import SAME, TOLERANCE, read
+from bridge.baseline import SAME, TOLERANCE, compare_models, read
 from bridge.errors import RequestError
 from llm_perturb.corpus import Corpus
 from llm_perturb.models import LoadedModel
 from llm_perturb.perplexity import summarize
 from torch import Tensor
 
-__all__ = ["check_same", "measured", "read", "setup"]
+__all__ = ["check_model", "check_same", "measured", "read", "setup"]
 
 
 def setup(loaded: LoadedModel, corpus: Corpus) -> dict:
@@ -21,8 +21,23 @@ def setup(loaded: LoadedModel, corpus: Corpus) -> dict:
 
 
 def measured(loaded: LoadedModel, corpus: Corpus, losses: Tensor) -> dict:
-    """The content of ``baseline.json``: the setup, and the loss and perplexity over it."""
-    return setup(loaded, corpus) | summarize(losses, corpus).as_dict()
+    """The content of ``baseline.json``: the setup, the model's fingerprint, and the loss and perplexity over it."""
+    return setup(loaded, corpus) | loaded.fingerprint.totals | summarize(losses, corpus).as_dict()
+
+
+def check_model(expected: dict, loaded: LoadedModel, path: str) -> list[str]:
+    """Compare the values of all parameters, and the tokenizer, with those that a baseline was measured with.
+
+    Returns:
+        Warnings: that a baseline of an earlier version has no fingerprint to compare.
+
+    Raises:
+        RequestError: they differ; names the first parameters.
+    """
+    what, warnings = compare_models(expected, path, loaded.fingerprint)
+    if what:
+        raise RequestError(f"--baseline {path} is of another model than this run: they differ in {what}")
+    return warnings
 
 
 def check_same(expected: dict, found: dict, path: str) -> None:

@@ -15,6 +15,7 @@ from bridge.errors import RequestError
 from bridge.records import write_json
 from llm_perturb import models
 from llm_perturb.corpus import Corpus, CorpusOptions, read_texts, tokenize
+from llm_perturb.fingerprint import check_agreement
 from llm_perturb.models import LoadedModel
 from llm_perturb.processes import Processes
 from llm_perturb.weights import in_scope
@@ -133,18 +134,23 @@ def run(options: Options) -> None:
     """
     processes = Processes()
     request = prepare(options.checked())
-    settings = Settings(progress=processes.first, checkpoint=request.loaded.checkpoint, processes=processes)
-    engine = engine_for(request.loaded.model, settings)
+    loaded, expected = request.loaded, request.expected
+    settings = Settings(progress=processes.first, checkpoint=loaded.checkpoint, processes=processes)
+    engine = engine_for(loaded.model, settings)  # its probe reads all streamed weights, so the fingerprint reads none
+    check_agreement(loaded.fingerprint, processes)
+    warnings = baseline.check_model(expected, loaded, request.options.baseline) if expected else []
     opened: runs.Run | None = None
 
     def begin() -> str:
         nonlocal opened
         opened = _open_run(request, engine.__name__.rpartition(".")[2], processes.world)
+        for warning in warnings:
+            opened.warn(warning)
         return str(opened.folder)
 
     folder = Path(processes.once(begin))
     with _kept(opened):
-        _log.info("%s, %s", request.loaded.facts["id"], request.loaded.facts["dtype"])
+        _log.info("%s, %s", loaded.facts["id"], loaded.facts["dtype"])
         _log.info("%d weights of %d parameters in scope", request.n_weights, len(request.parameters))
         _log.info("%(n_sequences)d sequences, %(n_tokens)d predicted tokens, from %(source)s", request.corpus.facts)
         found, settings = _discover(engine, request, replace(settings, scratch=folder), opened)
@@ -246,7 +252,7 @@ def _open_run(request: Request, engine: str, world_size: int) -> runs.Run:
         "weights": "streamed" if loaded.checkpoint else "resident",
         "seed": options.seed,
     }
-    return runs.open_run(request.output, KIND, identity, options.experiment_id, facts)
+    return runs.open_run(request.output, KIND, identity, options.experiment_id, facts, loaded.fingerprint)
 
 
 @contextmanager

@@ -21,6 +21,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils import cached_file
 
+from llm_perturb.fingerprint import parameter_digest
+
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
@@ -41,6 +43,7 @@ class Checkpoint:
         self._places, self._dtype, self._device = places, dtype, device
         self._absent = {name: parameter.data for name, parameter in self._parameters.items()}
         self._holders = dict.fromkeys(self._parameters, 0)
+        self._digests: dict[str, str] = {}
 
     @contextmanager
     def present(self, names: Iterable[str]) -> Iterator[None]:
@@ -53,7 +56,7 @@ class Checkpoint:
                     path, key = self._places[name]
                     if path not in files:
                         files[path] = stack.enter_context(safe_open(path, "pt"))
-                    self._set(name, files[path].get_tensor(key).to(self._device, self._dtype))
+                    self._set(name, self._noted(name, files[path].get_tensor(key).to(self._device, self._dtype)))
                 self._holders[name] += 1
             files.clear()
         try:
@@ -64,6 +67,20 @@ class Checkpoint:
                 if self._holders[name] == 0:
                     self._set(name, self._absent[name])
             _give_back()
+
+    def digests(self) -> dict[str, str]:
+        """The digest of each parameter as it was first read, in model order; one that never was is read for it."""
+        for name in self._parameters:
+            if name not in self._digests:
+                with self.present([name]):
+                    pass
+        return {name: self._digests[name] for name in self._parameters}
+
+    def _noted(self, name: str, value: Tensor) -> Tensor:
+        """The value, whose digest is kept from the first reading."""
+        if name not in self._digests:
+            self._digests[name] = parameter_digest(name, value)
+        return value
 
     def _set(self, name: str, value: Tensor) -> None:
         with torch._C.DisableTorchFunction():  # whoever watches torch's calls would take this for a use

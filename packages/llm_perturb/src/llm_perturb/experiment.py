@@ -14,6 +14,7 @@ from tqdm import tqdm
 from llm_perturb import models, weights
 from llm_perturb.copies import Copies, Unit, group
 from llm_perturb.corpus import Corpus, CorpusOptions, read_texts, tokenize
+from llm_perturb.fingerprint import check_agreement
 from llm_perturb.head import is_plain
 from llm_perturb.intervals import MIN_SEQUENCES
 from llm_perturb.models import LoadedModel
@@ -25,7 +26,7 @@ from llm_perturb.selection import Target
 from llm_perturb.shards import KIND, Shard
 from llm_perturb.sweep import sweep
 from llm_perturb.table import failures, record_of, write_records
-from llm_perturb.weight_list import hash_file, read_weight_list
+from llm_perturb.weight_list import check_model, hash_file, read_weight_list
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def measure_baseline(
     corpus = tokenize(texts, loaded.tokenizer, corpus_options, loaded.max_positions)
     identity = _identity(model_options, corpus_options, loaded, corpus, batch_size)
     if processes.first:
-        run = open_run(place, "baseline", identity, experiment_id)
+        run = open_run(place, "baseline", identity, experiment_id, fingerprint=loaded.fingerprint)
         with run.recorded():
             losses = sequence_losses(loaded.model, corpus.sequences, batch_size, "baseline")
             _write_baseline(run, loaded, corpus, summarize(losses, corpus))
@@ -95,10 +96,13 @@ def measure_perturbations(
     texts = read_texts(corpus_options)
     loaded = model_options.load(request.target_layers)
     corpus = tokenize(texts, loaded.tokenizer, corpus_options, loaded.max_positions)
+    csvs = [*request.weights_csv, *([request.per_weight] if request.per_weight else [])]
+    for path in csvs:
+        check_model(path, loaded.fingerprint)
     plan = _make_plan(request, loaded)
+    check_agreement(loaded.fingerprint, processes)
     identity = _identity(model_options, corpus_options, loaded, corpus, batch_size)
     identity["options"] |= {**asdict(request), "perturbations": [p.label for p in request.perturbations]}
-    csvs = [*request.weights_csv, *([request.per_weight] if request.per_weight else [])]
     identity["weights_csv_sha256"] = [hash_file(path) for path in csvs]
     units, order = group(loaded.model, plan.shells()), {shell.key: at for at, shell in enumerate(plan.shells())}
     facts = {"world_size": processes.world, "device": str(loaded.model.device)}
@@ -114,7 +118,7 @@ def measure_perturbations(
 
     def begin() -> str:
         nonlocal run
-        run = open_run(place, kind, identity, experiment_id, facts)
+        run = open_run(place, kind, identity, experiment_id, facts, loaded.fingerprint)
         return str(run.folder)
 
     folder = processes.once(begin)
@@ -166,6 +170,7 @@ def _identity(
 
 def _write_baseline(run: Run, loaded: LoadedModel, corpus: Corpus, perplexity: Perplexity) -> None:
     facts = {"model": loaded.facts["id"], "revision": loaded.facts["revision"], "dtype": loaded.facts["dtype"]}
+    facts |= loaded.fingerprint.totals
     facts |= {"corpus_sha256": corpus.facts["corpus_sha256"], **perplexity.as_dict()}
     write_json(run.folder / "baseline.json", facts)
     print(

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Literal
@@ -16,10 +16,12 @@ import psutil
 import torch
 import yaml
 from bridge.errors import RequestError
+from bridge.fingerprint import Fingerprint
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_perturb.checkpoint import Checkpoint, open_streamed, stored_bytes
+from llm_perturb.fingerprint import parameter_digests, persistent_buffers, tokenizer_digest, total_digest
 from llm_perturb.weights import ALL, named_parameters, tied_groups
 
 DType = Literal["float32", "bfloat16", "float16", "float64"]
@@ -45,6 +47,13 @@ class LoadedModel:
     def max_positions(self) -> int | None:
         """The longest sequence that the model has positions for, None if it does not say."""
         return getattr(self.model.config, "max_position_embeddings", None)
+
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        """Of the values and the tokenizer; taken once, when it is first asked for: before anything is perturbed."""
+        held = self.checkpoint.digests() if self.checkpoint else parameter_digests(named_parameters(self.model))
+        digests = held | parameter_digests(persistent_buffers(self.model))
+        return Fingerprint(total_digest(digests), tokenizer_digest(self.tokenizer), self.facts["dtype"], digests)
 
 
 @cache

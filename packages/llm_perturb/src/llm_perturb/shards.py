@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 from bridge.errors import RequestError
+from bridge.fingerprint import MISSING, Fingerprint, difference, recorded_fingerprint
 from bridge.records import atomic_path, write_text
 from bridge.runs import check_output, find_runs, open_run, read_manifest
 
@@ -52,9 +53,13 @@ def merge(places: list[str], output: str, experiment_id: str | None) -> Path:
     place = check_output(output)
     folders = list(dict.fromkeys(f.resolve() for name in places for f in find_runs(Path(name), KIND)))
     manifests = [read_manifest(folder) for folder in folders]
-    identity = _check(folders, manifests)
-    run = open_run(place, "perturb", identity, experiment_id, {"merged": [str(folder) for folder in folders]})
+    measured = [_fingerprint(folder, manifest) for folder, manifest in zip(folders, manifests, strict=True)]
+    identity = _check(folders, manifests, measured)
+    facts = {"merged": [str(folder) for folder in folders]}
+    run = open_run(place, "perturb", identity, experiment_id, facts, measured[0])
     with run.recorded():
+        if measured[0] is None:
+            run.warn(f"{folders[0]} {MISSING}")
         for manifest in manifests:
             for warning in manifest["warnings"]:
                 run.warn(warning)
@@ -63,13 +68,19 @@ def merge(places: list[str], output: str, experiment_id: str | None) -> Path:
     return run.folder
 
 
-def _check(folders: list[Path], manifests: list[dict]) -> dict:
+def _fingerprint(folder: Path, manifest: dict) -> Fingerprint | None:
+    return recorded_fingerprint(manifest["identity"].get("fingerprint") or {}, folder)
+
+
+def _check(folders: list[Path], manifests: list[dict], measured: list[Fingerprint | None]) -> dict:
     """The identity that all shards share."""
     identities = [dict(manifest["identity"]) for manifest in manifests]
     shards = [read_shard(identity.pop("shard")) for identity in identities]
-    for folder, identity, shard in zip(folders, identities, shards, strict=True):
+    for folder, identity, shard, own in zip(folders, identities, shards, measured, strict=True):
         if identity != identities[0] or shard.of != shards[0].of:
-            raise RequestError(f"{folder} and {folders[0]} are shards of different requests")
+            what = difference(measured[0], own) if own and measured[0] else ""
+            detail = f" (the models differ in {what})" if what else ""
+            raise RequestError(f"{folder} and {folders[0]} are shards of different requests{detail}")
         for name in FILES:
             if not (folder / name).is_file():
                 raise RequestError(f"{folder} lacks {name}")

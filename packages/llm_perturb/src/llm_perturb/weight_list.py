@@ -2,13 +2,14 @@
 
 import hashlib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 from bridge.errors import RequestError
+from bridge.fingerprint import Fingerprint, difference, read_fingerprint
 from bridge.records import TOP_WEIGHTS, read_table
 from torch.nn import Parameter
 
@@ -58,6 +59,24 @@ class WeightList:
         scores = self.scores[inside][first]
         order = np.argsort(-scores if self.ranks is None else self.ranks[inside][first], kind="stable")[:k]
         return Ranked(torch.from_numpy(positions[order]), torch.from_numpy(scores[order]))
+
+
+def check_model(path: str, here: Fingerprint) -> None:
+    """A discovery's CSV must be of this model, bit for bit, as the fingerprint beside the CSV tells.
+
+    In another dtype the same weights have other bits, so that only the tokenizer is compared; of that list, and of one
+    without a fingerprint, ``read_weight_list`` compares the values of the rows.
+
+    Raises:
+        RequestError: it is of another model or tokenizer; names the parameters.
+    """
+    there = read_fingerprint(Path(path).parent)
+    if there is None:
+        return
+    if there.dtype != here.dtype:
+        there = replace(there, parameters_xxh3=here.parameters_xxh3)
+    if what := difference(there, here):
+        raise RequestError(f"{path} was made from another model or revision: they differ in {what}")
 
 
 def read_weight_list(path: str, model_parameters: dict[str, Parameter]) -> WeightList:
