@@ -1,4 +1,5 @@
 import ast
+import logging
 import sys
 from pathlib import Path
 
@@ -48,6 +49,16 @@ def test_error_messages_are_escaped(capsys, error):
     with pytest.raises(SystemExit):
         argv.run(thing, "thing", [])
     assert capsys.readouterr().err == "thing: error: no layer 'a\\x1b]0;owned\\x07\\u202eb' \\x9b31mat all\n"
+
+
+def test_what_a_library_logs_is_escaped_while_a_command_runs(caplog):
+    def thing() -> None:
+        logging.getLogger("some.library").warning("unexpected %s\nnext line", "key\x1b]0;owned\x07")
+
+    argv.run(thing, "thing", [])
+    assert caplog.messages == ["unexpected key\\x1b]0;owned\\x07\nnext line"]
+    thing()
+    assert "\x1b" in caplog.messages[1]
 
 
 @pytest.mark.parametrize("words", [["--a\x1b[2J=3"], ["stray\x1b[2J"], ["--n", "\x1b[2J"], ["--config", "\x1b[2J"]])

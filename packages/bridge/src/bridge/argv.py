@@ -25,7 +25,7 @@ import yaml
 from fire import helptext, trace
 
 from bridge.errors import RequestError, RunError
-from bridge.printable import say
+from bridge.printable import escaped_logs, say
 
 Command = Callable[..., None]
 _TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
@@ -52,7 +52,8 @@ def run(command: Command | dict[str, Command], name: str | None = None, argv: Se
             _show_help(command, name)
             return
         values = parse(command, words)
-        fire.Fire(command, command=[f"--{key}={value!r}" for key, value in values.items()], name=name)
+        with escaped_logs():
+            fire.Fire(command, command=[f"--{key}={value!r}" for key, value in values.items()], name=name)
     except RequestError as error:
         raise SystemExit(_complain(name, error, 2)) from None
     except RunError as error:

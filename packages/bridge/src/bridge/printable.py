@@ -2,10 +2,13 @@
 
 A file can hold characters that a terminal obeys instead of showing them: escape sequences, line breaks, marks that
 reverse the direction of writing. A name with one of them is refused where it is read; everything that is printed
-goes through ``say``, which shows such a character as an escape.
+goes through ``say`` or, where a library logs it, ``escaped_logs``, which show such a character as an escape.
 """
 
+import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TextIO
 from unicodedata import category
 
@@ -58,3 +61,21 @@ def say(*lines: object, stream: TextIO | None = None) -> None:
         stream: stdout by default.
     """
     print(*map(escaped, lines), sep="\n", file=stream or sys.stdout, flush=True)
+
+
+class _EscapedRecord(logging.LogRecord):
+    """A record of a log whose message, which may have several lines, is escaped."""
+
+    def getMessage(self) -> str:  # noqa: N802 - the name is logging's
+        return "\n".join(map(escaped, super().getMessage().split("\n")))
+
+
+@contextmanager
+def escaped_logs() -> Iterator[None]:
+    """While open, the messages of all loggers are escaped, also those of libraries that quote a file's content."""
+    before = logging.getLogRecordFactory()
+    logging.setLogRecordFactory(_EscapedRecord)
+    try:
+        yield
+    finally:
+        logging.setLogRecordFactory(before)
