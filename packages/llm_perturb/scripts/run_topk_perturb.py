@@ -16,6 +16,7 @@ from typing import Literal
 
 from bridge import argv
 from bridge.errors import RequestError
+from bridge.printable import check_printable, say
 from llm_perturb import experiment, weights
 from llm_perturb.corpus import CorpusOptions, Packing
 from llm_perturb.models import DType
@@ -101,10 +102,10 @@ def perturb(
         experiment_id: its name; give that of a killed run to resume it.
     """
     targets = target_layer or os.environ.get("TARGET_LAYER", "").split(",")
-    targets = [part.strip() for part in targets if part.strip()]
+    targets = [check_printable(part.strip(), "TARGET_LAYER") for part in targets if part.strip()]
     options = experiment.ModelOptions(model, revision, dtype, device, trust_remote_code)
     if list_layers:
-        print(weights.table(options.load(targets).model))
+        say(*weights.table(options.load(targets).model).split("\n"))
         return
     if min(k) < 1 or batch_size < 1:
         raise RequestError(f"--k and --batch-size must be at least 1, not {min(*k, batch_size)}")

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import torch
@@ -66,6 +67,22 @@ def test_the_revision_of_a_local_model_follows_its_weights(checkpoint, damaged):
     state["lm_head.weight"][0, 0] += 1
     save_file(state, damaged / "model.safetensors", metadata={"format": "pt"})
     assert models.load(str(damaged), device="cpu").facts["revision"] != first
+
+
+def test_a_name_that_a_terminal_would_obey_is_refused(checkpoint, tmp_path, monkeypatch):
+    shutil.copytree(checkpoint, tmp_path / "a\x1b[2J")
+    with pytest.raises(RequestError, match=r"the model's name '.*a\\x1b\[2J' has a character that is not printable"):
+        models.load(str(tmp_path / "a\x1b[2J"), device="cpu")
+    original = models.AutoModelForCausalLM.from_pretrained
+
+    def renamed(*args, **options):
+        model, info = original(*args, **options)
+        model.lm_head.register_parameter("bias\x1b[2J\n", torch.nn.Parameter(torch.zeros(1)))
+        return model, info
+
+    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", renamed)
+    with pytest.raises(RequestError, match=r"the model's parameter 'lm_head\.bias\\x1b\[2J\\n' has a character"):
+        models.load(str(checkpoint), device="cpu")
 
 
 def test_a_model_that_is_not_there_is_refused(tmp_path):

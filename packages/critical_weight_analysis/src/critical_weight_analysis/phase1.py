@@ -163,7 +163,7 @@ def run(options: Options) -> None:
             if splits:
                 agreement = stability.table(found.rankings, splits, request.options.topk, request.n_weights)
                 tables.write_stability(agreement, folder, request.options.save_plots)
-            tables.say(folder, tops)
+            tables.show(folder, tops)
         settings.resume.clear()
     processes.close()
 
@@ -174,8 +174,8 @@ def _discover(engine: ModuleType, request: Request, settings: Settings, opened: 
     used = []
 
     def with_batch_size(batch_size: int) -> Discovery:
-        identity = {"batch_size": batch_size, "world": settings.processes.world}
-        resume = Resume(settings.scratch, identity, settings.processes)
+        identity = {"engine": engine.__name__, "batch_size": batch_size, "world": settings.processes.world}
+        resume = Resume(settings.scratch, identity, settings.processes, warn=opened.warn if opened else _log.warning)
         used[:] = [replace(settings, batch_size=batch_size, resume=resume)]
         return discover(
             engine,

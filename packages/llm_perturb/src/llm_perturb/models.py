@@ -17,12 +17,13 @@ import torch
 import yaml
 from bridge.errors import RequestError
 from bridge.fingerprint import Fingerprint
+from bridge.printable import check_printable, say
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_perturb.checkpoint import Checkpoint, open_streamed, stored_bytes
 from llm_perturb.fingerprint import parameter_digests, persistent_buffers, tokenizer_digest, total_digest
-from llm_perturb.weights import ALL, named_parameters, tied_groups
+from llm_perturb.weights import ALL, check_names, named_parameters, tied_groups
 
 DType = Literal["float32", "bfloat16", "float16", "float64"]
 Weights = Literal["auto", "resident", "streamed"]
@@ -83,7 +84,7 @@ def choose_name(name: str | None, target_layers: Sequence[str] = ()) -> str:
             f"TARGET_LAYER '{target_layers[0]}' does not tell which model it is of (it begins with none of {known}); "
             "name it with --model"
         )
-    print(f"MODEL: {chosen} (no --model given: {why})", flush=True)
+    say(f"MODEL: {chosen} (no --model given: {why})")
     return chosen
 
 
@@ -103,17 +104,18 @@ def load(
     take more than ``RESIDENT_SHARE`` of the free memory.
 
     Raises:
-        RequestError: no such model (or no network), a checkpoint that lacks weights, no such device.
+        RequestError: no such model (or no network), a checkpoint that lacks weights, no such device, a name (of the
+            model or of a parameter) that is not printable.
     """
     place = check_device(device)
-    name = choose_name(name, target_layers)
+    name = check_printable(choose_name(name, target_layers), "the model's name")
     source = str(_embedded_checkpoint()) if name == model_table()["embedded"] else name
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     checkpoint, info = None, {"missing_keys": [], "mismatched_keys": []}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         if weights == "streamed" or (weights == "auto" and _too_large(source, options, DTYPES[dtype], place)):
-            print(f"WEIGHTS: read from the checkpoint layer by layer (--weights {weights})", flush=True)
+            say(f"WEIGHTS: read from the checkpoint layer by layer (--weights {weights})")
             model, checkpoint = open_streamed(source, DTYPES[dtype], place, options)
         else:
             model, info = AutoModelForCausalLM.from_pretrained(
@@ -129,6 +131,7 @@ def load(
     absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if absent:
         raise RequestError(f"the checkpoint of '{name}' lacks weights that the model needs: {', '.join(absent[:5])}")
+    check_names(model)
     model.eval().requires_grad_(False).to(place)
     for module in model.modules():
         if isinstance(module, torch.nn.Embedding):
@@ -213,7 +216,7 @@ def _embedded_checkpoint() -> Path:
     folder = home / f"{files[0].stem}-{_hash_files(files[:1])}"
     if not folder.exists():
         home.mkdir(parents=True, exist_ok=True)
-        print(f"converting the embedded model once, into {folder}", flush=True)
+        say(f"converting the embedded model once, into {folder}")
         temporary = Path(tempfile.mkdtemp(dir=home))
         try:
             _convert_gguf(files[0], temporary)
