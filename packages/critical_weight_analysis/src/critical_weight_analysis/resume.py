@@ -50,7 +50,7 @@ class Resume:
         self._rank, self._world = (processes.rank, processes.world) if processes else (0, 1)
         self._written, self._took = time.monotonic(), 0.0
         self._collectors: Mapping[str, Collector] = {}
-        for cut in folder.glob(f".resume-{self._rank}-*"):
+        for cut in folder.glob(f".resume-{self._rank}-*.tmp"):  # what a killed process was writing
             cut.unlink()
         self._files = self._fitting()
         self.layers = max(set.intersection(*self._gather(set(self._files))), default=0)
