@@ -400,6 +400,15 @@ def test_code_of_the_model_runs_only_when_asked_for_here(tmp_path, python):
     assert "--trust-remote-code" in plan(options(tmp_path / "a", python, trust_remote_code=True)).command
 
 
+def test_weights_that_the_discovery_left_out_are_left_out_again(tmp_path, python):
+    make_discovery(tmp_path / "a", allow_unused_weights=["*.bias", "score.*"])
+    command = plan(options(tmp_path / "a", python)).command
+    at = command.index("--allow-unused-weights")
+    assert command[at + 1 : at + 3] == ["*.bias", "score.*"] and command[at + 3].startswith("--")
+    make_discovery(tmp_path / "b", allow_unused_weights=[])
+    assert "--allow-unused-weights" not in plan(options(tmp_path / "b", python)).command
+
+
 @pytest.mark.parametrize(
     ("mode", "error", "message"),
     [

@@ -49,6 +49,7 @@ def perturb(
     dtype: DType = "float32",
     device: str = "auto",
     trust_remote_code: bool = False,
+    allow_unused_weights: list[str] = (),
     data_file: str | None = None,
     dataset: str | None = None,
     dataset_config: str | None = None,
@@ -89,6 +90,7 @@ def perturb(
         dtype: of the weights and the arithmetic.
         device: auto, cpu, cuda, cuda:1, mps.
         trust_remote_code: let a hub model run its own code.
+        allow_unused_weights: name patterns of stored tensors that the model has no place for and may be left out.
         data_file: one text a line; default the shipped passages.
         dataset: of the Hugging Face hub, or a local json, jsonl, csv, parquet or txt file.
         dataset_config: its configuration.
@@ -103,7 +105,7 @@ def perturb(
     """
     targets = target_layer or os.environ.get("TARGET_LAYER", "").split(",")
     targets = [check_printable(part.strip(), "TARGET_LAYER") for part in targets if part.strip()]
-    options = experiment.ModelOptions(model, revision, dtype, device, trust_remote_code)
+    options = experiment.ModelOptions(model, revision, dtype, device, trust_remote_code, list(allow_unused_weights))
     if list_layers:
         say(*weights.table(options.load(targets).model).split("\n"))
         return

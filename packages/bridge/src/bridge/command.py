@@ -44,7 +44,9 @@ def model_flags(discovery: Discovery, device: str, batch_size: int | None, trust
             f"'{name}' was discovered with --trust-remote-code; give it here too if you still do trust it"
         )
     flags = _flags(model=name, revision=revision, dtype=model["dtype"], device=device, batch_size=batch_size)
-    return flags + ["--trust-remote-code"] * trust_remote_code
+    flags += ["--trust-remote-code"] * trust_remote_code
+    patterns = wanted.get("allow_unused_weights")
+    return [*flags, "--allow-unused-weights", *patterns] if patterns else flags
 
 
 def corpus_flags(discovery: Discovery) -> list[str]:

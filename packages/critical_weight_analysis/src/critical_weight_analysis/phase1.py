@@ -73,6 +73,7 @@ class Options:
     save_plots: bool
     trust_remote_code: bool
     weights: str
+    allow_unused_weights: list[str]
 
     def checked(self) -> "Options":
         """The same, lists without repetitions, the K ascending, the paths of texts independent of the current folder.
@@ -93,7 +94,8 @@ class Options:
                 "--stability repeats the pass over the corpus, of which --metric hutchinson_diag is no part; "
                 "leave one of the two out"
             )
-        unique = {name: list(dict.fromkeys(getattr(self, name))) for name in ("metric", "mode", "include", "exclude")}
+        lists = ("metric", "mode", "include", "exclude", "allow_unused_weights")
+        unique = {name: list(dict.fromkeys(getattr(self, name))) for name in lists}
         paths = {"data_file": self.data_file and str(Path(self.data_file).absolute())}
         if self.dataset and Path(self.dataset).exists():
             paths["dataset"] = str(Path(self.dataset).absolute())
@@ -219,6 +221,7 @@ def prepare(options: Options) -> Request:
         device=options.device,
         trust_remote_code=options.trust_remote_code,
         weights=options.weights,
+        allow_unused_weights=options.allow_unused_weights,
     )
     corpus = tokenize(texts, loaded.tokenizer, options.corpus(), loaded.max_positions)
     parameters = in_scope(loaded.model, options.scope, options.include, options.exclude)

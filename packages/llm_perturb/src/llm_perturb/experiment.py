@@ -39,6 +39,7 @@ class ModelOptions:
     dtype: str = "float32"
     device: str = "auto"
     trust_remote_code: bool = False
+    allow_unused_weights: list[str] = field(default_factory=list)
 
     def load(self, target_layers: Sequence[str] = ()) -> LoadedModel:
         """Load it."""
