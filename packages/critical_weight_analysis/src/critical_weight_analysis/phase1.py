@@ -131,7 +131,7 @@ def run(options: Options) -> None:
         RequestError: the options cannot be carried out; all but a different baseline loss is found beforehand.
         RunError: a loss or a score is not finite.
     """
-    processes = Processes()
+    processes = Processes(options.device)
     request = prepare(options.checked())
     settings = Settings(progress=processes.first, checkpoint=request.loaded.checkpoint, processes=processes)
     engine = engine_for(request.loaded.model, settings)
