@@ -134,7 +134,7 @@ def run(options: Options) -> None:
         RequestError: the options cannot be carried out; all but a different baseline loss is found beforehand.
         RunError: a loss or a score is not finite.
     """
-    processes = Processes()
+    processes = Processes(options.device)
     request = prepare(options.checked())
     loaded, expected = request.loaded, request.expected
     settings = Settings(progress=processes.first, checkpoint=loaded.checkpoint, processes=processes)

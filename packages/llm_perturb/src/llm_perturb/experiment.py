@@ -68,7 +68,7 @@ def measure_baseline(
     model_options: ModelOptions, corpus_options: CorpusOptions, batch_size: int, output: str, experiment_id: str | None
 ) -> None:
     """Measure the unperturbed model and write ``baseline.json``."""
-    processes = Processes()
+    processes = Processes(model_options.device)
     place = check_output(output)
     texts = read_texts(corpus_options)
     loaded = model_options.load()
@@ -93,7 +93,7 @@ def measure_perturbations(
     shard: Shard | None = None,
 ) -> None:
     """Measure every condition of a request, or of a shard of it, and write the table; a killed run goes on."""
-    processes = Processes()
+    processes = Processes(model_options.device)
     place = check_output(output)
     texts = read_texts(corpus_options)
     loaded = model_options.load(request.target_layers)
