@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -189,11 +190,50 @@ def test_help_runs_nothing_and_shows_what_is_understood(capsys, words):
     out, err = capsys.readouterr()
     assert CALLS == []
     assert err == ""
-    assert "--from=FROM" in out
-    assert "--eval-limit=EVAL_LIMIT" in out
+    assert "--from TEXT ..." in out
+    assert "--eval-limit N" in out
     assert "how many texts." in out
-    assert "-m, " not in out
+    assert "--mode {global,per_layer}\n        global or per_layer. Default: global.\n" in out
+    assert "--topk N ...\n        how many. Default: 100.\n" in out
+    assert "Default: on; --no-save-plots switches it off." in out
     assert "from_" not in out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shared:
+    """Flags of several commands.
+
+    More about them.
+
+    Attributes:
+        size: how large, told
+            in two lines.
+        files: which files.
+    """
+
+    size: int = 3
+    files: list[flags.FilePath] = field(default_factory=list)
+
+
+def test_a_class_of_flags_is_filled_and_has_a_heading_of_its_own(capsys):
+    seen = []
+
+    def grouped(*, name: str, shared: Shared) -> None:
+        """Do it.
+
+        Args:
+            name: which one.
+        """
+        seen.append((name, shared))
+
+    flags.run(grouped, name="thing", argv=["--name", "x", "--files", "a,b/c.csv", "d.csv", "--files=e,f"])
+    flags.run(grouped, name="thing", argv=["--name", "y", "--size", "5"])
+    assert seen == [("x", Shared(files=["a,b/c.csv", "d.csv", "e,f"])), ("y", Shared(size=5))]
+    flags.run(grouped, name="thing", argv=["--help"])
+    out = capsys.readouterr().out
+    assert "usage: thing --name TEXT [flags]" in out
+    assert "Flags of several commands:\n  --size N\n        how large, told in two lines. Default: 3.\n" in out
+    assert "which one. Must be given." in out
 
 
 def test_config_gives_flags_and_the_command_line_wins(tmp_path):

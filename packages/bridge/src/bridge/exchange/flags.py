@@ -1,11 +1,11 @@
-"""Check a command line against a function's annotations before python-fire sees it.
+"""Read a command line by a command's declarations before python-fire sees it.
 
-Fire guesses types, gives the second word of ``--metric a b`` to another parameter and reports an
-unknown flag only after the command has run. Here every flag is read by its annotation first; fire then
-receives nothing but ``--name=<literal>`` and keeps what it is good at: help pages and the call.
+Fire guesses types, gives the second word of ``--metric a b`` to another parameter and reports an unknown flag only
+after the command has run. Here every flag is read by its declaration first (``flag_table``); fire then receives
+nothing but ``--name=<literal>`` and makes the call.
 
-Understood annotations: ``str``, ``int``, ``float``, ``bool``, ``Literal[...]``, ``list[T]`` of the
-former, and each of these ``| None``.
+Understood types: ``str``, ``int``, ``float``, ``bool``, ``Literal[...]``, ``list[T]`` of the former, and each of these
+``| None``; in a ``list[FilePath]`` a comma is part of the path.
 """
 
 import difflib
@@ -13,21 +13,20 @@ import inspect
 import math
 import os
 import re
-import shlex
 import sys
-import types
-import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import fire
 import yaml
-from fire import helptext, trace
 
 from bridge.exchange.errors import RequestError, RunError
+from bridge.exchange.flag_table import Command, FilePath, Flag, arguments_of, flags_of, spelled
+from bridge.exchange.help_page import page_of_command, page_of_commands
 from bridge.exchange.printable import escaped_logs, say
 
-Command = Callable[..., None]
+__all__ = ["Command", "FilePath", "did_you_mean", "parse", "run"]
+
 _TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 _RENAMED = {"from": "from_"}  # a keyword of the language cannot name a parameter
 _HELP = {"-h", "--help"}
@@ -44,16 +43,16 @@ def run(command: Command | dict[str, Command], name: str | None = None, argv: Se
     try:
         if isinstance(command, dict):
             if not words or words[0] in _HELP:
-                _show_help(command, name)
+                say(*page_of_commands(command, name).split("\n"))
                 return
             word = words.pop(0)
             command, name = _choose(command, word), f"{name} {word}"
         if _HELP.intersection(words):
-            _show_help(command, name)
+            say(*page_of_command(command, name).split("\n"))
             return
         values = parse(command, words)
         with escaped_logs():
-            fire.Fire(command, command=[f"--{key}={value!r}" for key, value in values.items()], name=name)
+            fire.Fire(_flat(command), command=[f"--{key}={value!r}" for key, value in values.items()], name=name)
     except RequestError as error:
         raise SystemExit(_complain(name, error, 2)) from None
     except RunError as error:
@@ -65,11 +64,20 @@ def run(command: Command | dict[str, Command], name: str | None = None, argv: Se
         raise SystemExit(1) from None
 
 
-def _show_help(command: Command | dict[str, Command], name: str) -> None:
-    """Fire's help page on stdout, with the flags spelt as they are read here and without one-letter forms."""
-    page = helptext.HelpText(command, trace=trace.FireTrace(command, name=name)).replace(shlex.quote(name), name)
-    flag = re.compile(r"^(\W*)(?:-\w, )?--(\w+)=(\w+)", re.MULTILINE)
-    say(*flag.sub(lambda found: f"{found[1]}{_flag(found[2])}={found[3].rstrip('_')}", page).split("\n"))
+def _flat(command: Command) -> Callable[..., None]:
+    """The command as a function whose keyword parameters are its flags, which is what fire can call."""
+
+    def call(**values: object) -> None:
+        command(**arguments_of(command, values))
+
+    parameters = [
+        inspect.Parameter(
+            key, inspect.Parameter.KEYWORD_ONLY, default=inspect.Parameter.empty if flag.required else None
+        )
+        for key, flag in flags_of(command).items()
+    ]
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return call
 
 
 def _complain(name: str, error: Exception, code: int) -> int:
@@ -83,14 +91,14 @@ def _choose(commands: dict[str, Command], word: str) -> Command:
     return commands[word]
 
 
-def did_you_mean(word: str, known: typing.Iterable[str]) -> str:
+def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`` (did you mean 'x'?)`` for the known word closest to ``word``, or nothing."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f" (did you mean '{close[0]}'?)" if close else ""
 
 
 def parse(command: Command, words: Sequence[str]) -> dict[str, object]:
-    """The keyword arguments that ``words`` give to ``command``, each of its annotated type.
+    """The values that ``words`` give to the flags of ``command``, by key, each of its declared type.
 
     ``--config FILE`` reads further flags from a flat YAML file; those on the command line win.
 
@@ -98,29 +106,26 @@ def parse(command: Command, words: Sequence[str]) -> dict[str, object]:
         RequestError: an unknown or repeated flag, a stray word, a missing value, a wrong type, a
             required flag left out.
     """
-    parameters = inspect.signature(command, eval_str=True).parameters
-    given = _gather(parameters, words)
-    if "config" in given:
-        given = _gather_config(parameters, str(_convert("config", given.pop("config"), str))) | given
-    values = {key: _convert(key, tokens, parameters[key].annotation) for key, tokens in given.items()}
-    missing = [k for k, p in parameters.items() if p.default is inspect.Parameter.empty and k not in values]
+    table = flags_of(command)
+    config = Flag(key="config", annotation=str | None, default=None, help="", group="")
+    tokens = _gather(table, words)
+    if "config" in tokens:
+        tokens = _gather_config(table, str(_convert(config, tokens.pop("config")))) | tokens
+    values = {key: _convert(table[key], texts) for key, texts in tokens.items()}
+    missing = [flag.name for key, flag in table.items() if flag.required and key not in values]
     if missing:
-        raise RequestError(f"missing {', '.join(_flag(key) for key in missing)}; --help lists the flags")
+        raise RequestError(f"missing {', '.join(missing)}; --help lists the flags")
     return values
 
 
-def _flag(key: str) -> str:
-    return "--" + key.rstrip("_").replace("_", "-")
-
-
-def _gather_config(parameters: typing.Mapping[str, inspect.Parameter], file: str) -> dict[str, list[str]]:
+def _gather_config(table: Mapping[str, Flag], file: str) -> dict[str, list[str]]:
     try:
-        given = _gather(parameters, _config_words(Path(file)))
+        tokens = _gather(table, _config_words(Path(file)))
     except RequestError as error:
         raise RequestError(f"--config {file}: {error}") from None
-    if "config" in given:
+    if "config" in tokens:
         raise RequestError(f"--config {file}: a file of flags cannot name another")
-    return given
+    return tokens
 
 
 def _config_words(path: Path) -> list[str]:
@@ -143,85 +148,83 @@ def _config_words(path: Path) -> list[str]:
     return words
 
 
-def _gather(parameters: typing.Mapping[str, inspect.Parameter], words: Sequence[str]) -> dict[str, list[str]]:
+def _gather(table: Mapping[str, Flag], words: Sequence[str]) -> dict[str, list[str]]:
     """Flag by flag, the words that belong to it."""
-    given: dict[str, list[str]] = {}
+    tokens: dict[str, list[str]] = {}
     key = None
     for word in words:
         if word.startswith("-") and word != "-" and not _NEGATIVE_NUMBER.match(word):
-            key, value = _read_flag(parameters, word)
-            if key in given and not _is_list(parameters, key):
-                raise RequestError(f"{_flag(key)} is given twice")
-            given.setdefault(key, []).extend(value)
+            key, value = _read_flag(table, word)
+            if key in tokens and not _is_list(table, key):
+                raise RequestError(f"{spelled(key)} is given twice")
+            tokens.setdefault(key, []).extend(value)
         elif key is None:
             raise RequestError(f"stray word '{word}': every argument is a flag, like --model gpt2")
-        elif given[key] and not _is_list(parameters, key):
-            raise RequestError(f"stray word '{word}' after {_flag(key)} {given[key][0]}, which takes one value")
+        elif tokens[key] and not _is_list(table, key):
+            raise RequestError(f"stray word '{word}' after {spelled(key)} {tokens[key][0]}, which takes one value")
         else:
-            given[key].append(word)
-    return given
+            tokens[key].append(word)
+    return tokens
 
 
-def _is_list(parameters: typing.Mapping[str, inspect.Parameter], key: str) -> bool:
-    return key in parameters and typing.get_origin(_without_none(parameters[key].annotation)) is list
+def _is_list(table: Mapping[str, Flag], key: str) -> bool:
+    return key in table and table[key].is_list
 
 
-def _read_flag(parameters: typing.Mapping[str, inspect.Parameter], word: str) -> tuple[str, list[str]]:
-    """The parameter that ``word`` names, and the value that it carries (``--k=3``, ``--no-save-plots``)."""
+def _read_flag(table: Mapping[str, Flag], word: str) -> tuple[str, list[str]]:
+    """The flag that ``word`` names, and the value that it carries (``--k=3``, ``--no-save-plots``)."""
     body, equals, value = word.lstrip("-").partition("=")
     key = body.replace("-", "_")
     key = _RENAMED.get(key, key)
-    if word.startswith("--") and (key in parameters or key == "config"):
+    if word.startswith("--") and (key in table or key == "config"):
         return key, [value] if equals else []
     positive = key.removeprefix("no_")
-    is_switch = positive in parameters and _without_none(parameters[positive].annotation) is bool
+    is_switch = positive in table and table[positive].kind is bool
     if word.startswith("--") and is_switch and not equals:
         return positive, ["false"]
-    known = [*(_flag(k) for k in parameters), "--config", "--help"]
+    known = [*(flag.name for flag in table.values()), "--config", "--help"]
     raise RequestError(f"unknown flag '{word.partition('=')[0]}'{did_you_mean(word.partition('=')[0], known)}")
 
 
-def _without_none(annotation: object) -> object:
-    if typing.get_origin(annotation) in {typing.Union, types.UnionType}:
-        return next(a for a in typing.get_args(annotation) if a is not type(None))
-    return annotation
-
-
-def _convert(key: str, tokens: list[str], annotation: object) -> object:
-    kind = _without_none(annotation)
-    if typing.get_origin(kind) is list:
-        tokens = [part for token in tokens for part in token.split(",") if part]
-        if not tokens:
-            raise RequestError(f"{_flag(key)} needs at least one value")
-        return [_scalar(key, token, typing.get_args(kind)[0]) for token in tokens]
-    if not tokens and kind is bool:
+def _convert(flag: Flag, texts: list[str]) -> object:
+    if flag.is_list:
+        if flag.item is not FilePath:
+            texts = [part for text in texts for part in text.split(",")]
+        texts = [text for text in texts if text]
+        if not texts:
+            raise RequestError(f"{flag.name} needs at least one value")
+        return [_scalar(flag, text) for text in texts]
+    if not texts and flag.kind is bool:
         return True
-    if not tokens or tokens[0] == "":
-        raise RequestError(f"{_flag(key)} needs a value")
-    return _scalar(key, tokens[0], kind)
+    if not texts or texts[0] == "":
+        raise RequestError(f"{flag.name} needs a value")
+    return _scalar(flag, texts[0])
 
 
-def _scalar(key: str, token: str, kind: object) -> object:
-    if typing.get_origin(kind) is typing.Literal:
-        choices = typing.get_args(kind)
-        if token not in choices:
-            hint = did_you_mean(token, choices)
-            raise RequestError(f"{_flag(key)} '{token}' is unknown{hint}; choose from: {', '.join(choices)}")
-        return token
-    if kind is bool:
-        if token.lower() not in _TRUTH:
-            raise RequestError(f"{_flag(key)} takes no value or true/false, not '{token}'")
-        return _TRUTH[token.lower()]
-    if kind is int:
-        if not re.fullmatch(r"[+-]?\d{1,18}", token):
-            raise RequestError(f"{_flag(key)} takes a whole number, not '{token}'")
-        return int(token)
-    if kind is float:
-        try:
-            number = float(token)
-        except ValueError:
-            raise RequestError(f"{_flag(key)} takes a number, not '{token}'") from None
-        if not math.isfinite(number):
-            raise RequestError(f"{_flag(key)} takes a finite number, not '{token}'")
-        return number
-    return token
+def _scalar(flag: Flag, text: str) -> object:
+    if flag.choices:
+        if text not in flag.choices:
+            hint = did_you_mean(text, flag.choices)
+            raise RequestError(f"{flag.name} '{text}' is unknown{hint}; choose from: {', '.join(flag.choices)}")
+        return text
+    if flag.item is bool:
+        if text.lower() not in _TRUTH:
+            raise RequestError(f"{flag.name} takes no value or true/false, not '{text}'")
+        return _TRUTH[text.lower()]
+    if flag.item is int:
+        if not re.fullmatch(r"[+-]?\d{1,18}", text):
+            raise RequestError(f"{flag.name} takes a whole number, not '{text}'")
+        return int(text)
+    if flag.item is float:
+        return _number(flag, text)
+    return text
+
+
+def _number(flag: Flag, text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        raise RequestError(f"{flag.name} takes a number, not '{text}'") from None
+    if not math.isfinite(number):
+        raise RequestError(f"{flag.name} takes a finite number, not '{text}'")
+    return number
