@@ -1,8 +1,8 @@
-"""The parts of a fused projection, as the bridge reads them from a weight's place, are those of the real modules."""
+"""The parts of a fused projection, as the bridge reads them from a weight's position, are those of the real modules."""
 
 import pytest
 import torch
-from bridge.analysis.components import QUERY_KEY_VALUE, component_of_weight, conv1d_qkv_shape, interleaved_head_dim
+from bridge.analysis.components import QUERY_KEY_VALUE, fused_projection
 from llm_perturb.evaluation.models import _heads
 from tiny_models import build
 from transformers.models.gpt2 import modeling_gpt2
@@ -37,14 +37,14 @@ def test_perturbing_one_part_changes_that_part_alone(family, tensor, monkeypatch
     model.set_attn_implementation("eager")
     name = f"{layer}.{tensor}"
     parameter = dict(model.named_parameters())[name]
-    shape = conv1d_qkv_shape(name, parameter.numel())
-    head_dim = interleaved_head_dim(name, parameter.numel(), _heads(model))
+    fused = fused_projection(name, parameter.numel(), _heads(model))
     before = states(model, module, monkeypatch)
     for number, part in enumerate(QUERY_KEY_VALUE):
         saved = parameter.clone()
-        for place in torch.cartesian_prod(*map(torch.arange, parameter.shape)).reshape(parameter.numel(), -1).tolist():
-            if component_of_weight(name, *place, *[None] * (2 - len(place)), shape, head_dim) == part:
-                parameter[tuple(place)] += 1.0
+        for row in range(parameter.shape[0]):
+            for col in range(parameter.shape[1]) if parameter.ndim == 2 else [None]:
+                if fused.component(row, col) == part:
+                    parameter[row if col is None else (row, col)] += 1.0
         assert (parameter != saved).sum() == parameter.numel() / 3
         after = states(model, module, monkeypatch)
         changed = [not torch.equal(one, two) for one, two in zip(before, after, strict=True)]

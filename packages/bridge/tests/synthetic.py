@@ -1,11 +1,53 @@
 """A made-up validation of 30 layers: tables as discovery and the instrument would write them."""
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
+from bridge.analysis.correlation import correlate
+from bridge.report.evidence import Evidence
 
 METRICS = ("grad_x_weight", "magnitude", "obd")
 PARTS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 BASELINE_NLL = 3.612
+
+
+DEFINITIONS = {
+    "grad_x_weight": {"formula": "|θ · ∂L/∂θ|", "unit": "nats per token", "source": "Molchanov et al. 2019"},
+    "obd": {"formula": "½ θ² h", "unit": "nats per token", "source": "LeCun et al. 1990"},
+    "magnitude": {"formula": "|θ|", "unit": "", "source": "", "baseline": True},
+}
+
+
+def points(n, seed, ties=False):
+    """Two related vectors of length n."""
+    rng = np.random.default_rng(seed)
+    x, y = rng.normal(size=n), rng.normal(size=n)
+    y = y + 0.7 * x
+    return (np.round(x), np.round(y)) if ties else (x, y)
+
+
+def evidence_of(table: pd.DataFrame, sampled=None, chosen=None, **changes) -> Evidence:
+    """All that a report of these measurements is made from; ``chosen``: the table TARGETS."""
+    chosen = targets(12, 4) if chosen is None else chosen
+    metrics = table["selection"][table["selection"].str.startswith("top_")].str.removeprefix("top_").unique()
+    parts = {
+        "validation_manifest": manifest("validation"),
+        "discovery_manifest": manifest(),
+        "discovery_folder": Path("outputs/critical_analysis_1"),
+        "correlations": correlate(table, targets=chosen, sampled=sampled),
+        "top_weights": {metric: top_weights() for metric in metrics},
+        "summaries": {metric: summary() for metric in metrics},
+    }
+    return Evidence(measurements=table, targets=chosen, sampled=sampled, **(parts | changes))
+
+
+def evidence(n=12, n_control=4, metrics=("grad_x_weight", "magnitude"), sampled=None, **choices) -> Evidence:
+    """All that a report of a made-up validation of ``n`` layers, ``n_control`` of them controls, is made from."""
+    table = measurements(n=n, metrics=metrics, **choices)
+    if sampled is not None:
+        table = with_single_weights(table, sampled)
+    return evidence_of(table, sampled, targets(n, n_control))
 
 
 def layer_names(n: int = 30) -> list[str]:
@@ -174,6 +216,7 @@ def manifest(kind: str = "critical_analysis", model: str = "SmolLM2-135M-Instruc
             },
         }
         | identity,
+        "metrics": DEFINITIONS,
         "started": "2026-01-05T10:00:00+0000",
         "ended": "2026-01-05T10:12:00+0000",
         "host": {"python": "3.11.9", "versions": {"torch": "2.13.0"}},

@@ -3,8 +3,9 @@ import sys
 
 import pandas as pd
 import pytest
-from bridge import cli, validate, validation_run
+from bridge import cli, validate
 from bridge.exchange.tables import CORRELATIONS
+from bridge.report import html
 from discovery_folder import make_discovery, snapshot
 from test_validate import no_plots, options, output, python  # noqa: F401 (fixtures)
 
@@ -92,12 +93,10 @@ def test_correlate_and_report_find_the_single_weights_again(output, python, no_p
     before = snapshot(output)
     (output / "validation_v" / "correlations.csv").unlink()
     assert "weights" in bridge(monkeypatch, capsys, "correlate", f"--from={output}")[1]
-    given = []
-    monkeypatch.setattr(
-        validation_run, "write_report", lambda folder, **content: given.append(content["sampled"]) or []
-    )
+    reported = []
+    monkeypatch.setattr(html, "write_report", lambda validation: reported.append(validation.sampled()) or [])
     assert bridge(monkeypatch, capsys, "report", f"--from={output}")[0] == 0
-    assert {"score_grad_x_weight", "score_magnitude"} <= set(given[0])
+    assert {"score_grad_x_weight", "score_magnitude"} <= set(reported[0])
     assert snapshot(output) == before
 
 

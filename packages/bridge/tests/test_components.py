@@ -1,12 +1,10 @@
 import pytest
 from bridge.analysis.components import (
     COMPONENTS,
-    Layout,
-    component_of_weight,
-    conv1d_qkv_shape,
-    interleaved_head_dim,
-    place_of,
-    relative_depth,
+    FusedProjection,
+    ModelComponents,
+    decoder_part,
+    fused_projection,
 )
 
 
@@ -50,78 +48,82 @@ from bridge.analysis.components import (
         ("something.else", "other", None),
     ],
 )
-def test_place_is_read_from_the_name(parameter, component, depth):
-    assert place_of(parameter) == (component, depth)
+def test_component_and_depth_are_read_from_the_name(parameter, component, depth):
+    assert decoder_part(parameter) == (component, depth)
     assert component in COMPONENTS
+
+
+QUERY_KEY_VALUE = ("attention query", "attention key", "attention value")
+C_ATTN = "transformer.h.0.attn.c_attn.weight"
+C_ATTN_BIAS = "transformer.h.0.attn.c_attn.bias"
+NEOX = "gpt_neox.layers.0.attention.query_key_value.weight"
+TWO_HEADS_OF_4 = {"num_attention_heads": 2, "head_dim": 4}
 
 
 @pytest.mark.parametrize(
     ("column", "part"), [(0, "query"), (63, "query"), (64, "key"), (127, "key"), (128, "value"), (191, "value")]
 )
 def test_columns_of_c_attn_are_query_key_value_in_thirds(column, part):
-    name = "transformer.h.0.attn.c_attn.weight"
-    assert component_of_weight(name, 7, column, shape=(64, 192)) == f"attention {part}"
-    assert component_of_weight("transformer.h.0.attn.c_attn.bias", column, shape=(192,)) == f"attention {part}"
+    assert fused_projection(C_ATTN, 64 * 192, {}).component(7, column) == f"attention {part}"
+    assert fused_projection(C_ATTN_BIAS, 192, {}).component(column, None) == f"attention {part}"
 
 
 @pytest.mark.parametrize(("row", "part"), [(0, "query"), (8, "key"), (23, "value"), (24, "query"), (40, "value")])
 def test_rows_of_query_key_value_are_interleaved_by_head(row, part):
-    name = "gpt_neox.layers.0.attention.query_key_value.weight"
-    assert component_of_weight(name, row, 3, head_dim=8) == f"attention {part}"
+    fused = fused_projection(NEOX, 48 * 16, {"num_attention_heads": 2, "head_dim": 8})
+    assert fused.component(row, 3) == f"attention {part}"
 
 
 @pytest.mark.parametrize(
-    ("parameter", "n_weights", "model", "head_dim"),
+    ("parameter", "n_weights", "model"),
     [
-        ("gpt_neox.layers.0.attention.query_key_value.weight", 24 * 8, {"num_attention_heads": 2, "head_dim": 4}, 4),
-        ("gpt_neox.layers.0.attention.query_key_value.bias", 24, {"num_attention_heads": 2, "head_dim": 4}, 4),
-        ("gpt_neox.layers.0.attention.query_key_value.weight", 24 * 8, {}, None),
+        (C_ATTN, 100, {}),  # no (d, 3 d)
+        (NEOX, 24 * 8, {}),
         # 71 heads of query, one of key and one of value
         ("transformer.h.0.self_attention.query_key_value.weight", 4672 * 4544,
-         {"num_attention_heads": 71, "head_dim": 64}, None),
-        ("gpt_neox.layers.0.attention.dense.weight", 24 * 8, {"num_attention_heads": 2, "head_dim": 4}, None),
+         {"num_attention_heads": 71, "head_dim": 64}),
+        ("gpt_neox.layers.0.attention.dense.weight", 24 * 8, TWO_HEADS_OF_4),
+        ("model.layers.0.mlp.up_proj.weight", 3 * 64 * 64, TWO_HEADS_OF_4),
     ],
 )  # fmt: skip
-def test_head_dim_of_an_interleaved_projection(parameter, n_weights, model, head_dim):
-    assert interleaved_head_dim(parameter, n_weights, model) == head_dim
+def test_a_projection_whose_order_is_not_known_is_not_taken_apart(parameter, n_weights, model):
+    assert fused_projection(parameter, n_weights, model) is None
 
 
-def test_gate_and_up_of_a_fused_projection():
-    name = "model.layers.0.mlp.gate_up_proj.weight"
-    assert component_of_weight(name, 9, 0, shape=(20, 8)) == "mlp gate"
-    assert component_of_weight(name, 10, 0, shape=(20, 8)) == "mlp in"
-
-
-@pytest.mark.parametrize(
-    "name", ["transformer.h.0.attn.c_attn.weight", "gpt_neox.layers.0.attention.query_key_value.weight"]
-)
-def test_without_the_fact_a_fused_weight_stays_fused(name):
-    assert component_of_weight(name, 5, 5) == "attention query_key_value"
-
-
-def test_shape_of_c_attn_follows_from_its_size():
-    assert conv1d_qkv_shape("transformer.h.0.attn.c_attn.weight", 3 * 64 * 64) == (64, 192)
-    assert conv1d_qkv_shape("transformer.h.0.attn.c_attn.bias", 192) == (192,)
-    assert conv1d_qkv_shape("transformer.h.0.attn.c_attn.weight", 100) is None
-    assert conv1d_qkv_shape("model.layers.0.mlp.up_proj.weight", 3 * 64 * 64) is None
-
-
-def test_relative_depth_is_the_middle_of_the_layer():
-    assert [relative_depth(d, 4) for d in range(4)] == [0.125, 0.375, 0.625, 0.875]
-
-
-def test_layout_takes_apart_what_it_can():
-    names = ["transformer.h.0.attn.c_attn.weight", "transformer.h.0.mlp.c_fc.weight"]
-    gpt2 = Layout({names[0]: 3 * 64 * 64, names[1]: 7}, {})
-    assert gpt2.components(names[0]) == ("attention query", "attention key", "attention value")
-    assert gpt2.components(names[1]) == ("mlp in",)
-    assert gpt2.component(names[0], 0, 70) == "attention key"
-    name = "gpt_neox.layers.5.attention.query_key_value.weight"
-    neox = Layout({name: 24 * 8}, {"num_attention_heads": 2, "head_dim": 4})
-    assert neox.component(name, 5, 0) == "attention key"
-    assert neox.components(name) == gpt2.components(names[0])
-    unknown = Layout({name: 24 * 8}, {})
-    assert (unknown.components(name), unknown.component(name, 5, 0)) == (
-        ("attention query_key_value",),
-        "attention query_key_value",
+@pytest.mark.parametrize("bias", [0, 1])
+def test_bias_and_weight_of_query_key_value_have_the_same_order(bias):
+    name = NEOX.replace("weight", "bias") if bias else NEOX
+    assert fused_projection(name, 24 if bias else 24 * 8, TWO_HEADS_OF_4).runs == tuple(
+        (component, 4) for component in QUERY_KEY_VALUE
     )
+
+
+def test_runs_may_have_different_lengths_and_begin_again():
+    """Two groups of three queries that share a key and a value, heads of 2."""
+    fused = FusedProjection(axis=0, runs=(("attention query", 6), ("attention key", 2), ("attention value", 2)))
+    rows = [fused.component(row, 0).removeprefix("attention ")[0] for row in range(20)]
+    assert "".join(rows) == "qqqqqqkkvv" * 2
+    assert fused.components == QUERY_KEY_VALUE
+
+
+def test_gate_and_up_projection_may_be_taken_apart_too():
+    fused = FusedProjection(axis=0, runs=(("mlp gate", 10), ("mlp in", 10)))
+    assert [fused.component(row, 0) for row in (0, 9, 10, 19)] == ["mlp gate", "mlp gate", "mlp in", "mlp in"]
+
+
+def test_the_components_of_a_model_are_taken_apart_where_that_is_possible():
+    mlp = "transformer.h.0.mlp.c_fc.weight"
+    gpt2 = ModelComponents({C_ATTN: 3 * 64 * 64, mlp: 7}, {})
+    assert gpt2.of_parameter(C_ATTN) == QUERY_KEY_VALUE
+    assert gpt2.of_parameter(mlp) == ("mlp in",)
+    assert gpt2.of_weight(C_ATTN, 0, 70) == "attention key"
+    assert gpt2.of_weight(mlp, 0, 70) == "mlp in"
+    neox = ModelComponents({NEOX: 24 * 8}, TWO_HEADS_OF_4)
+    assert neox.of_weight(NEOX, 5, 0) == "attention key"
+    assert neox.of_parameter(NEOX) == QUERY_KEY_VALUE
+
+
+def test_the_components_stay_fused_where_their_order_is_not_known():
+    unknown = ModelComponents({NEOX: 24 * 8}, {})
+    assert unknown.of_parameter(NEOX) == ("attention query_key_value",)
+    assert unknown.of_weight(NEOX, 5, 0) == "attention query_key_value"

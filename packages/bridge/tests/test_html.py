@@ -1,17 +1,17 @@
 import base64
+import html
 import html.parser
 import json
 import os
 import re
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 import synthetic
 from bridge.analysis.correlation import correlate
 from bridge.exchange.printable import is_printable
-from bridge.report.html import markdown_text, write_report
+from bridge.report.html import markdown_text, write_pages
 
 METRICS = ("grad_x_weight", "magnitude")
 HOSTILE = "<script>alert(1)</script>|`x`\n# [a](javascript:b) $y$ _z_ http://evil.example \x1b[2J\x9b\u202e\U000e0041"
@@ -21,18 +21,12 @@ VOID = {"meta", "img", "source", "br", "link", "hr", "input"}
 
 def write(folder, measurements, targets, manifest, weights, **choices):
     folder.mkdir(exist_ok=True)
-    return write_report(
-        folder,
-        validation_manifest=synthetic.manifest("validation"),
-        discovery_manifest=manifest,
-        discovery_folder=Path("outputs/critical_analysis_1"),
-        measurements=measurements,
-        targets=targets,
-        correlations=correlate(measurements, targets=targets, sampled=choices.get("sampled")),
-        top_weights=dict.fromkeys(METRICS, weights),
-        summaries=dict.fromkeys(METRICS, synthetic.summary(4)),
-        **choices,
-    )
+    tables = {
+        "discovery_manifest": manifest,
+        "top_weights": dict.fromkeys(METRICS, weights),
+        "summaries": dict.fromkeys(METRICS, synthetic.summary(4)),
+    }
+    return write_pages(folder, synthetic.evidence_of(measurements, chosen=targets, **(tables | choices)))
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +200,30 @@ def test_a_report_of_next_to_nothing(tmp_path):
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "Only 1 layer tested" in text
     assert "only 0 random draws" in text
+
+
+@pytest.mark.parametrize("name", ["report.html", "report.md"])
+def test_a_metric_is_explained_by_the_manifest_alone(tmp_path, name):
+    """A metric that the bridge has never heard of, declared by the discovery as the one to beat."""
+    measurements = synthetic.measurements(n=5, metrics=METRICS)
+    measurements["selection"] = measurements["selection"].replace({"top_magnitude": "top_made_up"})
+    entry = {"formula": "the weight's horoscope", "unit": "stars", "source": "Nobody 1901", "baseline": True}
+    manifest = synthetic.manifest() | {"metrics": synthetic.DEFINITIONS | {"made_up": entry}}
+    manifest["metrics"]["magnitude"] = {"formula": "|θ|", "baseline": False}
+    write(tmp_path, measurements, synthetic.targets(5, 2), manifest, synthetic.top_weights(4))
+    text = html.unescape((tmp_path / name).read_text(encoding="utf-8"))
+    assert "the weight's horoscope (Nobody 1901); unit: stars" in text
+    assert "Above made_up" in text
+    assert "Above magnitude" not in text
+
+
+def test_a_metric_without_a_definition_is_left_to_the_manifest(tmp_path):
+    manifest = synthetic.manifest()
+    del manifest["metrics"]
+    measurements = synthetic.measurements(n=1, metrics=METRICS)
+    write(tmp_path, measurements, synthetic.targets(1, 0), manifest, synthetic.top_weights(4))
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "- Metric grad_x_weight: see the discovery's manifest" in text
 
 
 def test_single_weights_have_a_section_of_their_own(report, tmp_path):

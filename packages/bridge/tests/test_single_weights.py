@@ -2,12 +2,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import synthetic
-from bridge.analysis.single_weights import choose_weights, sampled_metrics
-from bridge.exchange.tables import TOP_WEIGHTS
-
-
-def test_metrics_are_those_of_the_columns():
-    assert sampled_metrics(synthetic.sampled()) == list(synthetic.METRICS)
+from bridge.analysis.single_weights import choose_weights, weight_effects
+from bridge.exchange.tables import MEASUREMENTS, TOP_WEIGHTS, read_table, write_table
 
 
 def shares(n=400, metrics=synthetic.METRICS):
@@ -55,3 +51,21 @@ def test_rows_are_the_sampled_ones():
 def test_equal_scores_stay_in_model_order():
     sampled = shares(9).assign(score_obd=1.0, share_obd=0.5)
     assert choose_weights(sampled, ["obd"], 3)["row"].tolist() == [0, 1, 2]
+
+
+def test_measurements_of_single_weights_come_back_from_their_file(tmp_path):
+    with_weights = synthetic.with_single_weights(synthetic.measurements(n=2), synthetic.sampled())
+    write_table(tmp_path / "measurements.csv", with_weights, MEASUREMENTS)
+    back = read_table(tmp_path / "measurements.csv", MEASUREMENTS)
+    sampled = synthetic.sampled()
+    pd.testing.assert_frame_equal(weight_effects(back, sampled), weight_effects(with_weights, sampled))
+
+
+def test_seeds_of_one_weight_are_one_effect_of_mean_size():
+    sampled = synthetic.sampled(6, metrics=("obd",))
+    once = synthetic.with_single_weights(synthetic.measurements(n=1, metrics=("obd",)), sampled)
+    weights = once[once["selection"] == "weight"]
+    twice = pd.concat([weights.assign(seed=0), weights.assign(seed=1, delta_nll=-3 * weights["delta_nll"])])
+    effects = weight_effects(twice, sampled)
+    assert effects["size"].tolist() == pytest.approx((2 * weights["delta_nll"].abs()).tolist())
+    assert effects["delta_nll"].tolist() == pytest.approx((-weights["delta_nll"]).tolist())

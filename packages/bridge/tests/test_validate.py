@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from bridge import validate, validation_run
+from bridge import validate
 from bridge.exchange.errors import RequestError, RunError
 from bridge.exchange.fingerprint import read_fingerprint, write_fingerprint
 from bridge.exchange.run_folder import read_manifest
+from bridge.exchange.validation_run import choose_validation
 from bridge.instrument import process
 from bridge.instrument.plan import Options, plan
+from bridge.report import html
 from discovery_folder import fingerprint, make_discovery, parameters, snapshot
 
 TABLES = ("measurements.csv", "targets.csv", "correlations.csv")
@@ -23,15 +25,15 @@ NEW = "validation_2*"  # named by the time
 HERE = Path(__file__).parent
 
 
-def plain_report(folder, **content) -> list[str]:
+def plain_report(validation) -> list[str]:
     """A report without its plots, which take seconds to draw."""
-    (folder / "report.html").write_text("report")
+    (validation.folder / "report.html").write_text("report")
     return ["a finding"]
 
 
 @pytest.fixture
 def no_plots(monkeypatch):
-    monkeypatch.setattr(validation_run, "write_report", plain_report)
+    monkeypatch.setattr(html, "write_report", plain_report)
 
 
 def stand_in(script: Path) -> Path:
@@ -73,8 +75,9 @@ def options(place, python, **more) -> Options:
 def command(output, python, **environment) -> subprocess.Popen:
     """``bridge validate`` as a process of its own."""
     code = (
-        "import sys; from pathlib import Path; import test_validate; from bridge import cli, validation_run; from bridge.instrument import process\n"
-        "process.SCRIPT = Path(sys.argv.pop()); validation_run.write_report = test_validate.plain_report; cli.main()"
+        "import sys; from pathlib import Path; import test_validate; from bridge import cli; "
+        "from bridge.instrument import process; from bridge.report import html\n"
+        "process.SCRIPT = Path(sys.argv.pop()); html.write_report = test_validate.plain_report; cli.main()"
     )
     words = ["validate", f"--from={output}", "--layers", "3", "--control-layers", "4", "--perturb-python", python]
     return subprocess.Popen(
@@ -376,7 +379,7 @@ def test_single_weights_alone(tmp_path, output, python, mode):
     assert any("Over 8 single weights" in line for line in lines)
     for report in ("report.html", "report.md"):
         assert "nan" not in re.sub(r"base64,[^\"]*", "", (folder / report).read_text()).split()
-    assert validation_run.choose_validation([str(folder)]).write_report() == lines[1:]
+    assert html.write_report(choose_validation([str(folder)])) == lines[1:]
 
 
 def test_single_weights_alone_that_changed_nothing(output, python, monkeypatch, no_plots):
@@ -566,10 +569,10 @@ def test_finished_measurement_is_read_and_not_repeated(tmp_path, output, python,
     def fails(*args, **content):
         raise RunError("no space left")
 
-    monkeypatch.setattr(validation_run, "write_report", fails)
+    monkeypatch.setattr(html, "write_report", fails)
     with pytest.raises(RunError, match="no space left"):
         validate.validate(options(output, python))
-    monkeypatch.setattr(validation_run, "write_report", plain_report)
+    monkeypatch.setattr(html, "write_report", plain_report)
     validate.validate(options(output, python))
     assert len(starts(tmp_path)) == 1
 
@@ -595,11 +598,11 @@ def test_the_table_of_an_earlier_attempt_is_not_taken_when_the_last_failed_other
     def fails(*args, **content):
         raise RunError("no space left")
 
-    monkeypatch.setattr(validation_run, "write_report", fails)
+    monkeypatch.setattr(html, "write_report", fails)
     monkeypatch.setenv("FAKE", "broken")
     with pytest.raises(RunError, match="no space left"):
         validate.validate(options(output, python))
-    monkeypatch.setattr(validation_run, "write_report", plain_report)
+    monkeypatch.setattr(html, "write_report", plain_report)
     monkeypatch.setenv("FAKE_ALSO", "RunError: the instrument fails its own check")
     with pytest.raises(RunError) as caught:
         validate.validate(options(output, python))
@@ -640,7 +643,7 @@ def test_shards_and_their_merge_make_the_tables_of_one_run(tmp_path, output, pyt
         assert "--merge THAT_FOLDER" in following
         assert not list(Path(part.partition(": ")[2]).glob("report*"))
     lines = validate.validate(options(output, python, merge=[str(output)], **more | {"experiment_id": "merged"}))
-    assert validation_run.choose_validation([str(output)]).folder.name == "validation_merged"  # a part is none
+    assert choose_validation([str(output)]).folder.name == "validation_merged"  # a part is none
     for table in TABLES:
         whole = (output / "validation_whole" / table).read_bytes()
         assert (output / "validation_merged" / table).read_bytes() == whole

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
-from llm_perturb.top_against_random import COLUMNS, compare, difference_interval
+from llm_perturb.top_against_random import COLUMNS, compare, difference_interval, rank_p_value
 
 N = 12
 TOKENS = np.arange(3, 3 + N)
@@ -136,3 +136,10 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says():
         interval = difference_interval(effect, drawn, np.full(n, 10), n_resamples=500)
         covered += interval.low <= 2.0 <= interval.high
     assert 0.86 <= covered / 200 <= 0.99
+
+
+@pytest.mark.parametrize(
+    ("value", "controls", "p"), [(5, [1, 2, 3], 0.25), (2, [1, 2, 3], 0.75), (np.inf, [1, np.inf], 2 / 3)]
+)
+def test_rank_p_value_counts_controls_that_do_as_much(value, controls, p):
+    assert rank_p_value(value, np.array(controls)) == pytest.approx(p)

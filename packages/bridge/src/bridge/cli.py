@@ -159,9 +159,10 @@ def correlate(*, from_: list[str], seed: int = 0) -> None:
         from_: a folder that holds validations (the newest complete one is taken), or one validation's folder.
         seed: of the bootstrap and the permutations.
     """
-    from bridge.validation_run import choose_validation
+    from bridge.analysis.correlation import write_correlations
+    from bridge.exchange.validation_run import choose_validation
 
-    correlations = choose_validation(from_).write_correlations(seed)
+    correlations = write_correlations(choose_validation(from_), seed)
     say(*correlations.to_string(index=False, na_rep="", float_format="{:.4g}".format).split("\n"))
 
 
@@ -171,10 +172,11 @@ def report(*, from_: list[str]) -> None:
     Args:
         from_: a folder that holds validations (the newest complete one is taken), or one validation's folder.
     """
-    from bridge.validation_run import choose_validation
+    from bridge.exchange.validation_run import choose_validation
+    from bridge.report.html import write_report
 
     validation = choose_validation(from_)
-    lines = validation.write_report()
+    lines = write_report(validation)
     say(f"report: {validation.folder / 'report.html'}", *lines)
 
 

@@ -5,15 +5,17 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from bridge.analysis.single_weights import FILE
+from bridge.analysis.correlation import write_correlations
 from bridge.exchange.errors import RequestError, RunError
 from bridge.exchange.fingerprint import write_fingerprint
+from bridge.exchange.layout import SAMPLED_WEIGHTS_FILE, VALIDATION
 from bridge.exchange.run_folder import Run, find_runs, open_run, read_manifest
 from bridge.exchange.tables import MEASUREMENTS, TARGETS, TOP_WEIGHTS, atomic_path, read_table, write_table
+from bridge.exchange.validation_run import Validation
 from bridge.instrument import process
 from bridge.instrument.checks import baseline_check, baseline_of, check_baseline, check_effects, check_single_weights
 from bridge.instrument.plan import Options, Plan, plan
-from bridge.validation_run import KIND, Validation
+from bridge.report import html
 
 PART = "partial_validation"
 SINGLE_WEIGHTS = "single_weights.csv"
@@ -45,13 +47,13 @@ def validate(options: Options) -> list[str]:
     if options.shard:
         return _measure_shard(ready, options)
     parts = _parts(ready, options.merge) if options.merge else None
-    run = open_run(ready.output, KIND, ready.identity, options.experiment_id, _facts(ready))
+    run = open_run(ready.output, VALIDATION, ready.identity, options.experiment_id, _facts(ready))
     with run.recorded():
         failed = _measure(ready, run, parts)
         write_table(run.folder / "targets.csv", ready.targets, TARGETS)
         validation = Validation(run.folder, run.manifest, ready.discovery)
-        validation.write_correlations()
-        lines = [f"report: {run.folder / 'report.html'}", *validation.write_report()]
+        write_correlations(validation)
+        lines = [f"report: {run.folder / 'report.html'}", *html.write_report(validation)]
     if failed:
         raise TargetsFailedError(f"{len(failed)} targets failed ({', '.join(failed)}); the others are reported", lines)
     return lines
@@ -93,7 +95,7 @@ def _prepare(ready: Plan, run: Run) -> None:
         write_fingerprint(run.folder, ready.discovery.fingerprint)
     if ready.single_weights is not None:
         write_table(run.folder / SINGLE_WEIGHTS, ready.single_weights, TOP_WEIGHTS)
-        _copy(ready.discovery.folder / FILE, run.folder / FILE)
+        _copy(ready.discovery.folder / SAMPLED_WEIGHTS_FILE, run.folder / SAMPLED_WEIGHTS_FILE)
 
 
 def _obtain(ready: Plan, run: Run, folder: Path, targets: Sequence[str], parts: list[Path] | None) -> None:

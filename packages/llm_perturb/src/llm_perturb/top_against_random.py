@@ -4,7 +4,6 @@ import math
 
 import numpy as np
 import pandas as pd
-from bridge.analysis.rank_agreement import rank_p_value
 
 from llm_perturb.intervals import MIN_SEQUENCES, Interval
 
@@ -62,6 +61,11 @@ def _row(row: dict, control: str, effect: float, drawn: np.ndarray, interval: In
         "p_value": rank_p_value(effect, drawn),
         "note": "; ".join(notes),
     }
+
+
+def rank_p_value(value: float, controls: np.ndarray) -> float:
+    """One-sided p-value (1 + r) / (B + 1), r of the B controls being at least ``value``."""
+    return float((1 + np.sum(controls >= value)) / (1 + len(controls)))
 
 
 def _unbounded(effects: np.ndarray) -> np.ndarray:

@@ -1,12 +1,15 @@
-"""Where a parameter sits in a decoder: its component and its depth, read from its name.
+"""What part of a decoder a parameter is: its component and its depth, read from its name.
 
 Known families: GPT-2, GPT-NeoX (Pythia), Llama and its kin (Mistral, Qwen, Gemma, SmolLM2), OPT, GPT-J, BLOOM,
-Phi-3. A name that none of them uses is ``other``.
+Phi-3. A name that none of them uses is ``other``. Projections that a model keeps in one tensor are taken apart where
+their order in it is known (``FusedProjection``).
 """
 
 import re
 from collections.abc import Mapping
-from typing import NamedTuple
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 COMPONENTS = (
     "embedding",
@@ -24,7 +27,6 @@ COMPONENTS = (
 )
 QUERY_KEY_VALUE = ("attention query", "attention key", "attention value")
 FUSED_QUERY_KEY_VALUE = "attention query_key_value"
-FUSED_MLP = "mlp in"  # gate_up_proj holds both; it counts as mlp in unless its shape is known
 
 # The last parts of a module path, most specific first; the first that matches decides.
 _RULES = [
@@ -39,6 +41,7 @@ _RULES = [
         (r"(^|\.)(c_attn|query_key_value|qkv_proj|Wqkv|qkv)$", FUSED_QUERY_KEY_VALUE),
         (r"(^|\.)(attn|attention|self_attn|self_attention)\.(c_proj|dense|o_proj|out_proj|wo)$", "attention output"),
         (r"(^|\.)(gate_proj|w1)$", "mlp gate"),
+        # gate_up_proj holds the gate as well; where one ends and the other begins is not known from its name
         (r"(^|\.)(c_fc|dense_h_to_4h|up_proj|fc1|fc_in|gate_up_proj|w3)$", "mlp in"),
         (r"(^|\.)(mlp\.c_proj|dense_4h_to_h|down_proj|fc2|fc_out|w2)$", "mlp out"),
     ]
@@ -46,95 +49,105 @@ _RULES = [
 _TENSOR_NAMES = re.compile(r"\.(weight|bias)$")
 
 
-class Place(NamedTuple):
+class DecoderPart(NamedTuple):
     """A parameter's component, and its decoder layer from 0 (None outside the layers: embedding, head, last norm)."""
 
     component: str
     depth: int | None
 
 
-def place_of(parameter: str) -> Place:
+def decoder_part(parameter: str) -> DecoderPart:
     """Component and depth of a parameter (or a layer: its module path) by its name."""
     module = _TENSOR_NAMES.sub("", parameter)
     component = next((component for rule, component in _RULES if rule.search(module)), "other")
     depth = next((int(part) for part in module.split(".") if part.isdigit()), None)
-    return Place(component, depth)
+    return DecoderPart(component=component, depth=depth)
 
 
-def relative_depth(depth: int, n_layers: int) -> float:
-    """The middle of decoder layer ``depth`` of ``n_layers`` as a share of the whole depth, between 0 and 1."""
-    assert 0 <= depth < n_layers, f"layer {depth} of {n_layers}"
-    return (depth + 0.5) / n_layers
+@dataclass(frozen=True, kw_only=True)
+class FusedProjection:
+    """The order in which one tensor holds several projections.
 
+    Along one axis of the stored tensor, runs of consecutive indices belong to one projection each. The sequence of runs
+    begins again after the last one.
 
-def component_of_weight(
-    parameter: str,
-    row: int,
-    col: int | None = None,
-    shape: tuple[int, ...] | None = None,
-    head_dim: int | None = None,
-) -> str:
-    """Component of one weight; a weight of a fused projection goes to its part if the needed fact is given.
-
-    GPT-2's ``c_attn`` (Conv1D, stored (in, out)): query, key and value are thirds of the columns (of the
-    entries, for the bias); needs ``shape``. GPT-NeoX's and BLOOM's ``query_key_value``: the rows run over
-    (head, part, head_dim); needs ``head_dim``. ``gate_up_proj``: the first half of the rows is the gate;
-    needs ``shape``. Without the fact, and for other fusions, the fused component is returned.
+    Attributes:
+        axis: 0 for rows (and for the entries of a vector), 1 for columns.
+        runs: component and length of each run.
     """
-    module = _TENSOR_NAMES.sub("", parameter)
-    component = place_of(parameter).component
-    if module.endswith("c_attn") and shape:
-        index = row if len(shape) == 1 else col
-        return QUERY_KEY_VALUE[index * 3 // shape[-1]]
-    if module.endswith("attention.query_key_value") and head_dim:
-        return QUERY_KEY_VALUE[row // head_dim % 3]
-    if module.endswith("gate_up_proj") and shape:
-        return "mlp gate" if row * 2 < shape[0] else "mlp in"
-    return component
+
+    axis: int
+    runs: tuple[tuple[str, int], ...]
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """Each component once, in the order of the runs."""
+        return tuple(dict.fromkeys(component for component, _ in self.runs))
+
+    def component(self, row: int, col: int | None) -> str:
+        """The component of the weight at a position of the stored tensor."""
+        index = row if self.axis == 0 else col
+        assert index is not None, "a vector has no columns"
+        index %= sum(length for _, length in self.runs)
+        for component, length in self.runs:
+            if index < length:
+                return component
+            index -= length
+        raise AssertionError("unreachable: the index is below the sum of the lengths")
 
 
-def interleaved_head_dim(parameter: str, n_weights: int, model: dict) -> int | None:
-    """The head_dim of a ``query_key_value`` whose rows run over (head, part, head_dim), else None.
+def fused_projection(parameter: str, n_weights: int, model: Mapping[str, Any]) -> FusedProjection | None:
+    """How a parameter holds query, key and value; None if it does not, or if their order is not known.
+
+    GPT-2's ``c_attn`` (Conv1D, stored (in, out)): thirds of the columns, or of the entries of the bias.
+    GPT-NeoX's and BLOOM's ``query_key_value``: the rows run over (head, projection, head_dim).
 
     Args:
-        parameter: its name.
-        n_weights: its size; a fusion with fewer keys than queries shows by it, and is not of this layout.
-        model: the facts of the model in a discovery's manifest.
+        parameter: its full name.
+        n_weights: its number of weights.
+        model: the metadata of the model in a discovery's manifest; ``num_attention_heads`` and ``head_dim`` are used.
     """
-    n_heads, head_dim = model.get("num_attention_heads"), model.get("head_dim")
-    fused = _TENSOR_NAMES.sub("", parameter).endswith("attention.query_key_value")
-    return head_dim if fused and n_heads and head_dim and n_weights % (3 * n_heads * head_dim) == 0 else None
-
-
-def conv1d_qkv_shape(parameter: str, n_weights: int) -> tuple[int, ...] | None:
-    """Shape of GPT-2's ``c_attn`` tensor, (d, 3d) or (3d,), from its number of weights; None for any other."""
     module = _TENSOR_NAMES.sub("", parameter)
-    if not module.endswith("attn.c_attn"):
-        return None
-    if parameter.endswith(".bias"):
-        return (n_weights,)
-    width = round((n_weights / 3) ** 0.5)
-    return (width, 3 * width) if 3 * width * width == n_weights else None
+    if module.endswith("attn.c_attn"):
+        return _thirds_of_conv1d(n_weights, is_bias=parameter.endswith(".bias"))
+    if module.endswith("attention.query_key_value"):
+        n_heads, head_dim = model.get("num_attention_heads"), model.get("head_dim")
+        # With fewer heads of keys than of queries the size is no multiple of this, and the order is another.
+        if n_heads and head_dim and n_weights % (3 * n_heads * head_dim) == 0:
+            return FusedProjection(axis=0, runs=tuple((component, head_dim) for component in QUERY_KEY_VALUE))
+    return None
 
 
-class Layout:
-    """The components of a model's weights, with fused projections taken apart where the layout is known.
+def _thirds_of_conv1d(n_weights: int, is_bias: bool) -> FusedProjection | None:
+    """The thirds of GPT-2's ``c_attn``: its bias (3 d,), or its weight (d, 3 d)."""
+    if is_bias:
+        axis, size = 0, n_weights
+    else:
+        axis, size = 1, 3 * round((n_weights / 3) ** 0.5)
+        if size * size != 3 * n_weights:
+            return None
+    starts = [-(-third * size // 3) for third in range(4)]  # rounded up where 3 does not divide the size
+    lengths = [end - start for start, end in pairwise(starts)]
+    return FusedProjection(axis=axis, runs=tuple(zip(QUERY_KEY_VALUE, lengths, strict=True)))
+
+
+class ModelComponents:
+    """The components of a model's weights, with fused projections taken apart where their order is known.
 
     Args:
-        sizes: the number of weights of every parameter.
-        model: the facts of the model in a discovery's manifest.
+        n_weights: the number of weights of every parameter.
+        model: the metadata of the model in a discovery's manifest.
     """
 
-    def __init__(self, sizes: Mapping[str, int], model: dict) -> None:
-        self._shapes = {name: conv1d_qkv_shape(name, size) for name, size in sizes.items()}
-        self._head_dims = {name: interleaved_head_dim(name, size, model) for name, size in sizes.items()}
+    def __init__(self, n_weights: Mapping[str, int], model: Mapping[str, Any]) -> None:
+        self._fused = {name: fused_projection(name, n, model) for name, n in n_weights.items()}
 
-    def component(self, parameter: str, row: int, col: int | None) -> str:
-        """Of one weight."""
-        return component_of_weight(parameter, row, col, self._shapes.get(parameter), self._head_dims.get(parameter))
+    def of_weight(self, parameter: str, row: int, col: int | None) -> str:
+        """The component of one weight."""
+        fused = self._fused.get(parameter)
+        return fused.component(row, col) if fused else decoder_part(parameter).component
 
-    def components(self, parameter: str) -> tuple[str, ...]:
-        """All that a parameter holds."""
-        whole = place_of(parameter).component
-        apart = self._shapes.get(parameter) or self._head_dims.get(parameter)
-        return QUERY_KEY_VALUE if apart and whole == FUSED_QUERY_KEY_VALUE else (whole,)
+    def of_parameter(self, parameter: str) -> tuple[str, ...]:
+        """All components that a parameter holds."""
+        fused = self._fused.get(parameter)
+        return fused.components if fused else (decoder_part(parameter).component,)

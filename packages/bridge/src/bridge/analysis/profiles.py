@@ -1,8 +1,11 @@
-"""A model's critical weights as a profile: their share in each component and at each relative depth.
+"""A model's critical weights as a profile: their shares by component and by relative depth, and how alike two are.
 
 Models differ in depth and in how they fuse projections. Depth is therefore relative, in bins, and where one
 model keeps query, key and value in one tensor that cannot be told apart, they are one component for all.
 """
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -11,125 +14,139 @@ from bridge.analysis.components import (
     COMPONENTS,
     FUSED_QUERY_KEY_VALUE,
     QUERY_KEY_VALUE,
-    Layout,
-    place_of,
-    relative_depth,
+    ModelComponents,
+    decoder_part,
 )
-from bridge.analysis.rank_agreement import MIN_POINTS, spearman_rho
+from bridge.analysis.rank_agreement import MIN_UNITS
+from bridge.analysis.spearman import spearman_rho
 
 DEPTH_BINS = 5
 OUTSIDE = "outside"  # embedding, head, last norm: at no depth
-DEPTHS = (*(f"depth {bin + 1} of {DEPTH_BINS}" for bin in range(DEPTH_BINS)), OUTSIDE)
+DEPTHS = (*(f"depth {number} of {DEPTH_BINS}" for number in range(1, DEPTH_BINS + 1)), OUTSIDE)
 
 
-def profiles_of(
-    tops: list[pd.DataFrame], summaries: list[pd.DataFrame], models: list[dict] | None = None
+class CellCorrelation(NamedTuple):
+    """Spearman's rho of two profiles over the cells that both have; NaN where these are too few or all equal."""
+
+    rho: float
+    n_cells: int
+
+
+def top_weight_profiles(
+    top_weights: Sequence[pd.DataFrame], summaries: Sequence[pd.DataFrame], models: Sequence[Mapping[str, Any]]
 ) -> list[pd.DataFrame]:
-    """Profiles of several models that can be compared cell by cell.
+    """Profiles of the top-K of several models that can be compared cell by cell.
 
     Args:
-        tops: for each model a table of TOP_WEIGHTS.
+        top_weights: for each model a table of TOP_WEIGHTS.
         summaries: for each model its LAYER_SUMMARY, which says how deep the model is.
-        models: for each the facts of its discovery's manifest, by which fused projections are taken apart.
+        models: for each model its metadata in the discovery's manifest, by which fused projections are taken apart.
 
     Returns:
         For each model the share of its weights in each component (rows) and depth (columns); they sum to 1.
     """
-    models = models or [{}] * len(tops)
-    placed = [_placed(*each) for each in zip(tops, summaries, models, strict=True)]
-    return [_profile(places) for places in _place_alike(placed)]
-
-
-def _placed(top: pd.DataFrame, summary: pd.DataFrame, model: dict) -> pd.DataFrame:
-    """Component and depth bin of each top weight."""
-    n_layers = _n_layers(summary)
-    layout = Layout(dict(zip(summary["parameter"], map(int, summary["n_weights"]), strict=True)), model)
-    rows = [
-        (
-            layout.component(w.parameter, int(w.row), None if pd.isna(w.col) else int(w.col)),
-            _depth_bin(place_of(w.parameter).depth, n_layers),
+    cells = []
+    for weights, summary, model in zip(top_weights, summaries, models, strict=True):
+        n_layers = _n_layers(summary)
+        components = ModelComponents(summary.set_index("parameter")["n_weights"].to_dict(), model)
+        cells.append(
+            pd.DataFrame(
+                {
+                    "component": components_of_weights(weights, components),
+                    "depth": [_depth_bin(name, n_layers) for name in weights["parameter"]],
+                }
+            )
         )
-        for w in top.itertuples()
-    ]
-    return pd.DataFrame(rows, columns=["component", "depth"])
+    profiles = []
+    for cell in _fuse_alike(cells):
+        counts = pd.crosstab(cell["component"], cell["depth"])
+        counts = counts.reindex(index=COMPONENTS, columns=DEPTHS, fill_value=0)
+        profiles.append(counts / max(1, len(cell)))
+    return profiles
 
 
-def _n_layers(summary: pd.DataFrame) -> int:
-    depths = [place_of(name).depth for name in summary["parameter"]]
-    return 1 + max((depth for depth in depths if depth is not None), default=-1)
+def components_of_weights(weights: pd.DataFrame, components: ModelComponents) -> list[str]:
+    """The component of each weight of a table of TOP_WEIGHTS."""
+    cols = [None if pd.isna(col) else int(col) for col in weights["col"]]
+    keys = zip(weights["parameter"], weights["row"], cols, strict=True)
+    return [components.of_weight(parameter, int(row), col) for parameter, row, col in keys]
 
 
-def _depth_bin(depth: int | None, n_layers: int) -> str:
-    return OUTSIDE if depth is None else DEPTHS[int(relative_depth(depth, n_layers) * DEPTH_BINS)]
+def score_profiles(summaries: Sequence[pd.DataFrame]) -> list[pd.DataFrame]:
+    """Profiles of the share of all score, not of the top-K alone.
 
+    Args:
+        summaries: for each model its LAYER_SUMMARY.
 
-def _place_alike(placed: list[pd.DataFrame]) -> list[pd.DataFrame]:
-    """Query, key and value as one component for all, if they are one for any."""
-    if not any((places["component"] == FUSED_QUERY_KEY_VALUE).any() for places in placed):
-        return placed
-    fused = dict.fromkeys(QUERY_KEY_VALUE, FUSED_QUERY_KEY_VALUE)
-    return [places.assign(component=places["component"].replace(fused)) for places in placed]
-
-
-def _profile(places: pd.DataFrame) -> pd.DataFrame:
-    """Share of the top-K in each component and depth bin; sums to 1."""
-    counts = pd.crosstab(places["component"], places["depth"]).reindex(index=COMPONENTS, columns=DEPTHS, fill_value=0)
-    return counts / max(1, len(places))
-
-
-def shares(profile: pd.DataFrame) -> dict:
-    """The profile's margins, as ``share <component>`` and ``share <depth>``."""
-    parts = pd.concat([profile.sum(axis=1), profile.sum(axis=0)])
-    return {f"share {name}": share for name, share in parts.items()}
-
-
-def score_profiles(summaries: list[pd.DataFrame]) -> list[pd.DataFrame]:
-    """The share of all score, not of the top-K alone, in each component and depth; empty where a model has nothing."""
-    placed = []
+    Returns:
+        For each model the share of the score in each component (rows) and depth (columns); empty where the model has
+        no parameter.
+    """
+    cells = []
     for summary in summaries:
         n_layers = _n_layers(summary)
         total = summary["score_sum"].sum()
-        places = [place_of(name) for name in summary["parameter"]]
-        placed.append(
+        cells.append(
             pd.DataFrame(
                 {
-                    "component": [place.component for place in places],
-                    "depth": [_depth_bin(place.depth, n_layers) for place in places],
+                    "component": [decoder_part(name).component for name in summary["parameter"]],
+                    "depth": [_depth_bin(name, n_layers) for name in summary["parameter"]],
                     "score": summary["score_sum"].to_numpy(float) / (total if total > 0 else np.nan),
                 }
             )
         )
-    return [
-        places.pivot_table(index="component", columns="depth", values="score", aggfunc="sum").reindex(
-            index=COMPONENTS, columns=DEPTHS
-        )
-        for places in _place_alike(placed)
-    ]
+    profiles = []
+    for cell in _fuse_alike(cells):
+        sums = cell.pivot_table(index="component", columns="depth", values="score", aggfunc="sum")
+        profiles.append(sums.reindex(index=COMPONENTS, columns=DEPTHS))
+    return profiles
 
 
-def cosine(first: pd.DataFrame, second: pd.DataFrame) -> float:
+def _n_layers(summary: pd.DataFrame) -> int:
+    """How many decoder layers a model has, by the names of its parameters."""
+    depths = [decoder_part(name).depth for name in summary["parameter"]]
+    return 1 + max((depth for depth in depths if depth is not None), default=-1)
+
+
+def _depth_bin(parameter: str, n_layers: int) -> str:
+    depth = decoder_part(parameter).depth
+    if depth is None:
+        return OUTSIDE
+    return DEPTHS[int(relative_depth(depth, n_layers) * DEPTH_BINS)]
+
+
+def relative_depth(depth: int, n_layers: int) -> float:
+    """The middle of decoder layer ``depth`` of ``n_layers`` as a share of the whole depth, between 0 and 1."""
+    assert 0 <= depth < n_layers, f"layer {depth} of {n_layers}"
+    return (depth + 0.5) / n_layers
+
+
+def _fuse_alike(cells: list[pd.DataFrame]) -> list[pd.DataFrame]:
+    """Query, key and value as one component for all models, if they are one for any of them."""
+    if not any((cell["component"] == FUSED_QUERY_KEY_VALUE).any() for cell in cells):
+        return cells
+    fused = dict.fromkeys(QUERY_KEY_VALUE, FUSED_QUERY_KEY_VALUE)
+    return [cell.assign(component=cell["component"].replace(fused)) for cell in cells]
+
+
+def profile_margins(profile: pd.DataFrame) -> dict[str, float]:
+    """The share of each component and of each depth, as ``share <component>`` and ``share <depth>``."""
+    margins = pd.concat([profile.sum(axis=1), profile.sum(axis=0)])
+    return {f"share {name}": share for name, share in margins.items()}
+
+
+def profile_cosine(first: pd.DataFrame, second: pd.DataFrame) -> float:
     """Cosine of two profiles: 0 if the top weights share no cell, 1 if their shares are equal."""
     x, y = first.to_numpy().ravel(), second.to_numpy().ravel()
-    norm = np.linalg.norm(x) * np.linalg.norm(y)
-    return float(x @ y / norm) if norm else float("nan")
+    norms = np.linalg.norm(x) * np.linalg.norm(y)
+    return float(x @ y / norms) if norms else float("nan")
 
 
-def rank_agreement(first: pd.DataFrame, second: pd.DataFrame) -> tuple[float, int]:
-    """Spearman's rho of two score profiles over the cells that both models have, and how many those are."""
+def profile_correlation(first: pd.DataFrame, second: pd.DataFrame) -> CellCorrelation:
+    """Spearman's rho of two score profiles over the cells that both models have."""
     x, y = first.to_numpy().ravel(), second.to_numpy().ravel()
-    both = ~np.isnan(x) & ~np.isnan(y)
-    x, y = x[both], y[both]
-    if len(x) < MIN_POINTS or np.ptp(x) == 0 or np.ptp(y) == 0:
-        return float("nan"), len(x)
-    return spearman_rho(x, y), len(x)
-
-
-def gini(values: np.ndarray) -> float:
-    """Gini coefficient sum_i (2 i - n - 1) x_i / (n sum x) of non-negative values, sorted upwards (Gini 1912).
-
-    0 when all are equal, (n - 1) / n when one holds everything; NaN when all are 0.
-    """
-    x = np.sort(np.asarray(values, dtype=float))
-    n = len(x)
-    assert n and x[0] >= 0, "expected at least one value, none of them negative"
-    return float(((2 * np.arange(1, n + 1) - n - 1) * x).sum() / (n * x.sum())) if x.sum() > 0 else float("nan")
+    in_both = ~np.isnan(x) & ~np.isnan(y)
+    x, y = x[in_both], y[in_both]
+    if len(x) < MIN_UNITS or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return CellCorrelation(rho=float("nan"), n_cells=len(x))
+    return CellCorrelation(rho=spearman_rho(x, y), n_cells=len(x))

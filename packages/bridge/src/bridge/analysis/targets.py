@@ -1,4 +1,4 @@
-"""From the tables of a discovery run to the layers whose perturbation is worth measuring."""
+"""Which layers of a discovery to perturb: the highest-ranked ones, and controls from the whole range of ranks."""
 
 import re
 import shlex
@@ -12,6 +12,7 @@ from bridge.exchange.tables import TARGETS
 _PLAIN = re.compile(r"[\w.,]+", re.ASCII)  # means nothing to a shell between double quotes
 
 By = Literal["count", "score"]
+RANGE_NOTE = "only the top-ranked layers were tested: the range is restricted and rho is biased"
 
 
 def choose_targets(
@@ -39,7 +40,7 @@ def choose_targets(
     """
     if n_top < 0 or n_control < 0:
         raise RequestError(f"a number of layers cannot be negative: {min(n_top, n_control)}")
-    ranked = _ranked(top_weights, summary)
+    ranked = _rank_layers(top_weights, summary)
     keys = ["n_top", "score_sum"] if by == "count" else ["score_sum"]
     top = ranked.sort_values(keys, ascending=False, kind="stable").head(n_top).assign(role="top")
     others = ranked.drop(top.index).sort_values("score_rank")
@@ -60,7 +61,14 @@ def spread(size: int, count: int) -> list[int]:
     return [(2 * i * (size - 1) + count - 1) // (2 * (count - 1)) for i in range(count)]  # half rounds up
 
 
-def _ranked(top_weights: pd.DataFrame, summary: pd.DataFrame) -> pd.DataFrame:
+def is_restricted(targets: pd.DataFrame) -> bool:
+    """Whether only the highest-ranked of more layers are among the targets (table TARGETS)."""
+    has_controls = "control" in set(targets["role"])
+    some_left_out = (targets["n_layers"] > len(targets)).any()
+    return not has_controls and bool(some_left_out)
+
+
+def _rank_layers(top_weights: pd.DataFrame, summary: pd.DataFrame) -> pd.DataFrame:
     """One row for each parameter, in model order: its name as a TARGET_LAYER, its share of the top-K, its rank."""
     counts = top_weights["parameter"].value_counts()
     return pd.DataFrame(
@@ -76,8 +84,9 @@ def _ranked(top_weights: pd.DataFrame, summary: pd.DataFrame) -> pd.DataFrame:
 
 def target_names(summary: pd.DataFrame) -> pd.Series:
     """What names each parameter alone: its module, or its full name where the module would mean another or several."""
-    alone = ~summary["layer"].duplicated(keep=False) & (summary["parameter"] == summary["layer"] + ".weight")
-    return summary["layer"].where(alone, summary["parameter"])
+    only_one_of_module = ~summary["layer"].duplicated(keep=False)
+    is_weight_of_module = summary["parameter"] == summary["layer"] + ".weight"
+    return summary["layer"].where(only_one_of_module & is_weight_of_module, summary["parameter"])
 
 
 def render(targets: pd.DataFrame, form: Literal["env", "list", "csv"]) -> str:

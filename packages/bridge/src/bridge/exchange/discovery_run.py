@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from bridge.analysis.single_weights import FILE, PLACE
 from bridge.exchange.errors import RequestError
 from bridge.exchange.fingerprint import Fingerprint, recorded_fingerprint
 from bridge.exchange.flags import did_you_mean
+from bridge.exchange.layout import SAMPLED_WEIGHTS_FILE, WEIGHT_KEY
 from bridge.exchange.printable import say
 from bridge.exchange.run_folder import find_runs, read_manifest
 from bridge.exchange.tables import LAYER_SUMMARY, SAMPLED_WEIGHTS, STABILITY, TOP_WEIGHTS, Table, read_table
@@ -119,7 +119,7 @@ class Discovery:
 
     def sampled(self) -> pd.DataFrame:
         """A few weights of every parameter with the scores of all metrics: table SAMPLED_WEIGHTS."""
-        path = self.folder / FILE
+        path = self.folder / SAMPLED_WEIGHTS_FILE
         if not path.exists():
             raise RequestError(f"{path} is missing: --single-weights takes them from there; run the discovery again")
         sampled = read_sampled(path, self.metrics())
@@ -140,7 +140,7 @@ def read_sampled(path: Path, metrics: Sequence[str]) -> pd.DataFrame:
     sampled = read_table(path, Table(SAMPLED_WEIGHTS.name, SAMPLED_WEIGHTS.columns | dict.fromkeys(scores, "float")))
     if not np.isfinite(sampled[["value", *scores]].to_numpy()).all():
         raise RequestError(f"{path} is damaged: a value or a score is not a finite number")
-    if sampled.duplicated(PLACE).any():
+    if sampled.duplicated(WEIGHT_KEY).any():
         raise RequestError(f"{path} is damaged: a weight is there twice")
     return sampled
 
@@ -149,7 +149,7 @@ def _read_weights(path: Path) -> pd.DataFrame:
     weights = read_table(path, TOP_WEIGHTS)
     if not np.isfinite(weights[["value", "score"]].to_numpy()).all():
         raise RequestError(f"{path} is damaged: a value or a score is not a finite number")
-    if weights.duplicated(PLACE).any():
+    if weights.duplicated(WEIGHT_KEY).any():
         raise RequestError(f"{path} is damaged: a weight is there twice")
     return weights
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from bridge.analysis.single_weights import PLACE, weight_rows
+from bridge.analysis.single_weights import weight_rows
 from bridge.exchange import baseline_file
 from bridge.exchange.errors import RunError
 from bridge.exchange.fingerprint import MISSING, difference, recorded_fingerprint
+from bridge.exchange.layout import WEIGHT_KEY
 from bridge.instrument.plan import Plan
 
 
@@ -106,4 +107,4 @@ def check_single_weights(ready: Plan, measurements: pd.DataFrame) -> None:
 
 
 def _places(weights: pd.DataFrame) -> set[tuple]:
-    return set(weights[PLACE].astype(str).itertuples(index=False, name=None)) if len(weights) else set()
+    return set(weights[WEIGHT_KEY].astype(str).itertuples(index=False, name=None)) if len(weights) else set()

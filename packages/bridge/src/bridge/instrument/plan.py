@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from bridge.analysis.single_weights import FILE, choose_weights
+from bridge.analysis.single_weights import choose_weights
 from bridge.analysis.targets import choose_targets
 from bridge.exchange import baseline_file
 from bridge.exchange.discovery_run import Discovery, choose_discovery
 from bridge.exchange.errors import RequestError
+from bridge.exchange.layout import SAMPLED_WEIGHTS_FILE
 from bridge.exchange.run_folder import check_output
 from bridge.instrument import command, process
 
@@ -104,7 +105,7 @@ def plan(options: Options) -> Plan:
     if single_weights is not None:
         chosen["single_weights"] = len(single_weights)
         identity["single_weights"] = hashlib.sha256(single_weights.to_csv(index=False).encode()).hexdigest()
-        identity["discovery"][FILE] = _hash(discovery.folder / FILE)
+        identity["discovery"][SAMPLED_WEIGHTS_FILE] = _hash(discovery.folder / SAMPLED_WEIGHTS_FILE)
     flags = command.model_flags(discovery, options.device, options.batch_size, options.trust_remote_code)
     flags += command.corpus_flags(discovery) + command.measurement_flags(chosen)
     python = process.find_python(options.perturb_python)

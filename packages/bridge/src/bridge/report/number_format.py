@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 
 DASH = "–"
+LARGEST_DECIMAL = 1e6  # from here on, numbers are scientific
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -14,8 +15,8 @@ def number(value: float | None, digits: int = 3, signed: bool = False) -> str:
     if value is None or pd.isna(value):
         return DASH
     value = float(value)
-    sign = "−" if value < 0 else "+" if signed and value > 0 else ""
     size = abs(value)
+    sign = _sign(value, signed)
     if math.isinf(size):
         return f"{sign}∞"
     if size == 0:
@@ -24,7 +25,16 @@ def number(value: float | None, digits: int = 3, signed: bool = False) -> str:
     power = int(exponent)
     if power >= 6 or power < -4:
         return f"{sign}{mantissa}×10{str(power).translate(_SUPERSCRIPTS)}"
-    return f"{sign}{float(f'{size:.{digits - 1}e}'):,.{max(0, digits - 1 - power)}f}"
+    decimals = max(0, digits - 1 - power)
+    rounded = float(f"{mantissa}e{exponent}")
+    return f"{sign}{rounded:,.{decimals}f}"
+
+
+def _sign(value: float, signed: bool) -> str:
+    """The sign as it is printed; a plus only where ``signed`` asks for one."""
+    if value < 0:
+        return "−"
+    return "+" if signed and value > 0 else ""
 
 
 def nats(value: float | None) -> str:
@@ -46,40 +56,45 @@ def coefficient(value: float | None) -> str:
 
 def p_value(value: float | None) -> str:
     """A probability, to two digits."""
-    if value is None or pd.isna(value):
-        return DASH
     return number(value, 2)
 
 
-def spread(low: float | None, high: float | None) -> str:
+def spread(low: float, high: float) -> str:
     """``[low, high]``, to two digits of its width; nothing if both are missing."""
-    return "" if pd.isna(low) and pd.isna(high) else _brackets(_to(low, low, high), _to(high, low, high))
+    if pd.isna(low) and pd.isna(high):
+        return ""
+    return _brackets(_to_digits_of_interval(low, low, high), _to_digits_of_interval(high, low, high))
+
+
+def measured(value: float, low: float, high: float, signed: bool = True) -> str:
+    """A value and its interval, no digit finer than a hundredth of the interval's width."""
+    if pd.isna(low) and pd.isna(high):
+        return number(value, 3, signed)
+    return f"{_to_digits_of_interval(value, low, high, signed)} {spread(low, high)}"
 
 
 def _brackets(low: str, high: str) -> str:
     return f"[{low},\u00a0{high}]"  # a line never breaks within an interval
 
 
-def measured(value: float | None, low: float | None, high: float | None, signed: bool = True) -> str:
-    """A value and its interval, no digit finer than a hundredth of the interval's width."""
-    if pd.isna(low) and pd.isna(high):
+def _to_digits_of_interval(value: float, low: float, high: float, signed: bool = False) -> str:
+    """``value`` to two digits of the width of [low, high]; to three of its own where the width gives none."""
+    if not _can_be_decimal(value, low, high):
         return number(value, 3, signed)
-    return f"{_to(value, low, high, signed)} {spread(low, high)}"
-
-
-def _to(value: float | None, low: float, high: float, signed: bool = False) -> str:
-    """``value`` to two digits of the width of [low, high]."""
     width = high - low
-    largest = max(abs(x) for x in (value, low, high)) if pd.notna(value) else math.inf
-    if not (math.isfinite(width) and width > 0 and math.isfinite(largest) and largest < 1e6 and width > 1e-6):
+    if width <= 1e-6:
         return number(value, 3, signed)
     decimals = max(0, 1 - math.floor(math.log10(width)))
     rounded = round(float(value), decimals) if decimals else float(f"{float(value):.3g}")
-    sign = "−" if rounded < 0 else "+" if signed and rounded > 0 else ""
-    return f"{sign}{abs(rounded):,.{decimals}f}"
+    return f"{_sign(rounded, signed)}{abs(rounded):,.{decimals}f}"
 
 
-def rho(value: float | None, low: float | None, high: float | None) -> str:
+def _can_be_decimal(*values: float) -> bool:
+    """Whether all values are known and small enough to be printed without a power of ten."""
+    return all(pd.notna(value) and abs(value) < LARGEST_DECIMAL for value in values)
+
+
+def rho(value: float, low: float, high: float) -> str:
     """A correlation, or a difference of two, and its interval: ``0.90 [0.74, 0.97]``."""
     if pd.isna(low) and pd.isna(high):
         return coefficient(value)

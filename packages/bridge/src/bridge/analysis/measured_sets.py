@@ -1,0 +1,54 @@
+"""Rows of the measurements table (MEASUREMENTS) by what was perturbed: top sets of weights and random sets."""
+
+from collections.abc import Hashable
+
+import numpy as np
+import pandas as pd
+
+from bridge.exchange import layout
+
+SETTING = ["metric", "perturbation", "k"]
+
+
+def rows_where(table: pd.DataFrame, **values: Hashable) -> pd.DataFrame:
+    """The rows that hold the given value in each of the named columns.
+
+    >>> rows_where(pd.DataFrame({"k": [1, 1, 2], "seed": [0, 1, 0]}), k=1, seed=0).index.tolist()
+    [0]
+    """
+    chosen = np.ones(len(table), dtype=bool)
+    for column, value in values.items():
+        chosen &= (table[column] == value).to_numpy(dtype=bool)
+    return table[chosen]
+
+
+def single_layers(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows whose target is one layer and not the whole model."""
+    return table[table["target_layer"] != layout.ALL]
+
+
+def first_setting(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the first perturbation at its largest k; the table has at least one row."""
+    rows = rows_where(table, perturbation=table["perturbation"].iloc[0])
+    return rows_where(rows, k=rows["k"].max())
+
+
+def top_sets(measurements: pd.DataFrame) -> pd.DataFrame:
+    """The measurements of each metric's top weights, with the column ``metric``; undefined effects are infinite."""
+    rows = measurements[measurements["selection"].map(layout.is_top).astype(bool)].copy()
+    rows["metric"] = rows["selection"].map(layout.metric_of_label)
+    rows["delta_nll"] = infinite_where_undefined(rows["delta_nll"])
+    return rows
+
+
+def random_effects(measurements: pd.DataFrame) -> dict[tuple[str, str, int], np.ndarray]:
+    """The effects of the random sets, one for each draw, by (target_layer, perturbation, k)."""
+    drawn = measurements[measurements["selection"] == layout.RANDOM]
+    groups = drawn.groupby(["target_layer", "perturbation", "k"], sort=False)["delta_nll"]
+    return {key: infinite_where_undefined(effects).to_numpy() for key, effects in groups}
+
+
+def infinite_where_undefined(effects: pd.Series) -> pd.Series:
+    """The effects as floats; a loss that overflowed, whether to infinity or to NaN, is an infinite effect."""
+    effects = effects.astype(float)
+    return effects.where(np.isfinite(effects), np.inf)

@@ -1,0 +1,82 @@
+"""A validation run as the bridge reads it: its tables, checked, and the discovery that it validates."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from bridge.exchange import layout
+from bridge.exchange.discovery_run import Discovery, one_place, open_discovery, read_sampled
+from bridge.exchange.errors import RequestError
+from bridge.exchange.printable import say
+from bridge.exchange.run_folder import find_runs, read_manifest
+from bridge.exchange.tables import CORRELATIONS, MEASUREMENTS, TARGETS, read_table
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The folder of a validation run, its manifest, and the discovery that it validates."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    discovery: Discovery
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Every option that decided the numbers."""
+        options: dict[str, Any] = self.manifest["identity"]["options"]
+        return options
+
+    @property
+    def metrics(self) -> list[str]:
+        """The metrics whose top weights were perturbed."""
+        metrics: list[str] = self.options["metrics"]
+        return metrics
+
+    def measurements(self) -> pd.DataFrame:
+        """What was measured: table MEASUREMENTS."""
+        return read_table(self.folder / layout.MEASUREMENTS_FILE, MEASUREMENTS)
+
+    def targets(self) -> pd.DataFrame:
+        """The layers that were chosen: table TARGETS; no rows where no single layer was perturbed."""
+        single_layers = set(self.options["target_layers"]) - {layout.ALL}
+        if not single_layers:
+            return pd.DataFrame(columns=list(TARGETS.columns))
+        return read_table(self.folder / layout.TARGETS_FILE, TARGETS)
+
+    def sampled(self) -> pd.DataFrame | None:
+        """The sampled weights with the scores of all metrics, if single weights were perturbed."""
+        path = self.folder / layout.SAMPLED_WEIGHTS_FILE
+        return read_sampled(path, self.discovery.metrics()) if path.exists() else None
+
+    def correlations(self) -> pd.DataFrame:
+        """The agreement of score and effect: table CORRELATIONS."""
+        return read_table(self.folder / layout.CORRELATIONS_FILE, CORRELATIONS)
+
+
+def choose_validation(folders: Sequence[str]) -> Validation:
+    """The newest complete validation in the folder that ``--from`` names, or that folder itself.
+
+    Raises:
+        RequestError: no folder or several, no complete validation, or its discovery is no longer there.
+    """
+    parent = one_place(folders)
+    runs = find_runs(parent, layout.VALIDATION)
+    newest = runs[-1]
+    if len(runs) > 1:
+        say(f"{parent} holds {len(runs)} validations; the newest is {newest.name}", stream=sys.stderr)
+    manifest = read_manifest(newest)
+    return Validation(newest, manifest, open_discovery(_discovery_folder(newest, manifest)))
+
+
+def _discovery_folder(folder: Path, manifest: dict[str, Any]) -> Path:
+    """Where the discovery lies, also after both were moved together."""
+    absolute = Path(manifest.get("discovery_folder", ""))
+    relative = folder.resolve().parent / manifest.get("discovery_relative", "")
+    for candidate in (relative, absolute):
+        if (candidate / layout.MANIFEST_FILE).exists():
+            return candidate
+    raise RequestError(f"the discovery of {folder} is no longer at {absolute}; put it back to work on the validation")

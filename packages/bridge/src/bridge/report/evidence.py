@@ -1,0 +1,173 @@
+"""All that a report is made from, and the tables that follow from it, each computed once."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from bridge.analysis.ablation_curves import ablation_curves
+from bridge.analysis.measured_sets import rows_where, single_layers, top_sets
+from bridge.analysis.single_weights import weight_effects
+from bridge.analysis.top_against_random import LayersAboveRandom, layers_above_random, top_against_random
+from bridge.exchange import layout
+from bridge.exchange.metric_definitions import MetricDefinitions, read_metric_definitions
+from bridge.exchange.validation_run import Validation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """The tables and manifests of a validation and of the discovery that it validates.
+
+    Attributes:
+        validation_manifest: manifest of the validation run.
+        discovery_manifest: manifest of the discovery run whose ranking was tested.
+        discovery_folder: where that run lies; only named in the report.
+        measurements: table MEASUREMENTS, at least one row.
+        targets: table TARGETS.
+        correlations: table CORRELATIONS.
+        top_weights: for each metric its global top-K (table TOP_WEIGHTS).
+        summaries: for each metric its table LAYER_SUMMARY.
+        sampled: table SAMPLED_WEIGHTS, where single weights were perturbed.
+        stability: table STABILITY, where the discovery measured it.
+    """
+
+    validation_manifest: dict[str, Any]
+    discovery_manifest: dict[str, Any]
+    discovery_folder: Path
+    measurements: pd.DataFrame
+    targets: pd.DataFrame
+    correlations: pd.DataFrame
+    top_weights: dict[str, pd.DataFrame]
+    summaries: dict[str, pd.DataFrame]
+    sampled: pd.DataFrame | None = None
+    stability: pd.DataFrame | None = None
+
+    @cached_property
+    def definitions(self) -> MetricDefinitions:
+        """What the metrics are, as the discovery's manifest says."""
+        return read_metric_definitions(self.discovery_manifest)
+
+    @property
+    def baseline(self) -> str:
+        """The metric that every other must beat."""
+        return self.definitions.baseline
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """Metadata of the model; empty if the discovery's manifest gives none."""
+        return self._identity("model")
+
+    @property
+    def corpus(self) -> dict[str, Any]:
+        """Metadata of the corpus that gave the scores; empty if the discovery's manifest gives none."""
+        return self._identity("corpus")
+
+    def _identity(self, part: str) -> dict[str, Any]:
+        identity = self.discovery_manifest.get("identity") or {}
+        return identity.get(part) or {}
+
+    @cached_property
+    def setting(self) -> tuple[str, int]:
+        """The perturbation and k that the sentences speak of: the first perturbation, at its largest k."""
+        first = self.measurements["perturbation"].iloc[0]
+        return first, int(rows_where(self.measurements, perturbation=first)["k"].max())
+
+    @cached_property
+    def settings(self) -> list[tuple[str, int]]:
+        """Every (perturbation, k) measured, the one that the sentences speak of first."""
+        measured = self.measurements[["perturbation", "k"]].drop_duplicates()
+        pairs = [(perturbation, int(k)) for perturbation, k in measured.itertuples(index=False, name=None)]
+        return sorted(pairs, key=lambda pair: pair != self.setting)
+
+    @cached_property
+    def metrics(self) -> list[str]:
+        """The metrics whose top weights were perturbed, the baseline last."""
+        return self.baseline_last(self.top_sets["metric"])
+
+    def baseline_last(self, metrics: Iterable[str]) -> list[str]:
+        """Each metric once, in the order given, the baseline last."""
+        return sorted(dict.fromkeys(metrics), key=lambda metric: metric == self.baseline)
+
+    @cached_property
+    def metric(self) -> str:
+        """The metric of largest rho in the setting, the baseline aside; the first one if none has a rho.
+
+        Over layers, or where these give none over single weights.
+        """
+        for table in (self.layer_correlations, self.weight_correlations):
+            rows = table[table["metric"] != self.baseline].dropna(subset=["spearman"])
+            if len(rows):
+                return str(rows.loc[rows["spearman"].idxmax(), "metric"])
+        others = (metric for metric in [*self.metrics, *self.top_weights] if metric != self.baseline)
+        return next(others, self.baseline)
+
+    @cached_property
+    def layer_correlations(self) -> pd.DataFrame:
+        """The rows of the unit layers in the setting."""
+        perturbation, k = self.setting
+        return rows_where(self.correlations, unit="layers", perturbation=perturbation, k=k)
+
+    @cached_property
+    def weight_correlations(self) -> pd.DataFrame:
+        """The rows of the unit weights under the first perturbation."""
+        return rows_where(self.correlations, unit="weights", perturbation=self.setting[0])
+
+    @cached_property
+    def top_sets(self) -> pd.DataFrame:
+        """The measurements of top sets of weights; see ``analysis.measured_sets``."""
+        return top_sets(self.measurements)
+
+    @cached_property
+    def top_against_random(self) -> pd.DataFrame:
+        """Every top set next to the random sets of its target; see ``analysis.top_against_random``."""
+        return top_against_random(self.measurements)
+
+    @cached_property
+    def layer_effects(self) -> pd.DataFrame:
+        """``top_against_random`` of the single layers in the setting."""
+        perturbation, k = self.setting
+        return single_layers(rows_where(self.top_against_random, perturbation=perturbation, k=k))
+
+    def layers_above_random(self, metric: str) -> LayersAboveRandom:
+        """In how many layers a metric's top weights did more damage than every random draw, in the setting."""
+        effects = rows_where(self.layer_effects, metric=metric)
+        return layers_above_random(
+            effects["delta_nll"].to_numpy(float),
+            effects["random_high"].to_numpy(float),
+            effects["n_random"].to_numpy(int),
+        )
+
+    @cached_property
+    def weight_effects(self) -> pd.DataFrame:
+        """The effect of each single weight with its scores; see ``analysis.single_weights``."""
+        return weight_effects(self.measurements, self.sampled)
+
+    @cached_property
+    def sampled_metrics(self) -> list[str]:
+        """The metrics by which the single weights have scores."""
+        return [] if self.sampled is None else layout.metrics_of_columns(self.sampled)
+
+    @cached_property
+    def ablation_curves(self) -> pd.DataFrame:
+        """The mean height of each curve of the effect against k; see ``analysis.ablation_curves``."""
+        return ablation_curves(self.measurements)
+
+
+def evidence_of(validation: Validation) -> Evidence:
+    """Read all tables of a validation and of its discovery."""
+    discovery = validation.discovery
+    return Evidence(
+        validation_manifest=validation.manifest,
+        discovery_manifest=discovery.manifest,
+        discovery_folder=discovery.folder,
+        measurements=validation.measurements(),
+        targets=validation.targets(),
+        correlations=validation.correlations(),
+        top_weights={metric: discovery.top_weights(metric, discovery.ks(metric)[0]) for metric in validation.metrics},
+        summaries={metric: discovery.summary(metric) for metric in validation.metrics},
+        sampled=validation.sampled(),
+        stability=discovery.stability(),
+    )

@@ -1,0 +1,49 @@
+"""Phrases that the sentences and the tables of a report share."""
+
+import numpy as np
+import pandas as pd
+
+from bridge.report.number_format import exp, measured, p_value, rho
+
+_DOING = {"zero": "Zeroing", "sign_flip": "Flipping the sign of"}
+
+
+def doing_to(perturbation: str) -> str:
+    """How a sentence begins that tells of a perturbation."""
+    return _DOING.get(perturbation, f"Applying {perturbation} to")
+
+
+def weight_name(weight: pd.Series) -> str:
+    """``parameter[row, col]``, or ``parameter[row]`` of a vector."""
+    position = str(int(weight["row"]))
+    if pd.notna(weight["col"]):
+        position += f", {int(weight['col'])}"
+    return f"{weight['parameter']}[{position}]"
+
+
+def loss_change(row: pd.Series) -> str:
+    """A measured change of loss and its interval: ``+1.2 [1.1, 1.3]``."""
+    return measured(row["delta_nll"], row["ci_low"], row["ci_high"])
+
+
+def loss_change_in_words(row: pd.Series) -> str:
+    """``loss +1.2 [1.1, 1.3] nats per token``."""
+    if not np.isfinite(row["delta_nll"]):
+        return "its loss is infinite or undefined"
+    return f"loss {loss_change(row)} nats per token"
+
+
+def perplexity_after(row: pd.Series) -> str:
+    """The perturbed perplexity; its interval is that of the change of loss, added to the baseline and exponentiated."""
+    low, high = exp(row["baseline_nll"] + row["ci_low"]), exp(row["baseline_nll"] + row["ci_high"])
+    return measured(row["perturbed_ppl"], low, high, signed=False)
+
+
+def rho_with_p(row: pd.Series) -> str:
+    """A rank correlation with its interval and p-value: ``0.90 [0.74, 0.97], p = 0.0002``."""
+    return f"{rho(row['spearman'], row['ci_low'], row['ci_high'])}, p = {p_value(row['p_value'])}"
+
+
+def rho_above_baseline(row: pd.Series) -> str:
+    """How far a rho is above that of the baseline metric: ``0.75 [0.59, 0.90]``."""
+    return rho(row["above_magnitude"], row["above_low"], row["above_high"])

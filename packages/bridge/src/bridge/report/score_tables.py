@@ -1,0 +1,111 @@
+"""Tables of scores: their agreement with the effects, and the weights that rank highest."""
+
+import pandas as pd
+
+from bridge.analysis.measured_sets import rows_where
+from bridge.report.evidence import Evidence
+from bridge.report.number_format import DASH, coefficient, count, number, p_value, rho
+from bridge.report.phrases import rho_above_baseline, weight_name
+from bridge.report.text_table import TextTable
+
+N_WEIGHTS_SHOWN = 10
+
+
+def correlations(evidence: Evidence) -> list[TextTable]:
+    """Rank agreement of score and effect."""
+    table = evidence.correlations
+    if table.empty:
+        return []
+    baseline = evidence.baseline
+    columns = ["Unit", "Metric", "Setting", "n", "Spearman's ρ", "p", "Adjusted p", f"Above {baseline}"]
+    columns += ["τ-b", "Weighted τ", "RBO", "Precision (chance)"]
+    explanation = (
+        "ρ and its 95 % bootstrap interval over units; p by permutation, two-sided; adjusted for the number of metrics "
+        f"(Benjamini–Hochberg); above {baseline}: ρ minus that of the weights' {baseline} over the same units; RBO: "
+        "rank-biased overlap, persistence 0.9; precision: share of the units predicted highest that are among as many "
+        "of largest effect, and what chance gives."
+    )
+    return [
+        TextTable(
+            title="Agreement of score and effect",
+            columns=columns,
+            rows=[_correlation_cells(row) for _, row in table.iterrows()],
+            n_text=3,
+            notes=[explanation, *_notes(table)],
+        )
+    ]
+
+
+def _correlation_cells(row: pd.Series) -> list[str]:
+    """A row of CORRELATIONS as text."""
+    return [
+        _unit(row),
+        row["metric"],
+        f"{row['perturbation']}, k = {row['k']}",
+        count(row["n"]),
+        rho(row["spearman"], row["ci_low"], row["ci_high"]),
+        p_value(row["p_value"]),
+        p_value(row["p_adjusted"]),
+        rho_above_baseline(row),
+        coefficient(row["kendall_tau_b"]),
+        coefficient(row["weighted_tau"]),
+        coefficient(row["rbo"]),
+        _precision(row),
+    ]
+
+
+def _unit(row: pd.Series) -> str:
+    return str(row["unit"]).replace("_", " ")
+
+
+def _precision(row: pd.Series) -> str:
+    """The precision among the top n, and in parentheses what chance gives."""
+    if pd.isna(row["precision_at_n"]) or not row["n"]:
+        return DASH
+    by_chance = coefficient(row["top_n"] / row["n"])
+    return f"top {row['top_n']}: {coefficient(row['precision_at_n'])} ({by_chance})"
+
+
+def _notes(table: pd.DataFrame) -> list[str]:
+    """Each note of CORRELATIONS once, with the rows that it belongs to."""
+    rows_of_note: dict[str, list[int]] = {}
+    for index, notes in table["note"].fillna("").items():
+        for note in filter(None, str(notes).split("; ")):
+            rows_of_note.setdefault(note, []).append(index)
+    return [f"{_names_of_rows(table, indices)}: {note}." for note, indices in rows_of_note.items()]
+
+
+def _names_of_rows(table: pd.DataFrame, indices: list[int]) -> str:
+    """Words for some rows of CORRELATIONS: all of them, whole units, then single rows."""
+    if len(indices) == len(table):
+        return "All rows"
+    rows = table.loc[indices]
+    names = []
+    whole_units = []
+    for unit, of_unit in rows.groupby("unit", sort=False):
+        if len(of_unit) == len(rows_where(table, unit=unit)):
+            whole_units.append(unit)
+            names.append(_unit(of_unit.iloc[0]))
+    for _, row in rows[~rows["unit"].isin(whole_units)].iterrows():
+        names.append(f"{_unit(row)} by {row['metric']}, k = {row['k']}")
+    text = "; ".join(names)
+    return text[0].upper() + text[1:]
+
+
+def top_weights(evidence: Evidence) -> list[TextTable]:
+    """The first weights of each metric's global ranking; the first table open."""
+    tables: list[TextTable] = []
+    for metric, weights in evidence.top_weights.items():
+        rows = []
+        for _, weight in weights.sort_values("rank").head(N_WEIGHTS_SHOWN).iterrows():
+            value, score = number(weight["value"], 4), number(weight["score"], 4)
+            rows.append([weight_name(weight), count(weight["rank"]), value, score])
+        tables.append(
+            TextTable(
+                title=f"The first {len(rows)} of {len(weights)} weights by {metric}",
+                columns=["Weight", "Rank", "Value", "Score"],
+                rows=rows,
+                folded=bool(tables),
+            )
+        )
+    return tables

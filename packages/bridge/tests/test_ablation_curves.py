@@ -1,0 +1,33 @@
+import numpy as np
+import pytest
+import synthetic
+from bridge.analysis.ablation_curves import ablation_curves, mean_height
+
+
+def test_ablation_curve_is_the_mean_height_over_log_k():
+    base = synthetic.measurements(n=1, metrics=("obd",), ks=(1, 10, 1000), with_all=False)
+    effect = {1: 0.0, 10: 2.0, 1000: 4.0}
+    base["delta_nll"] = [
+        effect[k] if s == "top_obd" else 0.5 for k, s in zip(base["k"], base["selection"], strict=True)
+    ]
+    row = ablation_curves(base).iloc[0]
+    assert (row["n_k"], row["k_low"], row["k_high"]) == (3, 1, 1000)
+    assert row["area"] == pytest.approx((1 * 1.0 + 2 * 3.0) / 3)
+    assert row["area_excess"] == pytest.approx(row["area"] - 0.5)
+
+
+def test_no_curve_from_a_single_k():
+    assert ablation_curves(synthetic.measurements(n=2)).empty
+
+
+def test_curves_of_two_k_and_without_random_draws():
+    table = synthetic.measurements(n=1, metrics=("obd",), ks=(2, 200), seeds=(), with_all=False)
+    table = table[table["selection"] == "top_obd"].assign(delta_nll=[1.0, 4.0])
+    row = ablation_curves(table).iloc[0]
+    assert (row["n_k"], row["k_low"], row["k_high"], row["area"]) == (2, 2, 200, 2.5)
+    assert np.isnan([row["area_random"], row["area_excess"]]).all()
+
+
+def test_mean_height_of_each_curve():
+    heights = mean_height(np.array([1.0, 10.0, 1000.0]), np.array([[0.0, 2.0, 4.0], [3.0, 3.0, 3.0]]))
+    assert heights.tolist() == pytest.approx([7 / 3, 3.0])

@@ -1,0 +1,55 @@
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+import synthetic
+from bridge.report.caveats import caveats
+
+
+@pytest.fixture(scope="module")
+def example():
+    return synthetic.evidence()
+
+
+@pytest.mark.parametrize(
+    ("change", "limit"),
+    [
+        ({"n": 6}, "Only 6 layers tested"),
+        ({"n_control": 0}, "range is restricted"),
+        ({"metrics": ("grad_x_weight", "obd")}, "is the best of 2 metrics"),
+        ({"seeds": (0,)}, "only 1 random draw; with 1 no p-value of a single layer can be below 0.50"),
+        ({"seeds": ()}, "only 0 random draws."),
+    ],
+)
+def test_caveats_name_what_weakens_the_result(change, limit):
+    assert any(limit in text for text in caveats(synthetic.evidence(**change)))
+
+
+def test_caveats_of_the_corpus_and_the_manifests(example):
+    table = example.measurements.assign(n_sequences=4, n_weights=20, corpus_sha256="00")
+    manifest = synthetic.manifest("validation") | {"warnings": ["the corpus is short"]}
+    text = "\n".join(caveats(replace(example, measurements=table, validation_manifest=manifest)))
+    assert "Only 4 sequences" in text
+    assert "fewer than k weights were perturbed" in text
+    assert "other token sequences" in text
+    assert "Warning of the validation: the corpus is short" in text
+    assert "model.embed_tokens.weight = lm_head.weight" in text
+    assert "same texts" in "\n".join(caveats(example))
+
+
+def test_a_model_of_few_layers_has_no_restricted_range():
+    example = synthetic.evidence(n_control=0)
+    every = replace(example, targets=example.targets.assign(n_layers=12))
+    assert any("range is restricted" in text for text in caveats(example))
+    assert not any("range is restricted" in text for text in caveats(every))
+
+
+def test_stability_of_the_ranking_is_told_where_it_was_measured():
+    rows = [("halves", 10, 0.25), ("halves", 10, 0.5), ("halves", 100, 0.9), ("seeds", 10, 0.7)]
+    table = pd.DataFrame(rows, columns=["kind", "k", "jaccard"]).assign(jaccard_chance=1e-6)
+    example = synthetic.evidence()
+    texts = caveats(replace(example, stability=table.assign(metric=example.metric, other=example.metric)))
+    (text,) = [text for text in texts if "Jaccard" in text]
+    assert f"the top 10 by {example.metric} of two random halves" in text
+    assert "0.25 to 0.50 (2 splits; " in text and "chance gives 1.0×10⁻⁶" in text
+    assert caveats(replace(example, stability=table.assign(metric="another"))) == caveats(example)

@@ -1,0 +1,59 @@
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+import synthetic
+from bridge.analysis import top_against_random as module
+from bridge.report import evidence as evidence_module
+from bridge.report.html import write_pages
+
+
+@pytest.fixture(scope="module")
+def example():
+    return synthetic.evidence()
+
+
+def test_the_metric_of_largest_rho_is_the_best_but_never_magnitude(example):
+    assert example.metric == "grad_x_weight"
+    reversed_rho = example.correlations.assign(spearman=-example.correlations["spearman"])
+    assert replace(example, correlations=reversed_rho).metric == "grad_x_weight"
+    assert synthetic.evidence(metrics=("magnitude",)).metric == "magnitude"
+
+
+def test_another_metric_is_the_baseline_where_the_discovery_says_so(example):
+    manifest = synthetic.manifest() | {"metrics": {"grad_x_weight": {"formula": "g", "baseline": True}}}
+    turned = replace(example, discovery_manifest=manifest)
+    assert turned.metrics == ["magnitude", "grad_x_weight"]
+    assert (turned.baseline, turned.metric) == ("grad_x_weight", "magnitude")
+
+
+def test_the_setting_is_the_first_perturbation_at_its_largest_k():
+    zero = synthetic.measurements(n=4, ks=(1, 100))
+    flipped = zero.assign(perturbation="sign_flip", k=zero["k"] * 7)
+    both = synthetic.evidence_of(pd.concat([zero, flipped]))
+    assert both.setting == ("zero", 100)
+    assert both.settings == [("zero", 100), ("zero", 1), ("sign_flip", 7), ("sign_flip", 700)]
+    assert set(both.layer_effects["perturbation"]) == {"zero"}
+    assert set(both.layer_effects["k"]) == {100}
+    assert set(both.layer_correlations["perturbation"]) == {"zero"}
+
+
+def test_layers_above_random_are_those_of_the_metric_in_the_setting(example):
+    above = example.layers_above_random("grad_x_weight")
+    effects = example.layer_effects
+    effects = effects[effects["metric"] == "grad_x_weight"]
+    wins = int((effects["delta_nll"] > effects["random_high"]).sum())
+    assert (above.n, above.wins, above.draws) == (12, wins, 3)
+
+
+def test_a_report_compares_top_and_random_once(tmp_path, monkeypatch):
+    calls = []
+
+    def counted(measurements):
+        calls.append(len(measurements))
+        return module.top_against_random(measurements)
+
+    monkeypatch.setattr(evidence_module, "top_against_random", counted)
+    example = synthetic.evidence(n=5, ks=(1, 100))
+    write_pages(tmp_path, example)
+    assert calls == [len(example.measurements)]

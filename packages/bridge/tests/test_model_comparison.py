@@ -1,0 +1,82 @@
+import numpy as np
+import pytest
+import synthetic
+from bridge.analysis.model_comparison import ComparedModel, compare_models
+
+METRIC = "grad_x_weight"
+
+
+def compared_model(name, n_layers=15, k=100, seed=1, **tables):
+    return ComparedModel(
+        name=name,
+        model={"id": f"org/{name}"},
+        summaries={METRIC: synthetic.summary(n_layers, seed=seed)},
+        top_weights={METRIC: synthetic.top_weights(n_layers, k, seed=seed)},
+        **tables,
+    )
+
+
+@pytest.fixture(scope="module")
+def comparison():
+    small = compared_model("small", measurements=synthetic.measurements(n=2))
+    return compare_models([small, compared_model("large", n_layers=30, k=40, seed=9)])
+
+
+def test_rankings_are_cut_to_the_smallest_k(comparison):
+    assert comparison.models["k"].tolist() == [40, 40]
+    first_forty = synthetic.top_weights(15, seed=1).head(40)
+    down = first_forty["layer"].str.endswith("down_proj").mean()
+    assert comparison.models["share mlp out"].iloc[0] == pytest.approx(down)
+
+
+def test_shares_add_up_to_one(comparison):
+    shares = comparison.models.filter(like="share ")
+    assert shares.filter(regex="depth|outside").sum(axis=1).tolist() == pytest.approx([1, 1])
+    assert shares.filter(regex="attention|mlp|norm|head|embedding|other").sum(axis=1).tolist() == pytest.approx([1, 1])
+
+
+def test_concentration_is_over_the_score_of_all_weights(comparison):
+    row, summary = comparison.models.iloc[0], synthetic.summary(15, seed=1)
+    assert row["top_k_score_share"] == pytest.approx(
+        synthetic.top_weights(15, seed=1).head(40)["score"].sum() / summary["score_sum"].sum()
+    )
+    assert row["n_weights"] == summary["n_weights"].sum()
+    assert row["largest_layer_share"] == pytest.approx(summary["score_sum"].max() / summary["score_sum"].sum())
+
+
+def test_overlap_of_a_model_with_itself_is_whole():
+    pair = compare_models([compared_model("a"), compared_model("b")]).pairs.iloc[0]
+    assert (pair["first"], pair["second"]) == ("a", "b")
+    assert [pair["top_k_cosine"], pair["score_spearman"]] == pytest.approx([1, 1])
+
+
+def test_robustness_at_an_equal_fraction():
+    measured = synthetic.measurements(n=2)
+    models = [compared_model("a", measurements=measured), compared_model("b", seed=2, measurements=measured)]
+    table = compare_models(models).models
+    assert table["ppl_ratio_at_equal_fraction"].tolist() == pytest.approx(table["ppl_ratio"].tolist())
+    assert (table["equal_fraction"] == table["ablation_k"] / table["n_weights"]).all()
+
+
+def test_robustness_is_that_of_the_models_that_have_a_validation(comparison):
+    measured, unmeasured = comparison.models.to_dict("records")
+    assert measured["ppl_ratio_low"] < measured["ppl_ratio"] < measured["ppl_ratio_high"]
+    assert measured["random_ppl_ratio"] == pytest.approx(1, abs=0.01)
+    assert np.isnan(unmeasured["ppl_ratio"])
+    assert "equal_fraction" not in comparison.models
+
+
+def test_beyond_the_top_k_the_sampled_weights_tell_the_share_of_the_score():
+    """Of 400,000 weights the highest 0.01 % are 40, of which ten are ranked."""
+    summary = synthetic.summary(4).assign(n_weights=20_000)
+    top = synthetic.top_weights(4, k=10).assign(score=np.arange(10.0, 0, -1))
+    sampled = synthetic.sampled(2, metrics=(METRIC,)).assign(**{f"score_{METRIC}": [1.0, 1.0]})
+    model = {"name": "a", "summaries": {METRIC: summary}, "top_weights": {METRIC: top}}
+    without, with_ranks = (
+        ComparedModel(**model, sampled=table)
+        for table in (sampled, sampled.assign(**{f"share_{METRIC}": [2e-5, 2e-4]}))
+    )
+    shares = [compare_models([each, each]).models["top_fraction_score_share"].iloc[0] for each in (without, with_ranks)]
+    n_top = round(1e-4 * summary["n_weights"].sum())
+    assert np.isnan(shares[0])
+    assert shares[1] == pytest.approx(min(1.0, (55 + n_top - 10) / summary["score_sum"].sum()))

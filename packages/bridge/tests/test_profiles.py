@@ -1,0 +1,68 @@
+import numpy as np
+import pandas as pd
+import pytest
+import reference
+import synthetic
+from bridge.analysis.profiles import (
+    profile_correlation,
+    profile_cosine,
+    relative_depth,
+    score_profiles,
+    top_weight_profiles,
+)
+
+
+def test_relative_depth_is_the_middle_of_the_layer():
+    assert [relative_depth(depth, 4) for depth in range(4)] == [0.125, 0.375, 0.625, 0.875]
+
+
+def test_depth_is_relative():
+    top = pd.DataFrame({"rank": [1, 2], "parameter": ["model.layers.3.mlp.up_proj.weight"] * 2, "row": 0, "col": 0})
+    shallow, deep = top_weight_profiles([top, top], [synthetic.summary(4), synthetic.summary(40)], [{}, {}])
+    assert shallow.loc["mlp in", "depth 5 of 5"] == 1
+    assert deep.loc["mlp in", "depth 1 of 5"] == 1
+
+
+def test_fused_projections_make_one_component_for_all_models():
+    llama = pd.DataFrame({"parameter": ["model.layers.0.self_attn.q_proj.weight"], "row": 0, "col": 0})
+    neox = pd.DataFrame({"parameter": ["gpt_neox.layers.0.attention.query_key_value.weight"], "row": 0, "col": 0})
+    summaries = [
+        synthetic.summary(2),
+        pd.DataFrame({"parameter": neox["parameter"], "n_weights": [12], "score_sum": [1.0]}),
+    ]
+    profiles = top_weight_profiles([llama, neox], summaries, [{}, {}])
+    assert [profile.loc["attention query_key_value"].sum() for profile in profiles] == [1, 1]
+    alone = top_weight_profiles([llama, llama], [summaries[0]] * 2, [{}, {}])[0]
+    assert alone.loc["attention query"].sum() == 1
+
+
+def test_neox_projections_are_told_apart_by_the_heads_of_the_model():
+    name = "gpt_neox.layers.0.attention.query_key_value.weight"
+    top = pd.DataFrame({"parameter": [name] * 4, "row": [0, 9, 47, 24], "col": 0})  # two heads of 8
+    summary = pd.DataFrame({"parameter": [name], "n_weights": [48 * 16], "score_sum": [1.0]})
+    model = {"num_attention_heads": 2, "head_dim": 8}
+    profile = top_weight_profiles([top], [summary], [model])[0].sum(axis=1)
+    assert profile[["attention query", "attention key", "attention value"]].tolist() == [0.5, 0.25, 0.25]
+    assert top_weight_profiles([top], [summary], [{}])[0].loc["attention query_key_value"].sum() == 1
+
+
+def test_gpt2_projections_are_told_apart_by_column():
+    name = "transformer.h.0.attn.c_attn.weight"
+    top = pd.DataFrame({"parameter": [name] * 4, "row": 0, "col": [0, 64, 128, 191]})
+    summary = pd.DataFrame({"parameter": [name], "n_weights": [3 * 64 * 64], "score_sum": [1.0]})
+    profile = top_weight_profiles([top], [summary], [{}])[0].sum(axis=1)
+    assert profile[["attention query", "attention key", "attention value"]].tolist() == [0.25, 0.25, 0.5]
+
+
+def test_profiles_without_a_common_cell_have_cosine_zero():
+    first, second = (pd.DataFrame(np.eye(2)), pd.DataFrame(1 - np.eye(2)))
+    assert profile_cosine(first, second) == 0
+
+
+def test_correlation_is_over_the_cells_that_both_have():
+    first, second = score_profiles([synthetic.summary(15, seed=1), synthetic.summary(10, seed=2)])
+    both = (first.notna() & second.notna()).to_numpy()
+    rho, n_cells = profile_correlation(first, second)
+    assert n_cells == both.sum() == 26
+    assert rho == pytest.approx(reference.spearman(first.to_numpy()[both], second.to_numpy()[both]))
+    assert np.isnan(profile_correlation(first.iloc[:0], second.iloc[:0])[0])
