@@ -35,10 +35,11 @@ def evidence_of(table: pd.DataFrame, sampled=None, chosen=None, **changes) -> Ev
         "validation_manifest": manifest("validation"),
         "discovery_manifest": manifest(),
         "discovery_folder": Path("outputs/critical_analysis_1"),
-        "correlations": correlate(table, targets=chosen, sampled=sampled),
         "top_weights": {metric: top_weights() for metric in metrics},
         "summaries": {metric: summary() for metric in metrics},
     }
+    if "correlations" not in changes:
+        parts["correlations"] = correlate(table, targets=chosen, sampled=sampled)
     return Evidence(measurements=table, targets=chosen, sampled=sampled, **(parts | changes))
 
 

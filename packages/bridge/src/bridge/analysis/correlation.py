@@ -33,7 +33,7 @@ class _Comparison:
         perturbation: what was done to the weights.
         k: how many weights were perturbed; of an ablation curve the largest number.
         points: one row a unit, with the columns ``score_sum`` (prediction) and ``delta_nll`` (effect).
-        note: how the points were made, or empty.
+        note: what the points are, or empty.
     """
 
     unit: str

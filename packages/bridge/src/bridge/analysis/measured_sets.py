@@ -11,7 +11,7 @@ SETTING = ["metric", "perturbation", "k"]
 
 
 def rows_where(table: pd.DataFrame, **values: Hashable) -> pd.DataFrame:
-    """The rows that hold the given value in each of the named columns.
+    """The rows that hold each of the values in the column of that name.
 
     >>> rows_where(pd.DataFrame({"k": [1, 1, 2], "seed": [0, 1, 0]}), k=1, seed=0).index.tolist()
     [0]

@@ -1,6 +1,6 @@
 """The file contract of the three packages: names of run folders, files, columns and selections.
 
-Whoever writes or reads one of these names takes it from here, so that it can be changed in one place.
+Whoever writes or reads one of these names takes it from here, so that a name is changed here alone.
 """
 
 import re

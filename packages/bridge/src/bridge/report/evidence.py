@@ -1,4 +1,4 @@
-"""All that a report is made from, and the tables that follow from it, each computed once."""
+"""The data of a report: what a validation and its discovery left, and the tables that follow, each computed once."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -88,7 +88,7 @@ class Evidence:
         return self.baseline_last(self.top_sets["metric"])
 
     def baseline_last(self, metrics: Iterable[str]) -> list[str]:
-        """Each metric once, in the order given, the baseline last."""
+        """Each metric once, in their order, the baseline last."""
         return sorted(dict.fromkeys(metrics), key=lambda metric: metric == self.baseline)
 
     @cached_property

@@ -1,4 +1,4 @@
-"""How a report's numbers were made: the words of its section Method."""
+"""What a report's numbers are: the words of its section Method."""
 
 from bridge.report.evidence import Evidence
 

@@ -2,8 +2,8 @@
 
 import base64
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from bridge.exchange import layout
@@ -12,7 +12,82 @@ from bridge.report.evidence import Evidence
 from bridge.report.figure_style import DARK, LIGHT, Theme
 from bridge.report.text_table import TextTable
 
-Draw = Callable[[Evidence, Path, Theme], Path | None]
+
+@dataclass(frozen=True, kw_only=True)
+class FigurePlan:
+    """How a figure is drawn.
+
+    Attributes:
+        file: its name in the folder of plots.
+        draw: draws it into a path and returns that, or None if there is nothing to draw.
+        caption: what it shows.
+    """
+
+    file: str
+    draw: Callable[[Evidence, Path, Theme], Path | None]
+    caption: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SectionPlan:
+    """What a section holds: at most one figure, and the tables that each of some functions makes."""
+
+    title: str
+    figure: FigurePlan | None = None
+    tables: Sequence[Callable[[Evidence], list[TextTable]]]
+
+
+SECTIONS = (
+    SectionPlan(title="The whole model", tables=[effect_tables.global_effects]),
+    SectionPlan(
+        title="Does the score predict the effect?",
+        figure=FigurePlan(
+            file=layout.PREDICTED_AND_MEASURED_PLOT,
+            draw=score_figures.predicted_and_measured,
+            caption="Each point is a layer: the summed score of its perturbed weights against the measured change "
+            "of loss, with its 95 % interval. On the dashed line both are equal.",
+        ),
+        tables=[score_tables.correlations],
+    ),
+    SectionPlan(
+        title="Single weights",
+        figure=FigurePlan(
+            file=layout.SINGLE_WEIGHTS_PLOT,
+            draw=score_figures.single_weights,
+            caption="Each point is one weight, perturbed alone: its score against the size of the measured change of "
+            "loss. On the dashed line both are equal. What is zero is drawn at the edge, half of the smallest.",
+        ),
+        tables=[effect_tables.effects_of_weights],
+    ),
+    SectionPlan(
+        title="Layer by layer",
+        figure=FigurePlan(
+            file=layout.EFFECT_BY_LAYER_PLOT,
+            draw=effect_figures.effect_by_layer,
+            caption="Change of loss by layer, largest first, with 95 % intervals; grey: the range of random weights "
+            f"of the same layer. At most {effect_figures.MAX_LAYERS} layers are drawn.",
+        ),
+        tables=[effect_tables.against_random, effect_tables.layer_effects],
+    ),
+    SectionPlan(
+        title="More and more weights",
+        figure=FigurePlan(
+            file=layout.ABLATION_PLOT,
+            draw=effect_figures.ablation,
+            caption="Change of loss against the number of weights, with 95 % intervals; grey: random weights.",
+        ),
+        tables=[effect_tables.curve_heights],
+    ),
+    SectionPlan(
+        title="Where the most critical weights sit",
+        figure=FigurePlan(
+            file=layout.TOP_WEIGHTS_PLOT,
+            draw=placement_figures.where_top_weights_sit,
+            caption="How many of the global top-K lie in each component of each decoder layer.",
+        ),
+        tables=[score_tables.top_weights],
+    ),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,91 +105,38 @@ class Section:
     """A heading with its figures and tables."""
 
     title: str
-    figures: list[Figure] = field(default_factory=list)
-    tables: list[TextTable] = field(default_factory=list)
-
-
-def write_figure(folder: Path, evidence: Evidence, file: str, draw: Draw, caption: str) -> list[Figure]:
-    """Draw a figure into the plots of ``folder``, and once more on a dark ground for the page alone.
-
-    Returns:
-        The figure; nothing if there is nothing to draw.
-    """
-    light = draw(evidence, folder / layout.PLOTS_FOLDER / file, LIGHT)
-    if light is None:
-        return []
-    with tempfile.TemporaryDirectory() as scratch:
-        dark = Path(scratch) / file
-        draw(evidence, dark, DARK)
-        return [Figure(file=file, caption=caption, light=_data_uri(light), dark=_data_uri(dark))]
-
-
-def _data_uri(path: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
+    figures: list[Figure]
+    tables: list[TextTable]
 
 
 def write_sections(folder: Path, evidence: Evidence) -> list[Section]:
     """All sections, their figures drawn into ``plots`` of ``folder``; a section with nothing in it is left out."""
-    (folder / layout.PLOTS_FOLDER).mkdir(exist_ok=True)
-    sections = [
-        Section(title="The whole model", tables=effect_tables.global_effects(evidence)),
-        Section(
-            title="Does the score predict the effect?",
-            figures=write_figure(
-                folder,
-                evidence,
-                layout.PREDICTED_AND_MEASURED_PLOT,
-                score_figures.predicted_and_measured,
-                "Each point is a layer: the summed score of its perturbed weights against the measured change "
-                "of loss, with its 95 % interval. On the dashed line both are equal.",
-            ),
-            tables=score_tables.correlations(evidence),
-        ),
-        Section(
-            title="Single weights",
-            figures=write_figure(
-                folder,
-                evidence,
-                layout.SINGLE_WEIGHTS_PLOT,
-                score_figures.single_weights,
-                "Each point is one weight, perturbed alone: its score against the size of the measured change of "
-                "loss. On the dashed line both are equal. What is zero is drawn at the edge, half of the smallest.",
-            ),
-            tables=effect_tables.effects_of_weights(evidence),
-        ),
-        Section(
-            title="Layer by layer",
-            figures=write_figure(
-                folder,
-                evidence,
-                layout.EFFECT_BY_LAYER_PLOT,
-                effect_figures.effect_by_layer,
-                "Change of loss by layer, largest first, with 95 % intervals; grey: the range of random weights "
-                f"of the same layer. At most {effect_figures.MAX_LAYERS} layers are drawn.",
-            ),
-            tables=[*effect_tables.against_random(evidence), *effect_tables.layer_effects(evidence)],
-        ),
-        Section(
-            title="More and more weights",
-            figures=write_figure(
-                folder,
-                evidence,
-                layout.ABLATION_PLOT,
-                effect_figures.ablation,
-                "Change of loss against the number of weights, with 95 % intervals; grey: random weights.",
-            ),
-            tables=effect_tables.curve_heights(evidence),
-        ),
-        Section(
-            title="Where the most critical weights sit",
-            figures=write_figure(
-                folder,
-                evidence,
-                layout.TOP_WEIGHTS_PLOT,
-                placement_figures.where_top_weights_sit,
-                "How many of the global top-K lie in each component of each decoder layer.",
-            ),
-            tables=score_tables.top_weights(evidence),
-        ),
-    ]
-    return [section for section in sections if section.figures or section.tables]
+    plots = folder / layout.PLOTS_FOLDER
+    plots.mkdir(exist_ok=True)
+    sections = []
+    for plan in SECTIONS:
+        figure = write_figure(plots, evidence, plan.figure) if plan.figure else None
+        figures = [figure] if figure else []
+        tables = [table for make_tables in plan.tables for table in make_tables(evidence)]
+        if figures or tables:
+            sections.append(Section(title=plan.title, figures=figures, tables=tables))
+    return sections
+
+
+def write_figure(plots: Path, evidence: Evidence, plan: FigurePlan) -> Figure | None:
+    """Draw a figure into the folder ``plots``, and once more on a dark ground for the page alone.
+
+    Returns:
+        None if there is nothing to draw.
+    """
+    light = plan.draw(evidence, plots / plan.file, LIGHT)
+    if light is None:
+        return None
+    with tempfile.TemporaryDirectory() as scratch:
+        dark = Path(scratch) / plan.file
+        plan.draw(evidence, dark, DARK)
+        return Figure(file=plan.file, caption=plan.caption, light=_data_uri(light), dark=_data_uri(dark))
+
+
+def _data_uri(path: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
