@@ -1,1 +1,1 @@
-"""Statistics of a validation: which targets to measure, and how well scores and effects agree."""
+"""Statistics of discoveries and validations: pure functions from tables and arrays to numbers, one topic a file."""

@@ -1,1 +1,1 @@
-"""The report of a validation: sentences, tables and figures, as HTML and Markdown."""
+"""The report of a validation: sentences, tables and figures from one record of evidence, as HTML and Markdown."""
