@@ -12,8 +12,9 @@ from bridge.analysis.concentration import at_equal_fraction, global_curve, top_s
 from bridge.analysis.correlation import ALL
 from bridge.analysis.profiles import cosine, gini, profiles_of, rank_agreement, score_profiles, shares
 from bridge.analysis.single_weights import FILE
-from bridge.exchange.discovery_run import KIND, Discovery, open_discovery, read_sampled
+from bridge.exchange.discovery_run import Discovery, open_discovery, read_sampled
 from bridge.exchange.errors import RequestError
+from bridge.exchange.layout import DISCOVERY
 from bridge.exchange.printable import say
 from bridge.exchange.run_folder import find_runs, open_run, read_manifest
 from bridge.exchange.tables import MEASUREMENTS, atomic_path, read_table
@@ -212,7 +213,7 @@ def _newest(folders: Sequence[Path]) -> dict[str, Discovery]:
     """Name to run: of each folder the newest complete run of each model, each run once."""
     runs: dict[Path, Discovery] = {}
     for folder in folders:
-        complete = [open_discovery(path) for path in find_runs(Path(folder), KIND)]
+        complete = [open_discovery(path) for path in find_runs(Path(folder), DISCOVERY)]
         by_model = {(run.model["id"], run.model.get("revision")): run for run in complete}
         runs |= {run.folder.resolve(): run for run in by_model.values()}
     names = [run.model["id"].rstrip("/").rpartition("/")[2] for run in runs.values()]

@@ -9,7 +9,7 @@ import pandas as pd
 
 from bridge.analysis.correlation import ALL, correlate
 from bridge.analysis.single_weights import FILE
-from bridge.exchange.discovery_run import Discovery, one_place, open_discovery, read_sampled
+from bridge.exchange.discovery_run import Discovery, one_folder, open_discovery, read_sampled
 from bridge.exchange.errors import RequestError
 from bridge.exchange.printable import say
 from bridge.exchange.run_folder import find_runs, read_manifest
@@ -77,7 +77,7 @@ def choose_validation(places: Sequence[str]) -> Validation:
     Raises:
         RequestError: there is none, or the discovery that it validates is not to be found.
     """
-    place = one_place(places)
+    place = one_folder(places)
     found = find_runs(place, KIND)
     folder = found[-1]
     if len(found) > 1:

@@ -8,24 +8,23 @@ Understood types: ``str``, ``int``, ``float``, ``bool``, ``Literal[...]``, ``lis
 ``| None``; in a ``list[FilePath]`` a comma is part of the path.
 """
 
-import difflib
 import inspect
 import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import fire
 import yaml
 
-from bridge.exchange.errors import RequestError, RunError
+from bridge.exchange.errors import RequestError, RunError, did_you_mean
 from bridge.exchange.flag_table import Command, FilePath, Flag, arguments_of, flags_of, spelled
 from bridge.exchange.help_page import page_of_command, page_of_commands
 from bridge.exchange.printable import escaped_logs, say
 
-__all__ = ["Command", "FilePath", "did_you_mean", "parse", "run"]
+__all__ = ["Command", "FilePath", "parse", "run"]
 
 _TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 _RENAMED = {"from": "from_"}  # a keyword of the language cannot name a parameter
@@ -89,12 +88,6 @@ def _choose(commands: dict[str, Command], word: str) -> Command:
     if word not in commands:
         raise RequestError(f"no command '{word}'{did_you_mean(word, commands)}; there are: {', '.join(commands)}")
     return commands[word]
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`` (did you mean 'x'?)`` for the known word closest to ``word``, or nothing."""
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean '{close[0]}'?)" if close else ""
 
 
 def parse(command: Command, words: Sequence[str]) -> dict[str, object]:
