@@ -326,7 +326,9 @@ def test_several_commands(capsys):
 def test_as_a_program(tmp_path):
     script = tmp_path / "thing.py"
     script.write_text(
-        "from bridge.exchange import flags\ndef thing(*, n: int = 1) -> None:\n    'Count.'\n    print(n + 1)\nflags.run(thing)\n"
+        "from bridge.exchange import flags\n"
+        "def thing(*, n: int = 1) -> None:\n    'Count.'\n    print(n + 1)\n"
+        "flags.run(thing)\n"
     )
 
     def start(*words: str) -> tuple[int, str, str]:

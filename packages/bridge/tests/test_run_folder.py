@@ -30,7 +30,7 @@ def open_run(*args, **more):
 
 def release(run):
     """Let go of a run as a kill would: nothing written, the lock free."""
-    run._lock.close()
+    run.release()
 
 
 def complete(output, kind="perturb", name=None, ended=None, identity=IDENTITY):

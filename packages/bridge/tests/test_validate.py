@@ -15,7 +15,7 @@ from bridge.exchange.errors import RequestError, RunError
 from bridge.exchange.fingerprint import read_fingerprint, write_fingerprint
 from bridge.exchange.run_folder import read_manifest
 from bridge.instrument import process
-from bridge.instrument.plan import Options, plan
+from bridge.instrument.plan import ValidationOptions, plan
 from discovery_folder import fingerprint, make_discovery, parameters, snapshot
 
 TABLES = ("measurements.csv", "targets.csv", "correlations.csv")
@@ -65,15 +65,16 @@ def starts(tmp_path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def options(place, python, **more) -> Options:
+def options(place, python, **more) -> ValidationOptions:
     more = {"layers": 3, "control_layers": 4, "experiment_id": "v", "perturb_python": python, **more}
-    return Options(places=[str(place)], **more)
+    return ValidationOptions(from_=[str(place)], **more)
 
 
 def command(output, python, **environment) -> subprocess.Popen:
     """``bridge validate`` as a process of its own."""
     code = (
-        "import sys; from pathlib import Path; import test_validate; from bridge import cli, validation_run; from bridge.instrument import process\n"
+        "import sys; from pathlib import Path; import test_validate\n"
+        "from bridge import cli, validation_run; from bridge.instrument import process\n"
         "process.SCRIPT = Path(sys.argv.pop()); validation_run.write_report = test_validate.plain_report; cli.main()"
     )
     words = ["validate", f"--from={output}", "--layers", "3", "--control-layers", "4", "--perturb-python", python]
@@ -154,7 +155,7 @@ def test_flags_of_the_instrument(tmp_path, python):
     assert text.endswith(
         "--perturbation zero --seeds 2 1 --k 3 7 --selection top random bottom --metric grad_x_weight magnitude"
     )
-    files = [path.name for path in ready.weights.values()]
+    files = [path.name for path in ready.weights_files.values()]
     assert files == ["top_20_per_layer_grad_x_weight.csv", "top_20_per_layer_magnitude.csv"]
     assert "dataset" not in text
     assert "trust" not in text
@@ -242,7 +243,7 @@ def test_what_a_worker_said_is_found_behind_what_the_launcher_adds(tmp_path, mon
     command = [sys.executable, str(tmp_path / "launcher.py")]
     command += [sys.executable, "-m", "bridge.instrument.worker", str(process.SCRIPT)]
     with pytest.raises(error, match=message):
-        process.measure(command, tmp_path, tmp_path / "log", tmp_path / "folder", lambda: None)
+        process.measure(command, cwd=tmp_path, log=tmp_path / "log", folder=tmp_path / "folder", watch=lambda: None)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a child with its parent")
@@ -416,7 +417,7 @@ def test_discovery_without_sampled_weights(output, python):
     [
         ("score_magnitude", "inf", "is damaged: a value or a score is not a finite number"),
         ("score_magnitude", "high", "column score_magnitude should be a number, not 'high'"),
-        ("parameter", "twice.weight", "is damaged: a weight is there twice"),
+        ("parameter", "twice.weight", "is damaged: a weight occurs twice"),
     ],
 )
 def test_damaged_sampled_weights(output, python, column, text, message):

@@ -43,9 +43,7 @@ def check_same(path: str, discovery: Discovery) -> list[str]:
     return warnings
 
 
-def compare_models(
-    baseline: Mapping[str, object], path: str, discovered: Fingerprint | None
-) -> tuple[str, list[str]]:
+def compare_models(baseline: Mapping[str, object], path: str, discovered: Fingerprint | None) -> tuple[str, list[str]]:
     """Compare the model of a ``baseline.json`` with that of a discovery by their fingerprints.
 
     Args:

@@ -156,7 +156,7 @@ def _record(line: bytes, where: str) -> dict[str, Any]:
 def open_run(
     output: Path,
     kind: str,
-    identity: Mapping[str, Any],
+    identity: dict[str, Any],
     experiment_id: str | None = None,
     details: Mapping[str, Any] | None = None,
     fingerprint: Fingerprint | None = None,

@@ -148,9 +148,8 @@ def plan(options: ValidationOptions) -> Plan:
     if options.single_weights:
         sampled = discovery.sampled()
         if options.single_weights > len(sampled):
-            warnings.append(
-                f"--single-weights {options.single_weights}: the discovery sampled {len(sampled)}, all of them are taken"
-            )
+            request = f"--single-weights {options.single_weights}"
+            warnings.append(f"{request}: the discovery sampled {len(sampled)}, all of them are taken")
         single_weights = choose_weights(sampled, metrics, options.single_weights)
         chosen["single_weights"] = len(single_weights)
         identity["single_weights"] = hashlib.sha256(single_weights.to_csv(index=False).encode()).hexdigest()
