@@ -303,7 +303,7 @@ def test_perturbation_with_a_number(output, python, no_plots, monkeypatch):
         ({"shard": "1/2", "merge": ["x"]}, "--shard measures a part and --merge puts the parts together"),
         ({"num_processes": 0}, "--num-processes must be at least 1, not 0"),
         ({"baseline": "/no/baseline.json"}, "--baseline /no/baseline.json cannot be read"),
-        ({"output": __file__}, "cannot be made a folder"),
+        ({"output": __file__}, "cannot be created"),
         ({"perturb_python": "/no/python"}, "--perturb-python /no/python is not a program"),
         ({"experiment_id": "a/b"}, "must be a plain name"),
     ],

@@ -64,7 +64,7 @@ def check_output(output: str) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RequestError(f"--output {output} cannot be made a folder: {error.strerror}") from None
+        raise RequestError(f"--output {output} cannot be created: {error.strerror}") from None
     if not os.access(path, os.W_OK | os.X_OK):
         raise RequestError(f"--output {output} is not writable")
     return path

@@ -22,8 +22,7 @@ def baseline_of(measurements: pd.DataFrame) -> dict[str, Any]:
     baselines = measurements[list(columns)].rename(columns=columns).drop_duplicates()
     if len(baselines) > 1:
         raise RunError("the measurements are not of one baseline; remove the validation's folder and measure again")
-    baseline: dict[str, Any] = baselines.iloc[0].to_dict()
-    return baseline
+    return {str(column): value for column, value in baselines.iloc[0].to_dict().items()}
 
 
 class BaselineCheck:

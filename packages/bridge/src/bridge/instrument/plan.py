@@ -1,4 +1,4 @@
-"""From the flags of ``bridge validate`` to a plan, with everything that can be wrong found before anything starts."""
+"""Turn the flags of ``bridge validate`` into a plan; every mistake is reported before anything starts."""
 
 import hashlib
 from collections.abc import Sequence
