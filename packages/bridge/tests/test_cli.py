@@ -62,7 +62,7 @@ def test_every_command_says_what_is_missing_and_has_a_help_page(tmp_path, monkey
     assert bridge(monkeypatch, capsys, command, "--from", tmp_path)[0] == 2
     code, out, _ = bridge(monkeypatch, capsys, command, "--help")
     assert code == 0
-    assert f"usage: bridge {command} --from TEXT ... [flags]" in out
+    assert f"usage: bridge {command} --from PATH ... [flags]" in out
 
 
 def test_every_flag_is_described():

@@ -1,8 +1,9 @@
-"""Which room imports which: a module imports only its own room and lower ones, and tables load nothing heavy."""
+"""A module imports only its own room and lower ones, and declared libraries; tables load nothing heavy."""
 
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import bridge
@@ -25,7 +26,7 @@ def room(module: str) -> str:
 
 
 def imports(path: Path) -> set[str]:
-    """The modules of bridge that a file imports, also within functions."""
+    """The modules that a file imports, also within functions."""
     modules = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -33,7 +34,7 @@ def imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path} imports relatively"
             modules |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return {module for module in modules if module.startswith("bridge.")}
+    return modules
 
 
 FILES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")
@@ -42,8 +43,18 @@ FILES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(SOURCE).as_posix())
 def test_a_module_imports_only_its_own_room_and_lower_ones(path):
     own = room(".".join(["bridge", *path.relative_to(SOURCE).with_suffix("").parts]))
-    upward = {module for module in imports(path) if room(module) not in ROOMS[own] | {own}}
+    modules = {module for module in imports(path) if module.startswith("bridge.")}
+    upward = {module for module in modules if room(module) not in ROOMS[own] | {own}}
     assert upward == set()
+
+
+def test_libraries_are_those_that_are_declared():
+    project = tomllib.loads((SOURCE.parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    # count_gpus runs in the environment of llm_perturb, which has torch
+    modules = set().union(*(imports(path) for path in FILES if path.name != "count_gpus.py"))
+    libraries = {module.partition(".")[0] for module in modules} - sys.stdlib_module_names - {"bridge"}
+    names_on_pypi = {"yaml": "pyyaml"}
+    assert {names_on_pypi.get(library, library) for library in libraries} == set(project["dependencies"])
 
 
 def test_the_rooms_are_those_of_the_folders():

@@ -27,7 +27,7 @@ class Flag:
     Attributes:
         key: its name in Python, such as ``data_file`` or ``from_``.
         annotation: its type.
-        default: its value when it is left out; ``MISSING`` where it must be given.
+        default: its value when it is left out; ``MISSING`` where it is required.
         help: what its docstring says.
         group: the heading that it stands under on the help page.
     """
@@ -45,7 +45,7 @@ class Flag:
 
     @property
     def required(self) -> bool:
-        """Whether it must be given."""
+        """Whether the command needs it."""
         return self.default is MISSING
 
     @property
