@@ -1,12 +1,12 @@
 """Every shipped config fits the command it is for."""
 
 import importlib.util
-import inspect
 
 import pytest
 import yaml
 from bridge import cli
 from bridge.exchange import flags
+from bridge.exchange.flag_table import flags_of
 from conftest import PACKAGES, ROOT
 
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml"))
@@ -39,6 +39,6 @@ def test_config_fits_its_command(config):
     if command is None:
         assert config.name == "models.yaml" or {"distributed_type", "num_processes"} <= content.keys()
         return
-    needed = ["--from", "somewhere"] if "from_" in inspect.signature(command).parameters else []
+    needed = ["--from", "somewhere"] if "from_" in flags_of(command) else []
     values = flags.parse(command, ["--config", str(config), *needed])
     assert len(values) == len(content) + bool(needed)

@@ -28,10 +28,10 @@ sys.exit(max(abs(worker.wait()) for worker in workers))
 MEASURE = """
 import sys
 from pathlib import Path
-from bridge import instrument
+from bridge.instrument import process
 print("about to start", flush=True)
 here = Path.cwd()
-instrument.measure(sys.argv[1:], here, here / "log", here / "folder", lambda: None)
+process.measure(sys.argv[1:], cwd=here, log=here / "log", folder=here / "folder", watch=lambda: None)
 """
 proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="processes are found in /proc")
 
@@ -56,7 +56,7 @@ def command(place, n_processes) -> list[str]:
 
 
 def start(place, n_processes) -> subprocess.Popen:
-    """A process that is just about to call ``instrument.measure``."""
+    """A process that is just about to call ``process.measure``."""
     process = subprocess.Popen(
         [sys.executable, "-c", MEASURE, *command(place, n_processes)],
         cwd=place,
@@ -114,7 +114,7 @@ def test_killed_launcher_takes_its_workers_along_and_is_a_failed_run(place, numb
                 os.kill(pid, number)
 
     with pytest.raises(RunError, match=f"was ended by signal {number.value} .*The same command started again goes on"):
-        process.measure(command(place, 2), place, place / "log", place / "folder", kill_launcher)
+        process.measure(command(place, 2), cwd=place, log=place / "log", folder=place / "folder", watch=kill_launcher)
     assert survivors(os.environ[MARK]) == {}
 
 

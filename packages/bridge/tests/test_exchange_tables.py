@@ -112,6 +112,7 @@ def test_file_of_a_spreadsheet_reads_the_same(tmp_path):
     [
         ("", "cannot be read as a CSV of things"),
         ("name,n,seed,x\n", "holds no rows of things"),
+        ("name,n,seed,x,n\na,1,0,0.5,1\n", "has the column n twice"),
         ("name,n,x\na,1,0.5\n", "lacks the column seed of things"),
         ("name;n;seed;x\na;1;0;0.5\n", "lacks the columns name, n, seed, x of things"),
         ("name,n,seed,x\na,1,0,0.5\nb,one,0,0.5\n", "line 3: column n should be a number, not 'one'"),

@@ -3,13 +3,13 @@ import json
 import pytest
 from bridge.exchange.errors import RequestError
 from bridge.exchange.fingerprint import (
-    FILE,
     Fingerprint,
     difference,
     read_fingerprint,
     recorded_fingerprint,
     write_fingerprint,
 )
+from bridge.exchange.layout import FINGERPRINT_FILE
 
 ONE = Fingerprint("1a", "2b", "float32", {"embed.weight": "3c", "up.weight": "4d", "down.weight": "5e"})
 
@@ -44,7 +44,7 @@ def test_folder_of_an_earlier_version_has_none(tmp_path):
     ],
 )
 def test_damaged_file_is_refused(tmp_path, text):
-    (tmp_path / FILE).write_text(text)
+    (tmp_path / FINGERPRINT_FILE).write_text(text)
     with pytest.raises(RequestError, match=r"fingerprint\.json is damaged: .*; restore it, or make the run again"):
         read_fingerprint(tmp_path)
 

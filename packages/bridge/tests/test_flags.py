@@ -233,7 +233,7 @@ def test_a_class_of_flags_is_filled_and_has_a_heading_of_its_own(capsys):
     out = capsys.readouterr().out
     assert "usage: thing --name TEXT [flags]" in out
     assert "Flags of several commands:\n  --size N\n        how large, told in two lines. Default: 3.\n" in out
-    assert "which one. Must be given." in out
+    assert "which one. Required." in out
 
 
 def test_config_gives_flags_and_the_command_line_wins(tmp_path):
@@ -326,7 +326,9 @@ def test_several_commands(capsys):
 def test_as_a_program(tmp_path):
     script = tmp_path / "thing.py"
     script.write_text(
-        "from bridge.exchange import flags\ndef thing(*, n: int = 1) -> None:\n    'Count.'\n    print(n + 1)\nflags.run(thing)\n"
+        "from bridge.exchange import flags\n"
+        "def thing(*, n: int = 1) -> None:\n    'Count.'\n    print(n + 1)\n"
+        "flags.run(thing)\n"
     )
 
     def start(*words: str) -> tuple[int, str, str]:

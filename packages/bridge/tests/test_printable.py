@@ -78,4 +78,6 @@ def test_nothing_else_prints():
     for path in sources:
         tree = ast.parse(path.read_text(encoding="utf-8"))
         calls = [node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and hasattr(node.func, "id")]
-        assert path.name == "printable.py" or "print" not in calls, f"{path} prints; let bridge.printable.say do it"
+        assert path.name == "printable.py" or "print" not in calls, (
+            f"{path} prints; let bridge.exchange.printable.say do it"
+        )

@@ -30,7 +30,7 @@ def open_run(*args, **more):
 
 def release(run):
     """Let go of a run as a kill would: nothing written, the lock free."""
-    run._lock.close()
+    run.release()
 
 
 def complete(output, kind="perturb", name=None, ended=None, identity=IDENTITY):
@@ -193,9 +193,9 @@ def test_runs_of_one_second_get_folders_of_their_own(tmp_path):
 def test_output_is_made_or_refused(tmp_path):
     assert check_output(str(tmp_path / "a" / "b")).is_dir()
     (tmp_path / "file").write_text("")
-    with pytest.raises(RequestError, match="cannot be made a folder"):
+    with pytest.raises(RequestError, match="cannot be created"):
         check_output(str(tmp_path / "file"))
-    with pytest.raises(RequestError, match="cannot be made a folder"):
+    with pytest.raises(RequestError, match="cannot be created"):
         check_output(str(tmp_path / "file" / "below"))
 
 

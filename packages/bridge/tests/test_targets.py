@@ -207,9 +207,9 @@ def rewrite(path, change):
     ("file", "change", "message"),
     [
         ("top_5_weights_magnitude.csv", lambda lines: lines[:-1], "expected the ranks 1 to 5, it has 4 rows"),
-        ("top_5_weights_magnitude.csv", lambda lines: [*lines, lines[-1]], "a weight is there twice"),
+        ("top_5_weights_magnitude.csv", lambda lines: [*lines, lines[-1]], "a weight occurs twice"),
         ("top_5_per_layer_magnitude.csv", lambda lines: lines[:-1], "expected 5 weights of model.layers.9.mlp.weight"),
-        ("layer_summary_magnitude.csv", lambda lines: [*lines, lines[1]], "a parameter is there twice"),
+        ("layer_summary_magnitude.csv", lambda lines: [*lines, lines[1]], "a parameter occurs twice"),
         ("layer_summary_magnitude.csv", lambda lines: lines[:-1], "expected 0 weights of model.layers.11.mlp.weight"),
     ],
 )
@@ -243,5 +243,5 @@ def test_manifest_without_an_identity(tmp_path):
     (folder / "manifest.json").write_text(
         '{"schema": 1, "kind": "critical_analysis", "status": "complete", "ended": "1"}'
     )
-    with pytest.raises(RequestError, match="does not say which options, model and corpus"):
+    with pytest.raises(RequestError, match=r"manifest\.json is damaged: Object missing required field `identity`"):
         choose_discovery([str(tmp_path)])

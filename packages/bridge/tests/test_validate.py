@@ -16,7 +16,7 @@ from bridge.exchange.fingerprint import read_fingerprint, write_fingerprint
 from bridge.exchange.run_folder import read_manifest
 from bridge.exchange.validation_run import choose_validation
 from bridge.instrument import process
-from bridge.instrument.plan import Options, plan
+from bridge.instrument.plan import ValidationOptions, plan
 from bridge.report import html
 from discovery_folder import fingerprint, make_discovery, parameters, snapshot
 
@@ -67,9 +67,9 @@ def starts(tmp_path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def options(place, python, **more) -> Options:
+def options(place, python, **more) -> ValidationOptions:
     more = {"layers": 3, "control_layers": 4, "experiment_id": "v", "perturb_python": python, **more}
-    return Options(places=[str(place)], **more)
+    return ValidationOptions(from_=[str(place)], **more)
 
 
 def command(output, python, **environment) -> subprocess.Popen:
@@ -157,7 +157,7 @@ def test_flags_of_the_instrument(tmp_path, python):
     assert text.endswith(
         "--perturbation zero --seeds 2 1 --k 3 7 --selection top random bottom --metric grad_x_weight magnitude"
     )
-    files = [path.name for path in ready.weights.values()]
+    files = [path.name for path in ready.weights_files.values()]
     assert files == ["top_20_per_layer_grad_x_weight.csv", "top_20_per_layer_magnitude.csv"]
     assert "dataset" not in text
     assert "trust" not in text
@@ -245,7 +245,7 @@ def test_what_a_worker_said_is_found_behind_what_the_launcher_adds(tmp_path, mon
     command = [sys.executable, str(tmp_path / "launcher.py")]
     command += [sys.executable, "-m", "bridge.instrument.worker", str(process.SCRIPT)]
     with pytest.raises(error, match=message):
-        process.measure(command, tmp_path, tmp_path / "log", tmp_path / "folder", lambda: None)
+        process.measure(command, cwd=tmp_path, log=tmp_path / "log", folder=tmp_path / "folder", watch=lambda: None)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a child with its parent")
@@ -305,7 +305,7 @@ def test_perturbation_with_a_number(output, python, no_plots, monkeypatch):
         ({"shard": "1/2", "merge": ["x"]}, "--shard measures a part and --merge puts the parts together"),
         ({"num_processes": 0}, "--num-processes must be at least 1, not 0"),
         ({"baseline": "/no/baseline.json"}, "--baseline /no/baseline.json cannot be read"),
-        ({"output": __file__}, "cannot be made a folder"),
+        ({"output": __file__}, "cannot be created"),
         ({"perturb_python": "/no/python"}, "--perturb-python /no/python is not a program"),
         ({"experiment_id": "a/b"}, "must be a plain name"),
     ],
@@ -419,7 +419,7 @@ def test_discovery_without_sampled_weights(output, python):
     [
         ("score_magnitude", "inf", "is damaged: a value or a score is not a finite number"),
         ("score_magnitude", "high", "column score_magnitude should be a number, not 'high'"),
-        ("parameter", "twice.weight", "is damaged: a weight is there twice"),
+        ("parameter", "twice.weight", "is damaged: a weight occurs twice"),
     ],
 )
 def test_damaged_sampled_weights(output, python, column, text, message):

@@ -6,19 +6,24 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bridge.analysis.correlation import write_correlations
+from bridge.exchange import layout
 from bridge.exchange.errors import RequestError, RunError
 from bridge.exchange.fingerprint import write_fingerprint
-from bridge.exchange.layout import SAMPLED_WEIGHTS_FILE, VALIDATION
-from bridge.exchange.run_folder import Run, find_runs, open_run, read_manifest
+from bridge.exchange.run_folder import Run, find_runs, is_complete, open_run, read_manifest
 from bridge.exchange.tables import MEASUREMENTS, TARGETS, TOP_WEIGHTS, atomic_path, read_table, write_table
 from bridge.exchange.validation_run import Validation
 from bridge.instrument import process
-from bridge.instrument.checks import baseline_check, baseline_of, check_baseline, check_effects, check_single_weights
-from bridge.instrument.plan import Options, Plan, plan
+from bridge.instrument.checks import (
+    BaselineCheck,
+    baseline_of,
+    check_baseline,
+    check_effects,
+    check_single_weights,
+)
+from bridge.instrument.plan import Plan, ValidationOptions, plan
 from bridge.report import html
 
-PART = "partial_validation"
-SINGLE_WEIGHTS = "single_weights.csv"
+_EXPERIMENT_ID = "measure"  # of the instrument's run folder, which lies in the validation's
 
 
 class TargetsFailedError(RunError):
@@ -29,14 +34,14 @@ class TargetsFailedError(RunError):
         self.lines = lines
 
 
-def validate(options: Options) -> list[str]:
+def validate(options: ValidationOptions) -> list[str]:
     """Measure what perturbing the discovered weights does, and write the tables and the report.
 
-    Started again after a kill, it goes on where it was. Of a shard, only the measurements are made.
+    A run that was killed is resumed. For a shard only the measurements are taken.
 
     Returns:
-        The lines that a person wants to read at the end: where the report is, then what it says; of a shard, where
-        it is and what comes next.
+        The lines to print at the end: where the report is, then its summary; for a shard, where it is and what to
+        do next.
 
     Raises:
         RequestError: the request is wrong; nothing was started, unless the instrument itself refused it.
@@ -44,22 +49,23 @@ def validate(options: Options) -> list[str]:
         RunError: the measurement failed, or is not of the setup that the discovery had.
     """
     ready = plan(options)
-    if options.shard:
+    if ready.shard:
         return _measure_shard(ready, options)
     parts = _parts(ready, options.merge) if options.merge else None
-    run = open_run(ready.output, VALIDATION, ready.identity, options.experiment_id, _facts(ready))
+    run = open_run(ready.output, layout.VALIDATION, ready.identity, options.experiment_id, _discovery_folder(ready))
     with run.recorded():
         failed = _measure(ready, run, parts)
-        write_table(run.folder / "targets.csv", ready.targets, TARGETS)
+        write_table(run.folder / layout.TARGETS_FILE, ready.targets, TARGETS)
         validation = Validation(run.folder, run.manifest, ready.discovery)
         write_correlations(validation)
-        lines = [f"report: {run.folder / 'report.html'}", *html.write_report(validation)]
+        lines = [f"report: {run.folder / layout.REPORT_HTML}", *html.write_report(validation)]
     if failed:
         raise TargetsFailedError(f"{len(failed)} targets failed ({', '.join(failed)}); the others are reported", lines)
     return lines
 
 
-def _facts(ready: Plan) -> dict[str, str]:
+def _discovery_folder(ready: Plan) -> dict[str, str]:
+    """Entries of the manifest that name the discovery, also after both folders were moved together."""
     folder = ready.discovery.folder.resolve()
     return {
         "discovery_folder": str(folder),
@@ -68,116 +74,75 @@ def _facts(ready: Plan) -> dict[str, str]:
 
 
 def _measure(ready: Plan, run: Run, parts: list[Path] | None) -> dict[str, str]:
-    """Have everything measured, unless it was before, and the measurements here.
+    """Run the instrument (or merge the parts), unless it was done before, and copy the measurements here.
 
     Returns:
         The targets that failed, with their errors; the measurements are those of the others.
     """
     _prepare(ready, run)
-    folder = run.folder.absolute() / "perturb_measure"
-    try:
-        _obtain(ready, run, folder, ready.options["target_layers"], parts)
-    except RunError:
-        if not _failed_in(folder) or not (folder / "measurements.csv").exists():
-            raise
-    failed = _failed_in(folder)
+    folder = run.folder.absolute() / layout.run_folder_name(layout.PERTURBATION, _EXPERIMENT_ID)
+    if not is_complete(folder):
+        if parts:
+            command, script = _merge_command(ready, parts), process.MERGE
+        else:
+            command, script = _measure_command(ready, run), process.SCRIPT
+        command += [f"--output={folder.parent}", f"--experiment-id={_EXPERIMENT_ID}"]
+        run.update(instrument=command)
+        try:
+            process.measure(
+                command,
+                cwd=run.folder,
+                log=run.folder / layout.PERTURB_LOG,
+                folder=folder,
+                watch=BaselineCheck(ready, folder, run.warn),
+                script=script,
+            )
+        except RunError:
+            if not _failed_targets(folder) or not (folder / layout.MEASUREMENTS_FILE).exists():
+                raise
+    failed = _failed_targets(folder)
     run.update(failed_targets=failed)
     for target, error in failed.items():
         run.warn(f"{target} could not be measured: {error}")
-    _accept(ready, run, folder, [layer for layer in ready.options["target_layers"] if layer not in failed])
+    _accept(ready, run, folder, [target for target in ready.options["target_layers"] if target not in failed])
     return failed
 
 
 def _prepare(ready: Plan, run: Run) -> None:
+    """Write the warnings, and the files that the instrument reads beside those of the discovery."""
     for warning in ready.warnings:
         run.warn(warning)
-    if ready.discovery.fingerprint:  # beside the lists that are written here, for the instrument to compare
+    if ready.discovery.fingerprint:  # the instrument compares it with the model's
         write_fingerprint(run.folder, ready.discovery.fingerprint)
     if ready.single_weights is not None:
-        write_table(run.folder / SINGLE_WEIGHTS, ready.single_weights, TOP_WEIGHTS)
-        _copy(ready.discovery.folder / SAMPLED_WEIGHTS_FILE, run.folder / SAMPLED_WEIGHTS_FILE)
-
-
-def _obtain(ready: Plan, run: Run, folder: Path, targets: Sequence[str], parts: list[Path] | None) -> None:
-    """The measurements of some targets: made, or put together from parts."""
-    if not _is_complete(folder):
-        script = process.MERGE if parts else process.SCRIPT
-        command = _merge_command(ready, parts) if parts else _command(ready, run, targets)
-        command += [f"--output={folder.parent}", f"--experiment-id={folder.name.removeprefix('perturb_')}"]
-        run.update(process=command)
-        check = baseline_check(ready, folder, run.warn)
-        process.measure(command, run.folder, run.folder / "perturb.log", folder, check, script)
+        write_table(run.folder / layout.SINGLE_WEIGHTS_FILE, ready.single_weights, TOP_WEIGHTS)
+        _copy(ready.discovery.folder / layout.SAMPLED_WEIGHTS_FILE, run.folder / layout.SAMPLED_WEIGHTS_FILE)
 
 
 def _accept(ready: Plan, run: Run, folder: Path, targets: Sequence[str]) -> None:
     """Check the measurements, and copy them here."""
     try:
-        measurements = read_table(folder / "measurements.csv", MEASUREMENTS)
+        measurements = read_table(folder / layout.MEASUREMENTS_FILE, MEASUREMENTS)
     except RequestError as error:
-        raise RunError(
-            f"the instrument left no usable measurements: {error}; see {run.folder / 'perturb.log'}"
-        ) from None
-    baseline_check(ready, folder, run.warn)()
+        log = run.folder / layout.PERTURB_LOG
+        raise RunError(f"the instrument left no usable measurements: {error}; see {log}") from None
+    BaselineCheck(ready, folder, run.warn)()
     check_baseline(ready, baseline_of(measurements), folder)
     check_effects(ready, targets, measurements)
     check_single_weights(ready, measurements)
-    _copy(folder / "measurements.csv", run.folder / "measurements.csv")
+    _copy(folder / layout.MEASUREMENTS_FILE, run.folder / layout.MEASUREMENTS_FILE)
 
 
-def _command(ready: Plan, run: Run, targets: Sequence[str]) -> list[str]:
-    """The instrument's, started in the run's folder: paths as seen from there are the same for every shard."""
-    words = list(ready.command)
+def _measure_command(ready: Plan, run: Run) -> list[str]:
+    """The instrument's command. It starts in the run's folder: relative paths are the same for every shard."""
+    command = list(ready.command)
+    targets = ready.options["target_layers"]
     if targets:
-        files = [os.path.relpath(path.resolve(), run.folder.resolve()) for path in ready.weights.values()]
-        words += ["--target-layer", ",".join(targets), "--weights-csv", *files]
-    return words + [f"--per-weight={SINGLE_WEIGHTS}"] * (ready.single_weights is not None)
-
-
-def _failed_in(folder: Path) -> dict[str, str]:
-    """The targets that the instrument could not measure, if that alone is why its last attempt failed."""
-    manifest = read_manifest(folder) if (folder / "manifest.json").exists() else {}
-    failed = manifest.get("failed_targets") or {}
-    alone = manifest.get("status") == "failed" and all(error in manifest["error"] for error in failed.values())
-    return failed if alone else {}
-
-
-def _measure_shard(ready: Plan, options: Options) -> list[str]:
-    """Measure one part of the whole, in a folder of its own."""
-    number, of = ready.shard
-    name = options.experiment_id and f"{options.experiment_id}_{number}_of_{of}"
-    run = open_run(ready.output, PART, ready.identity | {"shard": options.shard}, name, _facts(ready))
-    folder = run.folder.absolute() / f"shard_measure_{number}_of_{of}"
-    with run.recorded():
-        _prepare(ready, run)
-        if not _is_complete(folder):
-            command = _command(ready, run, ready.options["target_layers"])
-            command += [f"--shard={number}/{of}", f"--output={folder.parent}", "--experiment-id=measure"]
-            run.update(instrument=command)
-            check = baseline_check(ready, folder, run.warn)
-            process.measure(command, run.folder, run.folder / "perturb.log", folder, check)
-        if not _is_complete(folder):
-            raise RunError(f"the instrument left no {folder}; see {run.folder / 'perturb.log'}")
-        baseline_check(ready, folder, run.warn)()
-    return [
-        f"shard {options.shard}: {run.folder}",
-        f"when all {of} are measured, gather their folders in one and give the same command with --merge THAT_FOLDER "
-        "instead of --shard",
-    ]
-
-
-def _parts(ready: Plan, places: Sequence[str]) -> list[Path]:
-    """The finished parts of this request that lie in the folders of ``--merge``.
-
-    Raises:
-        RequestError: there is none.
-    """
-    found = [folder for place in places for folder in find_runs(Path(place), PART)]
-    same = [f for f in found if {**read_manifest(f)["identity"], "shard": None} == {**ready.identity, "shard": None}]
-    if not same:
-        raise RequestError(
-            f"--merge {', '.join(places)}: the {len(found)} parts there are of another request; give the flags of then"
-        )
-    return list(dict.fromkeys(folder.absolute() for folder in same))
+        files = [os.path.relpath(path.resolve(), run.folder.resolve()) for path in ready.weights_files.values()]
+        command += ["--target-layer", ",".join(targets), "--weights-csv", *files]
+    if ready.single_weights is not None:
+        command.append(f"--per-weight={layout.SINGLE_WEIGHTS_FILE}")
+    return command
 
 
 def _merge_command(ready: Plan, parts: list[Path]) -> list[str]:
@@ -186,10 +151,62 @@ def _merge_command(ready: Plan, parts: list[Path]) -> list[str]:
     return [str(ready.python), str(process.MERGE), "--from", *map(str, parts)]
 
 
+def _failed_targets(folder: Path) -> dict[str, str]:
+    """The targets that the instrument could not measure, if that alone is why its last attempt failed."""
+    if not (folder / layout.MANIFEST_FILE).exists():
+        return {}
+    manifest = read_manifest(folder)
+    failed = manifest.get("failed_targets") or {}
+    error = manifest.get("error") or ""
+    they_alone = manifest.get("status") == "failed" and all(message in error for message in failed.values())
+    return failed if they_alone else {}
+
+
+def _measure_shard(ready: Plan, options: ValidationOptions) -> list[str]:
+    """Measure one part of the request, in a folder of its own."""
+    shard = ready.shard
+    assert shard is not None
+    name = options.experiment_id and shard.experiment_id(options.experiment_id)
+    identity = ready.identity | {"shard": options.shard}
+    run = open_run(ready.output, layout.PARTIAL_VALIDATION, identity, name, _discovery_folder(ready))
+    log = run.folder / layout.PERTURB_LOG
+    shard_folder = layout.run_folder_name(layout.SHARD, shard.experiment_id(_EXPERIMENT_ID))
+    folder = run.folder.absolute() / shard_folder
+    with run.recorded():
+        _prepare(ready, run)
+        if not is_complete(folder):
+            command = _measure_command(ready, run)
+            command += [f"--shard={shard}", f"--output={folder.parent}", f"--experiment-id={_EXPERIMENT_ID}"]
+            run.update(instrument=command)
+            check = BaselineCheck(ready, folder, run.warn)
+            process.measure(command, cwd=run.folder, log=log, folder=folder, watch=check)
+        if not is_complete(folder):
+            raise RunError(f"the instrument left no {folder}; see {log}")
+        BaselineCheck(ready, folder, run.warn)()
+    return [
+        f"shard {options.shard}: {run.folder}",
+        f"when all {shard.of} are measured, gather their folders in one and give the same command with "
+        "--merge THAT_FOLDER instead of --shard",
+    ]
+
+
+def _parts(ready: Plan, folders: Sequence[str]) -> list[Path]:
+    """The finished parts of this request that lie in the folders of ``--merge``.
+
+    Raises:
+        RequestError: there is none.
+    """
+    parts = [part for folder in folders for part in find_runs(Path(folder), layout.PARTIAL_VALIDATION)]
+    request = {**ready.identity, "shard": None}
+    same = [part for part in parts if {**read_manifest(part)["identity"], "shard": None} == request]
+    if not same:
+        raise RequestError(
+            f"--merge {', '.join(folders)}: the {len(parts)} parts there are of another request; "
+            "repeat the flags that they were measured with"
+        )
+    return list(dict.fromkeys(part.absolute() for part in same))
+
+
 def _copy(source: Path, path: Path) -> None:
     with atomic_path(path) as temporary:
         shutil.copyfile(source, temporary)
-
-
-def _is_complete(folder: Path) -> bool:
-    return (folder / "manifest.json").exists() and read_manifest(folder).get("status") == "complete"

@@ -1,8 +1,10 @@
-"""A baseline measured on its own, by run_baseline.py, against the one that the discovery had."""
+"""Compare the baseline of a discovery with a ``baseline.json`` that ``run_baseline.py`` measured separately."""
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from bridge.exchange.discovery_run import Discovery
 from bridge.exchange.errors import RequestError
@@ -21,35 +23,45 @@ def check_same(path: str, discovery: Discovery) -> list[str]:
     Raises:
         RequestError: no such file, not a baseline, or something differs; all differences are named.
     """
-    expected = read(path)
-    found = {**discovery.baseline, "model": discovery.model["id"]}
-    found |= {key: discovery.model.get(key) for key in ("revision", "dtype")}
-    found["corpus_sha256"] = discovery.corpus.get("corpus_sha256")
-    different = [key for key in SAME if expected[key] != found[key]]
-    if not math.isclose(expected["nll"], found["nll"], rel_tol=TOLERANCE):
+    separate = read(path)
+    own = {
+        "model": discovery.model["id"],
+        "revision": discovery.model.get("revision"),
+        "dtype": discovery.model.get("dtype"),
+        "corpus_sha256": discovery.corpus.get("corpus_sha256"),
+        "nll": discovery.baseline["nll"],
+    }
+    different = [key for key in SAME if separate[key] != own[key]]
+    if not math.isclose(separate["nll"], own["nll"], rel_tol=TOLERANCE):
         different.append("nll")
-    words = [f"{key} is {expected[key]} there and {found[key]} in the discovery" for key in different]
-    changed, warnings = compare_models(expected, path, discovery.fingerprint)
-    if words or changed:
-        words += [f"the models differ in {changed}"] * bool(changed)
-        raise RequestError(f"--baseline {path} is not of the setup of {discovery.folder}: {', '.join(words)}")
+    reasons = [f"{key} is {separate[key]} there and {own[key]} in the discovery" for key in different]
+    changed, warnings = compare_models(separate, path, discovery.fingerprint)
+    if changed:
+        reasons.append(f"the models differ in {changed}")
+    if reasons:
+        raise RequestError(f"--baseline {path} is not of the setup of {discovery.folder}: {', '.join(reasons)}")
     return warnings
 
 
-def compare_models(expected: dict, path: str, here: Fingerprint | None) -> tuple[str, list[str]]:
-    """The fingerprint that a ``baseline.json`` has, and the digests beside it, against that of the model here.
+def compare_models(baseline: Mapping[str, object], path: str, discovered: Fingerprint | None) -> tuple[str, list[str]]:
+    """Compare the model of a ``baseline.json`` with that of a discovery by their fingerprints.
+
+    Args:
+        baseline: the content of the file.
+        path: of the file; ``fingerprint.json`` may lie beside it.
+        discovered: the fingerprint of the discovery's model.
 
     Returns:
         What the models differ in, empty if in nothing; a warning where one of them has no fingerprint.
     """
-    there = recorded_fingerprint(expected, Path(path).parent)
-    if there and here:
-        return difference(there, here), []
-    which = "the discovery" if there else f"--baseline {path}"
+    separate = recorded_fingerprint(baseline, Path(path).parent)
+    if separate and discovered:
+        return difference(separate, discovered), []
+    which = "the discovery" if separate else f"--baseline {path}"
     return "", [f"{which} {MISSING}"]
 
 
-def read(path: str) -> dict:
+def read(path: str) -> dict[str, Any]:
     """The content of a ``baseline.json``.
 
     Raises:
@@ -61,8 +73,9 @@ def read(path: str) -> dict:
         raise RequestError(f"--baseline {path} cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise RequestError(f"--baseline {path} is not JSON: {error}") from None
-    missing = [key for key in (*SAME, "nll") if not isinstance(content, dict) or key not in content]
-    if missing:
+    required = (*SAME, "nll")
+    missing = [key for key in required if key not in content] if isinstance(content, dict) else required
+    if missing or not isinstance(content, dict):
         raise RequestError(f"--baseline {path} lacks {', '.join(missing)}; expected a baseline.json of run_baseline.py")
     if not isinstance(content["nll"], (int, float)):
         raise RequestError(f"--baseline {path} has nll {content['nll']!r}, which is not a number")

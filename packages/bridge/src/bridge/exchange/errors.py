@@ -1,5 +1,8 @@
 """The two ways a command may stop: the request was wrong, or the run failed."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class RequestError(Exception):
     """The person asked for something that cannot be done: one line on stderr, exit code 2."""
@@ -7,3 +10,9 @@ class RequestError(Exception):
 
 class RunError(Exception):
     """The run itself failed, and its numbers must not be used: one line on stderr, exit code 1."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`` (did you mean 'x'?)`` for the known word closest to ``word``, or nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean '{close[0]}'?)" if close else ""

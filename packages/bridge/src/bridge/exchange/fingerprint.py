@@ -9,10 +9,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import msgspec
+
 from bridge.exchange.errors import RequestError
+from bridge.exchange.layout import FINGERPRINT_FILE
 from bridge.exchange.tables import write_json
 
-FILE = "fingerprint.json"
 MISSING = "has no fingerprint (an earlier version made it), so the values of the models could not be compared"
 _NAMED = 3  # parameters that a message names before it counts the others
 
@@ -41,7 +43,7 @@ class Fingerprint:
 
 def write_fingerprint(folder: Path, fingerprint: Fingerprint) -> None:
     """Write ``fingerprint.json`` into a run folder."""
-    write_json(folder / FILE, asdict(fingerprint))
+    write_json(folder / FINGERPRINT_FILE, asdict(fingerprint))
 
 
 def read_fingerprint(folder: Path) -> Fingerprint | None:
@@ -50,17 +52,13 @@ def read_fingerprint(folder: Path) -> Fingerprint | None:
     Raises:
         RequestError: the file is damaged.
     """
-    path = folder / FILE
+    path = folder / FINGERPRINT_FILE
     if not path.is_file():
         return None
     try:
-        found = Fingerprint(**json.loads(path.read_text(encoding="utf-8")))
-        words = [*found.totals.values(), found.dtype or "", *found.digests, *found.digests.values()]
-        if not all(isinstance(word, str) for word in words):
-            raise ValueError("a hash is not a string")
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        return msgspec.convert(json.loads(path.read_text(encoding="utf-8")), Fingerprint)
+    except (OSError, ValueError) as error:  # msgspec.ValidationError is a ValueError
         raise RequestError(f"{path} is damaged: {error}; restore it, or make the run again") from None
-    return found
 
 
 def recorded_fingerprint(content: Mapping[str, object], folder: Path) -> Fingerprint | None:
@@ -76,25 +74,35 @@ def recorded_fingerprint(content: Mapping[str, object], folder: Path) -> Fingerp
     Raises:
         RequestError: ``fingerprint.json`` is damaged.
     """
-    parameters, tokenizer = content.get("parameters_xxh3"), content.get("tokenizer_xxh3")
+    parameters, tokenizer, dtype = (content.get(key) for key in ("parameters_xxh3", "tokenizer_xxh3", "dtype"))
     if not parameters or not tokenizer:
         return None
-    known = Fingerprint(str(parameters), str(tokenizer), content.get("dtype"))
-    beside = read_fingerprint(folder)
-    return beside if beside and beside.totals == known.totals else known
+    recorded = Fingerprint(
+        parameters_xxh3=str(parameters), tokenizer_xxh3=str(tokenizer), dtype=None if dtype is None else str(dtype)
+    )
+    with_digests = read_fingerprint(folder)
+    return with_digests if with_digests and with_digests.totals == recorded.totals else recorded
 
 
 def difference(one: Fingerprint, other: Fingerprint) -> str:
     """What two fingerprints differ in: the tokenizer, and the first parameters by name. Empty if in nothing."""
-    words = ["the tokenizer"] * (one.tokenizer_xxh3 != other.tokenizer_xxh3)
+    differing = []
+    if one.tokenizer_xxh3 != other.tokenizer_xxh3:
+        differing.append("the tokenizer")
     if one.parameters_xxh3 != other.parameters_xxh3:
-        words += _differing_parameters(one.digests, other.digests)
-    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
+        differing += _differing_parameters(one.digests, other.digests)
+    if len(differing) < 2:
+        return "".join(differing)
+    return f"{', '.join(differing[:-1])} and {differing[-1]}"
 
 
 def _differing_parameters(one: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
     names = [name for name in {**one, **other} if one.get(name) != other.get(name)]
     if not one or not other or not names:
         return ["the values of the parameters"]
-    more = len(names) - _NAMED
-    return names[:_NAMED] + [f"{more} more parameters" if more > 1 else "1 more parameter"] * (more > 0)
+    n_others = len(names) - _NAMED
+    if n_others > 1:
+        return [*names[:_NAMED], f"{n_others} more parameters"]
+    if n_others == 1:
+        return [*names[:_NAMED], "1 more parameter"]
+    return names

@@ -10,7 +10,8 @@ import re
 import types
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from typing import Any, TypeGuard
 
 Command = Callable[..., None]
 FilePath = typing.NewType("FilePath", str)  # in a list flag: a comma is part of the path and separates nothing
@@ -26,7 +27,7 @@ class Flag:
     Attributes:
         key: its name in Python, such as ``data_file`` or ``from_``.
         annotation: its type.
-        default: its value when it is left out; ``MISSING`` where it must be given.
+        default: its value when it is left out; ``MISSING`` where it is required.
         help: what its docstring says.
         group: the heading that it stands under on the help page.
     """
@@ -44,7 +45,7 @@ class Flag:
 
     @property
     def required(self) -> bool:
-        """Whether it must be given."""
+        """Whether the command needs it."""
         return self.default is MISSING
 
     @property
@@ -78,7 +79,7 @@ def flags_of(command: Command) -> dict[str, Flag]:
     own_help = described(command)
     table: dict[str, Flag] = {}
     for key, parameter in inspect.signature(command, eval_str=True).parameters.items():
-        if is_dataclass(parameter.annotation):
+        if _is_group(parameter.annotation):
             members = _fields(parameter.annotation)
         else:
             default = MISSING if parameter.default is inspect.Parameter.empty else parameter.default
@@ -96,7 +97,7 @@ def arguments_of(command: Command, values: Mapping[str, object]) -> dict[str, ob
     """The keyword arguments of a command: the values of its flags, gathered in its dataclasses."""
     arguments: dict[str, object] = {}
     for key, parameter in inspect.signature(command, eval_str=True).parameters.items():
-        if is_dataclass(parameter.annotation):
+        if _is_group(parameter.annotation):
             names = [field.name for field in fields(parameter.annotation)]
             arguments[key] = parameter.annotation(**{name: values[name] for name in names if name in values})
         elif key in values:
@@ -122,25 +123,20 @@ def described(thing: object) -> dict[str, str]:
     return entries
 
 
-def _fields(group: type) -> list[Flag]:
+def _is_group(annotation: object) -> TypeGuard[type[Any]]:
+    """Whether a parameter's type is a dataclass of flags."""
+    return isinstance(annotation, type) and is_dataclass(annotation)
+
+
+def _fields(group: type[Any]) -> list[Flag]:
     help_texts, hints = described(group), typing.get_type_hints(group)
     title = (inspect.getdoc(group) or group.__name__).partition("\n")[0].rstrip(".")
-    return [
-        Flag(
-            key=field.name,
-            annotation=hints[field.name],
-            default=_default(field),
-            help=help_texts.get(field.name, ""),
-            group=title,
-        )
-        for field in fields(group)
-    ]
-
-
-def _default(field: Field) -> object:
-    if field.default_factory is not MISSING:
-        return field.default_factory()
-    return field.default
+    flags = []
+    for field in fields(group):
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        help_text = help_texts.get(field.name, "")
+        flags.append(Flag(key=field.name, annotation=hints[field.name], default=default, help=help_text, group=title))
+    return flags
 
 
 def _without_none(annotation: object) -> object:

@@ -1,31 +1,30 @@
 """Read a command line by a command's declarations before python-fire sees it.
 
-Fire guesses types, gives the second word of ``--metric a b`` to another parameter and reports an unknown flag only
+Fire guesses types, assigns the second word of ``--metric a b`` to another parameter and reports an unknown flag only
 after the command has run. Here every flag is read by its declaration first (``flag_table``); fire then receives
-nothing but ``--name=<literal>`` and makes the call.
+nothing but ``--name=<literal>`` and calls the command.
 
 Understood types: ``str``, ``int``, ``float``, ``bool``, ``Literal[...]``, ``list[T]`` of the former, and each of these
 ``| None``; in a ``list[FilePath]`` a comma is part of the path.
 """
 
-import difflib
 import inspect
 import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import fire
 import yaml
 
-from bridge.exchange.errors import RequestError, RunError
+from bridge.exchange.errors import RequestError, RunError, did_you_mean
 from bridge.exchange.flag_table import Command, FilePath, Flag, arguments_of, flags_of, spelled
 from bridge.exchange.help_page import page_of_command, page_of_commands
 from bridge.exchange.printable import escaped_logs, say
 
-__all__ = ["Command", "FilePath", "did_you_mean", "parse", "run"]
+__all__ = ["Command", "FilePath", "parse", "run"]
 
 _TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 _RENAMED = {"from": "from_"}  # a keyword of the language cannot name a parameter
@@ -33,7 +32,7 @@ _HELP = {"-h", "--help"}
 _NEGATIVE_NUMBER = re.compile(r"-\.?\d|-inf$")
 
 
-def run(command: Command | dict[str, Command], name: str | None = None, argv: Sequence[str] | None = None) -> None:
+def run(command: Command | Mapping[str, Command], name: str | None = None, argv: Sequence[str] | None = None) -> None:
     """Run ``command`` (or the one that the first word names) on ``argv`` and exit as a shell expects.
 
     Exit code 0 when it returned, 2 for a wrong request, 1 for a failed run, 130 after Ctrl-C.
@@ -41,7 +40,7 @@ def run(command: Command | dict[str, Command], name: str | None = None, argv: Se
     words = list(sys.argv[1:] if argv is None else argv)
     name = name or Path(sys.argv[0]).name
     try:
-        if isinstance(command, dict):
+        if isinstance(command, Mapping):
             if not words or words[0] in _HELP:
                 say(*page_of_commands(command, name).split("\n"))
                 return
@@ -85,16 +84,10 @@ def _complain(name: str, error: Exception, code: int) -> int:
     return code
 
 
-def _choose(commands: dict[str, Command], word: str) -> Command:
+def _choose(commands: Mapping[str, Command], word: str) -> Command:
     if word not in commands:
         raise RequestError(f"no command '{word}'{did_you_mean(word, commands)}; there are: {', '.join(commands)}")
     return commands[word]
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`` (did you mean 'x'?)`` for the known word closest to ``word``, or nothing."""
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean '{close[0]}'?)" if close else ""
 
 
 def parse(command: Command, words: Sequence[str]) -> dict[str, object]:

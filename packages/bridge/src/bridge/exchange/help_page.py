@@ -4,9 +4,10 @@ import inspect
 import textwrap
 from collections.abc import Mapping
 
-from bridge.exchange.flag_table import Command, Flag, flags_of
+from bridge.exchange.flag_table import Command, FilePath, Flag, flags_of
 
 _WIDTH = 100
+_TYPE_NAMES: dict[object, str] = {int: "N", float: "X", str: "TEXT", FilePath: "PATH"}
 _CONFIG = "--config FILE"
 _CONFIG_HELP = "a flat YAML file of further flags; those on the command line win"
 
@@ -43,11 +44,10 @@ def _value_name(flag: Flag) -> str:
     """What stands for the value: its choices, or its type in capitals; nothing for a switch."""
     if flag.kind is bool:
         return ""
-    value = "{" + ",".join(flag.choices) + "}" if flag.choices else _TYPE_NAMES.get(flag.item, "TEXT")
+    value = _TYPE_NAMES.get(flag.item, "TEXT")
+    if flag.choices:
+        value = "{" + ",".join(flag.choices) + "}"
     return f"{value} ..." if flag.is_list else value
-
-
-_TYPE_NAMES: dict[object, str] = {int: "N", float: "X", str: "TEXT"}
 
 
 def _help_text(flag: Flag) -> str:
@@ -55,7 +55,7 @@ def _help_text(flag: Flag) -> str:
         negated = f"--no-{flag.name.removeprefix('--')}"
         return f"{flag.help} Default: {'on' if flag.default else 'off'}; {negated} switches it off."
     if flag.required:
-        return f"{flag.help} Must be given."
+        return f"{flag.help} Required."
     if flag.default is None or flag.default == [] or flag.default == ():
         return flag.help
     values = flag.default if isinstance(flag.default, list | tuple) else [flag.default]

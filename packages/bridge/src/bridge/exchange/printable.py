@@ -54,7 +54,7 @@ def check_printable(text: str, what: str) -> str:
 
 
 def say(*lines: object, stream: TextIO | None = None) -> None:
-    """Print lines, each escaped, at once. The only place of the packages that prints.
+    """Print lines, each escaped, at once. Nothing else in the packages prints.
 
     Args:
         lines: each becomes one line, whatever it holds.

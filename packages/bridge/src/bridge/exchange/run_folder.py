@@ -1,25 +1,28 @@
 """Run folders: one manifest, one lock, one log of what is finished.
 
-A run is identified by everything that its numbers depend on. The same command started again finds its
-unfinished folder and goes on there; a finished folder is never written to again.
+A run is identified by everything that its numbers depend on. The same command started again resumes its unfinished
+folder; a finished folder is never written to again.
 """
 
-import fcntl
 import json
 import os
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import IO
+from typing import Any
+
+from filelock import FileLock, Timeout
 
 from bridge.exchange.errors import RequestError
 from bridge.exchange.fingerprint import Fingerprint, difference, recorded_fingerprint, write_fingerprint
+from bridge.exchange.layout import LOCK_FILE, MANIFEST_FILE, PROGRESS_FILES, progress_file, run_folder_name
+from bridge.exchange.manifest import Manifest, checked
 from bridge.exchange.printable import escaped, say
 from bridge.exchange.tables import write_json
 
@@ -38,8 +41,21 @@ _PACKAGES = (
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """The run folder.
+
+    Attributes:
+        output: the folder that the run's folder is made in.
+        experiment_id: names the run's folder; by default the time, or the unfinished run of the same request.
+    """
+
+    output: str = "outputs/"
+    experiment_id: str | None = None
+
+
 def check_output(output: str) -> Path:
-    """The output folder as a path, checked before anything is started; made if it does not exist.
+    """The output folder as a path, checked before anything is started; created if it does not exist.
 
     Raises:
         RequestError: it is a file, lies below a file, or cannot be written to.
@@ -48,45 +64,54 @@ def check_output(output: str) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RequestError(f"--output {output} cannot be made a folder: {error.strerror}") from None
+        raise RequestError(f"--output {output} cannot be created: {error.strerror}") from None
     if not os.access(path, os.W_OK | os.X_OK):
         raise RequestError(f"--output {output} is not writable")
     return path
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Run:
-    """An open run folder. ``manifest`` is what manifest.json says; ``resumed`` tells whether it was there before."""
+    """An open run folder.
+
+    Attributes:
+        folder: its path.
+        manifest: the content of ``manifest.json``.
+        resumed: whether an earlier process began the run.
+    """
 
     folder: Path
-    manifest: dict
+    manifest: dict[str, Any]
     resumed: bool
-    _lock: IO | None = field(repr=False, default=None)
+    _lock: FileLock = field(repr=False)
 
-    def update(self, **facts: object) -> None:
-        """Add facts to the manifest and write it."""
-        self.manifest.update(facts)
-        write_json(self.folder / "manifest.json", self.manifest)
+    def update(self, **entries: object) -> None:
+        """Set entries of the manifest and write it."""
+        self.manifest.update(entries)
+        write_json(self.folder / MANIFEST_FILE, self.manifest)
 
     def warn(self, message: str) -> None:
-        """Say a warning on stderr and keep it in the manifest."""
+        """Print a warning on stderr and add it to the manifest."""
         message = escaped(message)
         say(f"WARNING: {message}", stream=sys.stderr)
         if message not in self.manifest["warnings"]:
             self.update(warnings=[*self.manifest["warnings"], message])
 
-    def finish(self, status: str, **facts: object) -> None:
-        """Write the last manifest, 'complete' or 'failed', and let the folder go."""
-        self.update(status=status, ended=_now(), **facts)
+    def finish(self, status: str, **entries: object) -> None:
+        """Write the last manifest, with the status 'complete' or 'failed', and release the folder."""
+        self.update(status=status, ended=_now(), **entries)
         if status == "complete":
-            for log in self.folder.glob("progress-*.jsonl"):
+            for log in self.folder.glob(PROGRESS_FILES):
                 log.unlink()
-        if self._lock:
-            self._lock.close()
+        self.release()
+
+    def release(self) -> None:
+        """Release the folder, so that another process may work in it."""
+        self._lock.release()
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
-        """The work of the run: the manifest says 'complete' when the block ends, 'failed' and why when it raises."""
+        """Do the work of the run in the block: 'complete' when it ends, 'failed' with the error when it raises."""
         try:
             yield
         except BaseException as error:
@@ -94,45 +119,46 @@ class Run:
             raise
         self.finish("complete", error=None)
 
-    def append(self, record: dict, writer: int = 0) -> None:
-        """Add one finished record to the log; it is on the disk when this returns. One writer, one process."""
-        with (self.folder / f"progress-{writer}.jsonl").open("a", encoding="utf-8") as stream:
+    def append(self, record: dict[str, Any], writer: int = 0) -> None:
+        """Add one finished record to the log of a writer (each process is one); it is on disk when this returns."""
+        with (self.folder / progress_file(writer)).open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(record) + "\n")
             stream.flush()
             os.fsync(stream.fileno())
 
-    def records(self) -> list[dict]:
+    def records(self) -> list[dict[str, Any]]:
         """All finished records, of all writers; a line cut short by a kill is dropped from its log.
 
         Raises:
             RequestError: a whole line is not a JSON object.
         """
-        found = []
-        for log in sorted(self.folder.glob("progress-*.jsonl")):
+        records = []
+        for log in sorted(self.folder.glob(PROGRESS_FILES)):
             text = log.read_bytes()
-            whole = text[: text.rfind(b"\n") + 1]
-            if whole != text:
-                log.write_bytes(whole)
-            found += [_record(line, f"{log}, line {n}") for n, line in enumerate(whole.splitlines(), start=1)]
-        return found
+            whole_lines = text[: text.rfind(b"\n") + 1]
+            if whole_lines != text:
+                log.write_bytes(whole_lines)
+            for number, line in enumerate(whole_lines.splitlines(), start=1):
+                records.append(_record(line, f"{log}, line {number}"))
+        return records
 
 
-def _record(line: bytes, place: str) -> dict:
+def _record(line: bytes, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
         record = None
     if not isinstance(record, dict):
-        raise RequestError(f"{place} is damaged: expected a JSON object; remove the log to measure its part again")
+        raise RequestError(f"{where} is damaged: expected a JSON object; remove the log to measure its part again")
     return record
 
 
 def open_run(
     output: Path,
     kind: str,
-    identity: dict,
+    identity: dict[str, Any],
     experiment_id: str | None = None,
-    facts: dict | None = None,
+    details: Mapping[str, Any] | None = None,
     fingerprint: Fingerprint | None = None,
 ) -> Run:
     """Open ``<output>/<kind>_<id>`` for this process alone, new or to be resumed.
@@ -144,15 +170,15 @@ def open_run(
         output: an existing folder.
         kind: what the folder's name begins with, such as ``perturb``.
         identity: all that the numbers depend on (JSON values): options, model, corpus.
-        experiment_id: the id, or None.
-        facts: more for the manifest, which a resumed run may change.
+        experiment_id: names the folder.
+        details: further entries of the manifest, in which a resumed run may differ.
         fingerprint: of the model that the run measures: its totals become part of the identity, and it is written.
 
     Raises:
         RequestError: the id is taken by a finished run or by another model or other options, or another process is
             at work there.
     """
-    identity = json.loads(json.dumps(identity))
+    identity = json.loads(json.dumps(identity))  # as it will be read again: tuples are lists
     if fingerprint:
         identity["fingerprint"] = fingerprint.totals
     if experiment_id is not None:
@@ -160,7 +186,7 @@ def open_run(
             raise RequestError(
                 f"--experiment-id '{experiment_id}' must be a plain name, it becomes part of a folder's name"
             )
-        folder = output / f"{kind}_{experiment_id}"
+        folder = output / run_folder_name(kind, experiment_id)
     else:
         folder = _unfinished(output, kind, identity) or _new_folder(output, kind)
     if folder.exists() and not folder.is_dir():
@@ -168,74 +194,86 @@ def open_run(
     folder.mkdir(exist_ok=True)
     lock = _lock(folder)
     try:
-        manifest = _read_manifest(folder)
+        manifest = _manifest(folder)
         _check_resumable(folder, manifest, identity, fingerprint)
     except RequestError:
-        lock.close()
+        lock.release()
         raise
-    run = Run(folder, manifest or {"warnings": []}, manifest is not None, lock)
+    content: dict[str, Any] = {"warnings": []} if manifest is None else {**manifest}
+    run = Run(folder=folder, manifest=content, resumed=manifest is not None, _lock=lock)
     run.update(
         schema=SCHEMA_VERSION,
         kind=kind,
         status="running",
         argv=sys.argv,
         identity=identity,
-        started=run.manifest.get("started", _now()),
+        started=content.get("started", _now()),
         ended=None,
         host=_host(),
-        **(facts or {}),
+        **(details or {}),
     )
     if fingerprint:
         write_fingerprint(folder, fingerprint)
     return run
 
 
-def read_manifest(folder: Path) -> dict:
+def read_manifest(folder: Path) -> Manifest:
     """The manifest of a run folder.
 
     Raises:
-        RequestError: there is none, or it is not one of ours.
+        RequestError: there is none, it is damaged, or another version wrote it.
     """
-    manifest = _read_manifest(folder)
+    manifest = _manifest(folder)
     if manifest is None:
-        raise RequestError(f"{folder} has no manifest.json; is it the folder of a run?")
+        raise RequestError(f"{folder} has no {MANIFEST_FILE}; is it the folder of a run?")
     if manifest.get("schema") != SCHEMA_VERSION:
         raise RequestError(
-            f"{folder}/manifest.json has schema {manifest.get('schema')}, this version reads {SCHEMA_VERSION}"
+            f"{folder}/{MANIFEST_FILE} has schema {manifest.get('schema')}, this version reads {SCHEMA_VERSION}"
         )
     return manifest
 
 
-def find_runs(place: Path, kind: str) -> list[Path]:
+def is_complete(folder: Path) -> bool:
+    """Whether a folder holds a run that ended well."""
+    manifest = _manifest(folder)
+    return manifest is not None and manifest.get("status") == "complete"
+
+
+def find_runs(parent: Path, kind: str) -> list[Path]:
     """The complete runs of a kind in a folder, or the folder itself if it is one; oldest first.
 
     Raises:
         RequestError: there is none; the message says what is there instead.
     """
-    if not place.is_dir():
-        raise RequestError(f"{place}: no such folder")
-    itself = _read_manifest(place)
-    candidates = [place] if itself and itself.get("kind") == kind else sorted(place.glob(f"{kind}_*/"))
-    complete = [folder for folder in candidates if (_read_manifest(folder) or {}).get("status") == "complete"]
+    if not parent.is_dir():
+        raise RequestError(f"{parent}: no such folder")
+    own_manifest = _manifest(parent)
+    if own_manifest and own_manifest.get("kind") == kind:
+        candidates = [parent]
+    else:
+        candidates = sorted(parent.glob(f"{run_folder_name(kind, '*')}/"))
+    complete = [folder for folder in candidates if is_complete(folder)]
     if not complete:
         unfinished = f" ({len(candidates)} unfinished)" if candidates else ""
-        raise RequestError(f"{place} holds no complete {kind}_* run{unfinished}")
-    return sorted(complete, key=lambda folder: read_manifest(folder)["ended"])
+        raise RequestError(f"{parent} holds no complete {run_folder_name(kind, '*')} run{unfinished}")
+    return sorted(complete, key=lambda folder: read_manifest(folder).get("ended") or "")
 
 
-def _read_manifest(folder: Path) -> dict | None:
+def _manifest(folder: Path) -> Manifest | None:
+    """The manifest of a folder, None where there is no such file."""
+    path = folder / MANIFEST_FILE
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (ValueError, RecursionError) as error:
-        raise RequestError(f"{folder}/manifest.json is damaged: {error}") from None
-    if not isinstance(manifest, dict):
-        raise RequestError(f"{folder}/manifest.json is damaged: not a JSON object")
-    return manifest
+        raise RequestError(f"{path} is damaged: {error}") from None
+    return checked(content, Manifest, path)
 
 
-def _check_resumable(folder: Path, manifest: dict | None, identity: dict, fingerprint: Fingerprint | None) -> None:
+def _check_resumable(
+    folder: Path, manifest: Manifest | None, identity: dict[str, Any], fingerprint: Fingerprint | None
+) -> None:
     if manifest is None:
         if any(not path.name.startswith(".") for path in folder.iterdir()):
             raise RequestError(f"{folder} holds files of something else; choose another --experiment-id")
@@ -246,16 +284,16 @@ def _check_resumable(folder: Path, manifest: dict | None, identity: dict, finger
     different = _differences(before, identity)
     if different:
         begun = recorded_fingerprint(before.get("fingerprint") or {}, folder)
-        what = difference(begun, fingerprint) if begun and fingerprint else ""
-        detail = f" (the models differ in {what})" if what else ""
+        changed = difference(begun, fingerprint) if begun and fingerprint else ""
+        detail = f" (the models differ in {changed})" if changed else ""
         raise RequestError(
             f"{folder} was begun with another {', '.join(different)}{detail}; "
             "choose another --experiment-id, or remove the folder"
         )
 
 
-def _differences(before: dict, now: dict) -> list[str]:
-    """The keys in which two identities differ; of the options, the option's name."""
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The keys in which two identities differ; where the options do, the names of those options."""
     different = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     if "options" in different:
         different.remove("options")
@@ -263,53 +301,55 @@ def _differences(before: dict, now: dict) -> list[str]:
     return different
 
 
-def _unfinished(output: Path, kind: str, identity: dict) -> Path | None:
-    for folder in sorted(output.glob(f"{kind}_*/")):
-        manifest = _read_manifest(folder)
+def _unfinished(output: Path, kind: str, identity: dict[str, Any]) -> Path | None:
+    for folder in sorted(output.glob(f"{run_folder_name(kind, '*')}/")):
+        manifest = _manifest(folder)
         if manifest and manifest.get("status") != "complete" and manifest.get("identity") == identity:
             return folder
     return None
 
 
 def _new_folder(output: Path, kind: str) -> Path:
-    stem = f"{kind}_{time.strftime('%Y%m%d_%H%M%S')}"
-    for suffix in ["", *(f"_{n}" for n in range(2, 1000))]:
+    now = time.strftime("%Y%m%d_%H%M%S")
+    for number in range(1, 1000):
+        experiment_id = now if number == 1 else f"{now}_{number}"
+        folder = output / run_folder_name(kind, experiment_id)
         try:
-            (output / (stem + suffix)).mkdir()
+            folder.mkdir()
         except FileExistsError:
             continue
-        return output / (stem + suffix)
+        return folder
     raise RequestError(f"{output} already holds a thousand runs of this second")
 
 
 def is_locked(folder: Path) -> bool:
     """Whether a process is at work in a run folder, or just about to end there."""
-    if not (folder / ".lock").exists():
+    if not (folder / LOCK_FILE).exists():
         return False
     try:
-        _lock(folder).close()
+        _lock(folder).release()
     except RequestError:
         return True
     return False
 
 
-def _lock(folder: Path) -> IO:
-    stream = (folder / ".lock").open("a")
+def _lock(folder: Path) -> FileLock:
+    """The lock of a run folder, held by this process until it is released or the process ends."""
+    lock = FileLock(folder / LOCK_FILE, thread_local=False)
     try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        stream.close()
+        lock.acquire(blocking=False)
+    except Timeout:
         raise RequestError(
             f"another process is at work in {folder}; wait for it, or choose another --experiment-id"
         ) from None
-    return stream
+    return lock
 
 
 def _now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
-def _host() -> dict:
+def _host() -> dict[str, Any]:
     versions = {}
     for package in _PACKAGES:
         try:
@@ -325,16 +365,8 @@ def _host() -> dict:
 
 
 def _git_commit() -> str | None:
-    command = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=40",
-        "--exclude=*",
-    ]
+    folder = str(Path(__file__).parent)
+    command = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):

@@ -22,7 +22,7 @@ from bridge.exchange.printable import check_printable, is_printable
 
 @dataclass(frozen=True)
 class Table:
-    """A kind of table: its name in messages, and for each column 'str', 'int', 'float' or 'int?' (may be empty)."""
+    """A form of table: its name in messages, and the type of each column: str, int, float, or int? (may be empty)."""
 
     name: str
     columns: dict[str, str]
@@ -73,7 +73,7 @@ MEASUREMENTS = Table(
         "corpus_sha256": "str",
         "model": "str",
     },
-)  # followed by row and col: the place of a weight that was perturbed alone, else empty
+)  # followed by row and col: of a weight that was perturbed alone, else empty
 TARGETS = Table(
     "targets",
     {
@@ -105,7 +105,7 @@ STABILITY = Table(
         "jaccard": "float",
         "jaccard_chance": "float",  # expected of two random sets of K
         "n_common": "int",
-        "rank_correlation": "float",  # empty where it cannot be had
+        "rank_correlation": "float",  # empty where it is not defined
     },
 )
 
@@ -150,8 +150,8 @@ def read_table(path: Path, table: Table) -> pd.DataFrame:
     """Read a table and check it.
 
     Raises:
-        RequestError: no such file, not a CSV, cut off, a column missing, a value of the wrong kind, a text with a
-            character that is not printable, or no rows.
+        RequestError: no such file, not a CSV, cut off, a column missing or twice, a value of the wrong type, a text
+            with a character that is not printable, or no rows.
     """
     path = Path(path)
     if not path.is_file():
@@ -163,26 +163,33 @@ def read_table(path: Path, table: Table) -> pd.DataFrame:
     header = [check_printable(name, f"{path}: column") for name in lines[0][1]] if lines else []
     missing = [column for column in table.columns if column not in header]
     if missing:
-        raise RequestError(f"{path} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)} of {table.name}")
+        columns_are = "column" if len(missing) == 1 else "columns"
+        raise RequestError(f"{path} lacks the {columns_are} {', '.join(missing)} of {table.name}")
+    twice = [column for column in dict.fromkeys(header) if header.count(column) > 1]
+    if twice:
+        raise RequestError(f"{path} has the column {twice[0]} twice; expected a CSV of {table.name}")
     if len(lines) == 1:
         raise RequestError(f"{path} holds no rows of {table.name}")
-    numbers = [line for line, _ in lines[1:]]
+    line_numbers = [number for number, _ in lines[1:]]
     columns = {}
-    for place, name in enumerate(header):
-        texts = [row[place] for _, row in lines[1:]]
-        kind, where = table.columns.get(name), partial(_where, path, numbers, name)
-        columns[name] = _parse(texts, kind, where) if kind else _guess(texts, where)
+    for at, name in enumerate(header):
+        texts = [row[at] for _, row in lines[1:]]
+        cell = partial(_cell, path, line_numbers, name)
+        columns[name] = _parse(texts, table.columns[name], cell) if name in table.columns else _guess(texts, cell)
     return pd.DataFrame(columns)
 
 
-def _where(path: Path, lines: list[int], name: str, at: int) -> str:
-    return f"{path}, line {lines[at]}: column {name}"
+def _cell(path: Path, line_numbers: list[int], column: str, row: int) -> str:
+    """The name of a cell in messages."""
+    return f"{path}, line {line_numbers[row]}: column {column}"
 
 
 def _rows(text: str) -> list[tuple[int, list[str]]]:
     """The rows with their line numbers, header first; a file that was cut off is refused.
 
-    Half a number still reads as a number, so a full disk or a broken copy must show by its last line.
+    Half a number still reads as a number, so a full disk or a broken copy must show by its last line. This is why
+    ``pandas.read_csv`` does not read these files: it fills short rows with empty cells, renames a column that occurs
+    twice, and tells of no line which type was wrong.
     """
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     rows = [(reader.line_num, row) for row in reader if row]
@@ -194,29 +201,29 @@ def _rows(text: str) -> list[tuple[int, list[str]]]:
     return rows
 
 
-def _parse(texts: list[str], kind: str, where: Callable[[int], str]) -> pd.Series:
-    """A column of one kind; ``where`` names the cell of a row."""
+def _parse(texts: list[str], kind: str, cell: Callable[[int], str]) -> pd.Series:
+    """A column of one type; ``cell`` names the cell of a row in messages."""
     if kind == "str":
-        return _names(texts, where)
+        return _names(texts, cell)
     values = []
-    for at, text in enumerate(texts):
+    for row, text in enumerate(texts):
         try:
             values.append(_number(text, kind))
         except ValueError:
-            raise RequestError(f"{where(at)} should be a number, not '{text}'") from None
+            raise RequestError(f"{cell(row)} should be a number, not '{text}'") from None
     return pd.Series(values, dtype={"int": "int64", "int?": "Int64", "float": "float64"}[kind])
 
 
-def _names(texts: list[str], where: Callable[[int], str]) -> pd.Series:
-    """A column of texts, none of which a terminal or a line of text would take for more than characters."""
+def _names(texts: list[str], cell: Callable[[int], str]) -> pd.Series:
+    """A column of texts, all of them printable."""
     for text in dict.fromkeys(texts):
         if not is_printable(text):
-            check_printable(text, where(texts.index(text)))
+            check_printable(text, cell(texts.index(text)))
     return pd.Series(texts, dtype="str")
 
 
 def _number(text: str, kind: str) -> float | int | None:
-    """Python's own reading, which is exact: pandas' parser may be off by a bit."""
+    """A number as Python reads it, which is exact."""
     if kind == "float":
         return float(text) if text not in _EMPTY else float("nan")
     if kind == "int?" and text in _EMPTY:
@@ -230,9 +237,9 @@ def _number(text: str, kind: str) -> float | int | None:
         return int(number)
 
 
-def _guess(texts: list[str], where: Callable[[int], str]) -> pd.Series:
-    """A column that the table does not know: numbers if all of it can be read so."""
+def _guess(texts: list[str], cell: Callable[[int], str]) -> pd.Series:
+    """A column that the table does not declare: numbers if all of its cells are, else texts."""
     try:
         return pd.to_numeric(pd.Series(texts, dtype="str"))
     except ValueError:
-        return _names(texts, where)
+        return _names(texts, cell)

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from bridge.exchange import layout
-from bridge.exchange.discovery_run import Discovery, one_place, open_discovery, read_sampled
+from bridge.exchange.discovery_run import Discovery, one_folder, open_discovery, read_sampled
 from bridge.exchange.errors import RequestError
 from bridge.exchange.printable import say
 from bridge.exchange.run_folder import find_runs, read_manifest
@@ -63,7 +63,7 @@ def choose_validation(folders: Sequence[str]) -> Validation:
     Raises:
         RequestError: no folder or several, no complete validation, or its discovery is no longer there.
     """
-    parent = one_place(folders)
+    parent = one_folder(folders)
     runs = find_runs(parent, layout.VALIDATION)
     newest = runs[-1]
     if len(runs) > 1:

@@ -1,11 +1,11 @@
 """End with the processes that started this one, however those end.
 
-A process hands down, in the environment variable ``BRIDGE_ANCESTORS``, which processes its children descend from:
-for each the process id and when it started, because the system gives an id that is free again to another process.
+The environment variable ``BRIDGE_ANCESTORS`` tells a process which processes it descends from: the id and the start
+time of each, because the system reuses the ids of processes that have ended.
 
-Where the system can (Linux), the kernel kills a process when its parent ends. A parent may have ended before that
-was asked for, there may be another program between the two, and not every system can. So each process also looks
-whether all that were handed down still live: once after the kernel was asked, then every two seconds.
+On Linux the kernel kills a process when its parent ends, if the process asks for it. The parent may have ended before
+that, another program may stand between the two, and other systems offer nothing of the kind. So each process also
+checks that all its ancestors still live: once after the request to the kernel, then every two seconds.
 """
 
 import ctypes
@@ -24,15 +24,15 @@ _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def name_of_this() -> str:
-    """How this process is named in ``BRIDGE_ANCESTORS``: its id and when it started."""
+    """The entry of this process in ``BRIDGE_ANCESTORS``: its id and its start time."""
     return f"{os.getpid()}:{started(os.getpid())}"
 
 
 def end_with_ancestors() -> None:
     """Have this process killed when one of those in ``BRIDGE_ANCESTORS`` ends, and add it there for its children.
 
-    To be called first of all, in the main thread. Linux counts the end of the thread that started a process as the
-    end of its parent, so that the parent must start processes in a thread that stays.
+    Call it before anything else, in the main thread. Linux takes the end of the thread that started a process for the
+    end of its parent, so a parent must start processes in a thread that lives as long as itself.
     """
     ancestors = os.environ.get(VARIABLE, "").split(";")
     ancestors = [name for name in ancestors if name]
@@ -45,13 +45,13 @@ def end_with_ancestors() -> None:
 
 
 def started(pid: int) -> str | None:
-    """When a process started, as the system says it; None if it has ended, even if nobody has asked how yet."""
+    """The start time of a process as the system writes it; None if it has ended, even if nobody has waited for it."""
     state, start = _from_proc(pid) if sys.platform == "linux" else _from_ps(pid)
     return start if state not in {"", "Z", "X"} else None
 
 
 def _from_proc(pid: int) -> tuple[str, str]:
-    """State and start (clock ticks since the system's) of a process: fields 3 and 22 of proc_pid_stat(5)."""
+    """State and start (clock ticks since the system's start) of a process: fields 3 and 22 of proc_pid_stat(5)."""
     try:
         after_name = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
@@ -60,10 +60,10 @@ def _from_proc(pid: int) -> tuple[str, str]:
 
 
 def _from_ps(pid: int) -> tuple[str, str]:
-    """The same (the start to the second) where there is no /proc."""
+    """State and start (to the second) of a process where there is no /proc."""
     command = ["ps", "-o", "state=", "-o", "lstart=", "-p", str(pid)]
-    said = subprocess.run(command, env=os.environ | {"LC_ALL": "C", "TZ": "UTC"}, capture_output=True, text=True)
-    state, _, start = said.stdout.strip().partition(" ")
+    done = subprocess.run(command, env=os.environ | {"LC_ALL": "C", "TZ": "UTC"}, capture_output=True, text=True)
+    state, _, start = done.stdout.strip().partition(" ")
     return state[:1], start.strip()
 
 

@@ -1,8 +1,10 @@
-"""The instrument's command line for a plan: the discovery's model and corpus, and what is to be measured."""
+"""The command line of the measuring instrument: the discovery's model and corpus, and what is to be measured."""
 
 import os
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from bridge.exchange.discovery_run import Discovery
 from bridge.exchange.errors import RequestError
@@ -12,14 +14,14 @@ CONFIG = Path(__file__).resolve().parents[5] / "configs" / "accelerate_config.ya
 
 
 def launcher(python: Path, num_processes: int, device: str) -> list[str]:
-    """What stands before the script's flags: Python and the script, or the launcher of several processes of it.
+    """The words before the script's flags: Python and the script, or accelerate's launcher of several processes.
 
-    The launcher starts its processes, too, through ``bridge.instrument.worker``, so that none outlives it. It is given no folder
-    for logs: it would make a temporary one, which nobody reads, and leave it behind.
+    The launcher starts its processes through ``bridge.instrument.worker`` as well, so that none outlives it. Its
+    folder for logs is the null device, because it would leave a temporary one behind.
 
     Raises:
-        RequestError: fewer than one process, more than the machine has GPUs or cores for, no torch to ask for the
-            GPUs, or the launcher's configuration is not where it should be.
+        RequestError: fewer than one process, more than the machine has GPUs or cores for, no torch that could count
+            the GPUs, or the launcher's configuration is missing.
     """
     if num_processes < 1:
         raise RequestError(f"--num-processes must be at least 1, not {num_processes}")
@@ -34,51 +36,65 @@ def launcher(python: Path, num_processes: int, device: str) -> list[str]:
 
 def _check_fits(python: Path, num_processes: int, device: str) -> None:
     """Refuse more processes than there are GPUs, each takes one; without GPUs, more than there are cores."""
-    n, unit = (0 if device == "cpu" else _count_gpus(python)), "GPUs"
-    if n == 0:
-        n, unit = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, "cores"
-    if num_processes > n:
-        raise RequestError(f"--num-processes {num_processes} is more than this machine has {unit}; give at most {n}")
+    most, unit = 0, "GPUs"
+    if device != "cpu":
+        most = _count_gpus(python)
+    if most == 0:
+        most, unit = _count_cores(), "cores"
+    if num_processes > most:
+        raise RequestError(f"--num-processes {num_processes} is more than this machine has {unit}; give at most {most}")
+
+
+def _count_cores() -> int:
+    """The cores that this process may use, or all of the machine's where the system does not tell."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _count_gpus(python: Path) -> int:
-    """How many GPUs torch finds in the instrument's environment; to ask takes seconds."""
+    """How many GPUs torch can use in the instrument's environment; takes seconds."""
     command, environment = process.tied([str(python), "-m", "bridge.instrument.count_gpus"])
     done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    number = (done.stdout.split() or [""])[-1]
+    number = done.stdout.split()[-1] if done.stdout.split() else ""
     if done.returncode != 0 or not number.isdecimal():
-        complaint = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        messages = done.stderr.strip().splitlines()
+        complaint = messages[-1] if messages else "it said nothing"
         raise RequestError(f"{python} cannot say how many GPUs there are for --num-processes: {complaint}")
     return int(number)
 
 
 def model_flags(discovery: Discovery, device: str, batch_size: int | None, trust_remote_code: bool) -> list[str]:
-    """The model as the discovery had it, its branch pinned to the commit of then.
+    """The model as the discovery loaded it; a branch is pinned to the commit that it was at then.
 
     Raises:
-        RequestError: a local model that is not here, or code of a model that is not trusted here.
+        RequestError: a local model that does not exist here, or code of a model that is not trusted here.
     """
-    wanted, model = discovery.options, discovery.model
-    name, revision = model["id"], wanted.get("revision")
-    if str(model.get("revision")).startswith("local-"):
+    model = discovery.model
+    name, loaded_revision = model["id"], model.get("revision")
+    revision = discovery.options.get("revision")
+    if str(loaded_revision).startswith("local-"):
         name = str(_existing(name, "model", discovery))
-    elif revision is None and _is_commit(model.get("revision")):
-        revision = model["revision"]  # the branch may have moved on since
-    if wanted.get("trust_remote_code") and not trust_remote_code:
+    elif revision is None and _is_commit(loaded_revision):
+        revision = loaded_revision  # the branch may have moved on since
+    if discovery.options.get("trust_remote_code") and not trust_remote_code:
         raise RequestError(
             f"'{name}' was discovered with --trust-remote-code; give it here too if you still do trust it"
         )
-    flags = _flags(model=name, revision=revision, dtype=model["dtype"], device=device, batch_size=batch_size)
-    flags += ["--trust-remote-code"] * trust_remote_code
-    patterns = wanted.get("allow_unused_weights")
-    return [*flags, "--allow-unused-weights", *patterns] if patterns else flags
+    flags = _flags(model=name, revision=revision, dtype=model.get("dtype"), device=device, batch_size=batch_size)
+    if trust_remote_code:
+        flags.append("--trust-remote-code")
+    patterns = discovery.options.get("allow_unused_weights")
+    if patterns:
+        flags += ["--allow-unused-weights", *patterns]
+    return flags
 
 
 def corpus_flags(discovery: Discovery) -> list[str]:
     """The texts of the discovery.
 
     Raises:
-        RequestError: a local file that is not here.
+        RequestError: a local file that does not exist here.
     """
     names = ("dataset_config", "split", "text_column", "packing", "max_length", "eval_limit")
     chosen = {name: discovery.options.get(name) for name in names}
@@ -90,13 +106,14 @@ def corpus_flags(discovery: Discovery) -> list[str]:
     return _flags(data_file=data_file, dataset=dataset, **chosen)
 
 
-def measurement_flags(chosen: dict) -> list[str]:
-    """The conditions, as the manifest has them under ``options``, but for the targets."""
+def measurement_flags(chosen: Mapping[str, Any]) -> list[str]:
+    """The selections and perturbations, from the options in the validation's manifest; without the targets."""
     words = ["--perturbation", *chosen["perturbations"], "--seeds", *map(str, chosen["seeds"])]
     words += _flags(**chosen["numbers"])
     if chosen["target_layers"]:
         words += ["--k", *map(str, chosen["k"]), "--selection", *chosen["selection"]]
-        words += ["--metric", *chosen["metrics"]] * ("bottom" in chosen["selection"])
+    if chosen["target_layers"] and "bottom" in chosen["selection"]:
+        words += ["--metric", *chosen["metrics"]]
     return words
 
 

@@ -2,5 +2,7 @@
 
 import torch
 
+from bridge.exchange.printable import say
+
 if __name__ == "__main__":
-    print(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    say(torch.cuda.device_count() if torch.cuda.is_available() else 0)

@@ -1,37 +1,67 @@
-"""From the flags of ``bridge validate`` to a plan, with everything that can be wrong found before anything starts."""
+"""Turn the flags of ``bridge validate`` into a plan; every mistake is reported before anything starts."""
 
 import hashlib
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
 import pandas as pd
 
 from bridge.analysis.single_weights import choose_weights
 from bridge.analysis.targets import choose_targets
-from bridge.exchange import baseline_file
+from bridge.exchange import baseline_file, layout
 from bridge.exchange.discovery_run import Discovery, choose_discovery
 from bridge.exchange.errors import RequestError
-from bridge.exchange.layout import SAMPLED_WEIGHTS_FILE
+from bridge.exchange.flag_table import FilePath
+from bridge.exchange.layout import ALL, Shard, parse_shard
 from bridge.exchange.run_folder import check_output
 from bridge.instrument import command, process
 
-ALL = "ALL"  # as a TARGET_LAYER: all matrices of the model, so that the top-K there is the global one
+Perturbation = Literal["zero", "sign_flip", "scale", "gaussian_noise", "bit_flip", "quantize"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    """What ``bridge validate`` was asked for; its flags, under the same names."""
+class ValidationOptions:
+    """The validation.
 
-    places: Sequence[str]
+    Attributes:
+        from_: a folder that holds discovery runs (the newest complete one is taken), or one run's folder.
+        layers: how many of the highest-ranked layers, by their share of the first metric's global top-K.
+        control_layers: how many further layers, drawn evenly over the whole range of the score's rank.
+        all_layers: measure every layer instead; slower, but no range is left out.
+        metrics: whose top weights are perturbed; by default all metrics of the run.
+        k: how many weights of a layer are perturbed; by default the smallest K of the run.
+        perturbations: what is done to the weights.
+        seeds: of the random controls, one draw each.
+        global_set: also perturb the top-K across all layers at once (target ALL).
+        bottom: also perturb the K weights of the lowest score; costs gradients.
+        single_weights: how many single weights to perturb one by one, of those that the discovery sampled, over
+            every order of magnitude of rank by each of the metrics; compares all on the same weights.
+        factor: of the perturbation scale; by default the instrument's own.
+        sigma: of gaussian_noise, in standard deviations of the tensor; likewise.
+        bit: of bit_flip, 0 is the lowest; by default the highest bit of the exponent.
+        n_bits: of quantize.
+        baseline: a baseline.json of run_baseline.py; refuse if the discovery's setup or loss differs from it.
+        num_processes: how many processes share the measurements, each on its own GPU where there are any.
+        shard: i/n, measure only the i-th of n parts, of which each may be on another machine; see merge.
+        merge: the folders that hold all finished parts: put them together and report, instead of measuring.
+        output: the folder for the new validation folder; by default where the discovery run's folder is.
+        experiment_id: names the folder; by default the time, or the unfinished run of the same request.
+        perturb_python: the Python that has llm_perturb; by default its own environment.
+        device: auto, cpu, cuda, cuda:1, mps.
+        batch_size: sequences at once.
+        trust_remote_code: run code that comes with the model, if the discovery did.
+    """
+
+    from_: list[FilePath]
     layers: int = 5
     control_layers: int = 5
     all_layers: bool = False
-    metrics: Sequence[str] | None = None
-    k: Sequence[int] | None = None
-    perturbations: Sequence[str] = ("zero",)
-    seeds: Sequence[int] = (0, 1, 2)
+    metrics: list[str] | None = None
+    k: list[int] | None = None
+    perturbations: list[Perturbation] = field(default_factory=lambda: ["zero"])
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     global_set: bool = True
     bottom: bool = False
     single_weights: int = 0
@@ -42,7 +72,7 @@ class Options:
     baseline: str | None = None
     num_processes: int = 1
     shard: str | None = None
-    merge: Sequence[str] | None = None
+    merge: list[FilePath] | None = None
     output: str | None = None
     experiment_id: str | None = None
     perturb_python: str | None = None
@@ -51,120 +81,144 @@ class Options:
     trust_remote_code: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A request that was found good: all that is needed to measure."""
+    """A request that passed every check: all that is needed to measure.
+
+    Attributes:
+        discovery: the run that is validated.
+        targets: the layers to measure: table TARGETS.
+        single_weights: perturbed one by one: table TOP_WEIGHTS; None if none were asked for.
+        warnings: for the person and the manifest.
+        options: what decides the numbers, as it goes into the manifest.
+        identity: of the validation run.
+        weights_files: by metric, the file of the top weights of every layer.
+        shard: the part of the request that is measured here; None for all of it.
+        python: the Python of the instrument's environment.
+        command: the instrument's command, but for the targets, the files of weights and where it writes.
+        output: the folder for the validation's folder.
+    """
 
     discovery: Discovery
-    targets: pd.DataFrame  # table TARGETS
-    single_weights: pd.DataFrame | None  # table TOP_WEIGHTS: perturbed one by one
+    targets: pd.DataFrame
+    single_weights: pd.DataFrame | None
     warnings: list[str]
-    options: dict  # what decides the numbers, as it goes to the manifest
-    identity: dict
-    weights: dict[str, Path]  # by metric, the file of the top weights of every layer
-    shard: tuple[int, int] | None  # its number from 1, and of how many
+    options: dict[str, Any]
+    identity: dict[str, Any]
+    weights_files: dict[str, Path]
+    shard: Shard | None
     python: Path
-    command: list[str]  # the instrument's, but for the targets, the files and where it writes
+    command: list[str]
     output: Path
 
 
-def plan(options: Options) -> Plan:
+def plan(options: ValidationOptions) -> Plan:
     """Check everything that can be known before anything is started or written.
 
     Raises:
         RequestError: whatever is wrong with the request, the discovery's files, or the environment.
     """
-    shard = _shard(options)
-    discovery = choose_discovery(options.places)
-    unknown = baseline_file.check_same(options.baseline, discovery) if options.baseline else []
+    if options.shard is not None and options.merge:
+        raise RequestError("--shard measures a part and --merge puts the parts together: give one of them")
+    shard = None if options.shard is None else parse_shard(options.shard)
+    discovery = choose_discovery(options.from_)
+    not_compared = baseline_file.check_same(options.baseline, discovery) if options.baseline else []
     metrics = discovery.metrics(options.metrics)
-    sets = options.layers or options.control_layers or options.all_layers or options.global_set
-    ks, weights = _sets(discovery, metrics, options) if sets else ([1], {})
+    ks, weights_files = _sets(discovery, metrics, options)
     _check_numbers(options)
     targets, warnings = _targets(discovery, metrics, ks[-1], options)
-    chosen = {
+    chosen: dict[str, Any] = {
         "metrics": metrics,
         "k": ks,
         "perturbations": list(dict.fromkeys(options.perturbations)),
         "seeds": list(dict.fromkeys(options.seeds)),
-        "selection": ["top", "random"] + ["bottom"] * options.bottom,
+        "selection": ["top", "random", "bottom"] if options.bottom else ["top", "random"],
         "numbers": _numbers(options),
-        "target_layers": targets["target_layer"].tolist() + [ALL] * options.global_set,
+        "target_layers": targets["target_layer"].tolist(),
     }
-    single_weights, more_warnings = _single_weights(discovery, metrics, options.single_weights)
-    if not chosen["target_layers"] and single_weights is None:
-        raise RequestError(
-            "nothing is to be measured: --layers 0, --control-layers 0, --no-global-set and no --single-weights"
-        )
-    identity = {
+    if options.global_set:
+        chosen["target_layers"].append(ALL)  # all matrices of the model: the top-K there is the global one
+    identity: dict[str, Any] = {
         "options": chosen,
         "model": discovery.model,
         "corpus": discovery.corpus,
-        "discovery": _hashes(discovery, metrics, weights),
+        "discovery": _hashes(discovery, metrics, weights_files),
     }
-    if single_weights is not None:
+    single_weights = None
+    if options.single_weights:
+        sampled = discovery.sampled()
+        if options.single_weights > len(sampled):
+            request = f"--single-weights {options.single_weights}"
+            warnings.append(f"{request}: the discovery sampled {len(sampled)}, all of them are taken")
+        single_weights = choose_weights(sampled, metrics, options.single_weights)
         chosen["single_weights"] = len(single_weights)
         identity["single_weights"] = hashlib.sha256(single_weights.to_csv(index=False).encode()).hexdigest()
-        identity["discovery"][SAMPLED_WEIGHTS_FILE] = _hash(discovery.folder / SAMPLED_WEIGHTS_FILE)
-    flags = command.model_flags(discovery, options.device, options.batch_size, options.trust_remote_code)
-    flags += command.corpus_flags(discovery) + command.measurement_flags(chosen)
+        sampled_file = discovery.folder / layout.SAMPLED_WEIGHTS_FILE
+        identity["discovery"][sampled_file.name] = _hash(sampled_file)
+    elif not chosen["target_layers"]:
+        raise RequestError(
+            "nothing is to be measured: --layers 0, --control-layers 0, --no-global-set and no --single-weights"
+        )
     python = process.find_python(options.perturb_python)
-    words = command.launcher(python, options.num_processes, options.device) + flags
-    output = check_output(options.output or str(discovery.folder.parent))
-    warnings += more_warnings + unknown
-    return Plan(discovery, targets, single_weights, warnings, chosen, identity, weights, shard, python, words, output)
+    flags = command.model_flags(discovery, options.device, options.batch_size, options.trust_remote_code)
+    flags += command.corpus_flags(discovery)
+    flags += command.measurement_flags(chosen)
+    return Plan(
+        discovery=discovery,
+        targets=targets,
+        single_weights=single_weights,
+        warnings=[*warnings, *not_compared],
+        options=chosen,
+        identity=identity,
+        weights_files=weights_files,
+        shard=shard,
+        python=python,
+        command=command.launcher(python, options.num_processes, options.device) + flags,
+        output=check_output(options.output or str(discovery.folder.parent)),
+    )
 
 
-def _sets(discovery: Discovery, metrics: list[str], options: Options) -> tuple[list[int], dict[str, Path]]:
-    """The sizes of the sets, ascending, and for each metric the file that they are taken from."""
+def _sets(discovery: Discovery, metrics: list[str], options: ValidationOptions) -> tuple[list[int], dict[str, Path]]:
+    """The sizes of the sets, ascending, and for each metric the file that its sets are taken from."""
+    if not (options.layers or options.control_layers or options.all_layers or options.global_set):
+        return [1], {}
     available = {metric: discovery.ks(metric, "per_layer") for metric in metrics}
-    ks = sorted(set(options.k or [max(min(sizes) for sizes in available.values())]))
+    smallest_of_all = max(min(sizes) for sizes in available.values())
+    ks = sorted(set(options.k or [smallest_of_all]))
     if ks[0] < 1:
         raise RequestError(f"--k must be at least 1, not {ks[0]}")
     return ks, {metric: _smallest_file(discovery, metric, available[metric], ks[-1]) for metric in metrics}
 
 
-def _shard(options: Options) -> tuple[int, int] | None:
-    if options.shard is None:
-        return None
-    if options.merge:
-        raise RequestError("--shard measures a part and --merge puts the parts together: give one of them")
-    found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", options.shard)
-    if not found or not 1 <= int(found[1]) <= int(found[2]):
-        raise RequestError(f"--shard '{options.shard}' must be i/n, such as 2/4, with i from 1 to n")
-    return int(found[1]), int(found[2])
-
-
-def _numbers(options: Options) -> dict[str, float]:
-    """The parameters of the perturbations, those that were given.
+def _numbers(options: ValidationOptions) -> dict[str, float]:
+    """The parameters of the perturbations, as far as they were set.
 
     Raises:
         RequestError: one is of a perturbation that was not asked for.
     """
-    of = {"factor": "scale", "sigma": "gaussian_noise", "bit": "bit_flip", "n_bits": "quantize"}
-    given = {name: value for name in of if (value := getattr(options, name)) is not None}
-    for name in given:
-        if of[name] not in options.perturbations:
-            raise RequestError(f"--{name.replace('_', '-')} is for --perturbations {of[name]}, which is not asked for")
-    return given
+    numbers: dict[str, float] = {}
+    perturbation_of = {"factor": "scale", "sigma": "gaussian_noise", "bit": "bit_flip", "n_bits": "quantize"}
+    for name, perturbation in perturbation_of.items():
+        value = getattr(options, name)
+        if value is None:
+            continue
+        if perturbation not in options.perturbations:
+            flag = name.replace("_", "-")
+            raise RequestError(f"--{flag} is for --perturbations {perturbation}, which is not asked for")
+        numbers[name] = value
+    return numbers
 
 
-def _single_weights(discovery: Discovery, metrics: list[str], n: int) -> tuple[pd.DataFrame | None, list[str]]:
-    """The weights to perturb one by one, if any were asked for, and what to say of them."""
-    if n == 0:
-        return None, []
-    sampled = discovery.sampled()
-    warnings = [f"--single-weights {n}: the discovery sampled {len(sampled)}, all of them are taken"]
-    return choose_weights(sampled, metrics, n), warnings if n > len(sampled) else []
-
-
-def _targets(discovery: Discovery, metrics: list[str], k: int, options: Options) -> tuple[pd.DataFrame, list[str]]:
-    """The layers to measure, ranked by the first metric, and what to say of them; every metric's tables are checked.
+def _targets(
+    discovery: Discovery, metrics: list[str], k: int, options: ValidationOptions
+) -> tuple[pd.DataFrame, list[str]]:
+    """The layers to measure, ranked by the first metric, and warnings; the tables of every metric are checked.
 
     A layer must hold the top-k of each metric and as many weights besides, from which the control is drawn.
     """
-    tables = [(discovery.top_weights(metric, discovery.ks(metric)[0]), discovery.summary(metric)) for metric in metrics]
-    top_weights, summary = tables[0]
+    top_weights = {metric: discovery.top_weights(metric, discovery.ks(metric)[0]) for metric in metrics}
+    summaries = {metric: discovery.summary(metric) for metric in metrics}
+    summary = summaries[metrics[0]]
     least = k * (len(metrics) + 1)
     enough = summary[summary["n_weights"] >= least]
     if enough.empty:
@@ -176,15 +230,16 @@ def _targets(discovery: Discovery, metrics: list[str], k: int, options: Options)
     if len(enough) < len(summary):
         warnings = [f"{len(summary) - len(enough)} layers of fewer than {least} weights are left out"]
     n_control = len(enough) if options.all_layers else options.control_layers
-    return choose_targets(top_weights, enough, options.layers, n_control), warnings
+    return choose_targets(top_weights[metrics[0]], enough, options.layers, n_control), warnings
 
 
-def _hashes(discovery: Discovery, metrics: list[str], weights: dict[str, Path]) -> dict[str, str]:
+def _hashes(discovery: Discovery, metrics: list[str], weights_files: dict[str, Path]) -> dict[str, str]:
     """SHA-256 of each file of the discovery that the validation rests on."""
     assert discovery.baseline  # reading it checks it
-    used = [discovery.folder / "baseline.json", *weights.values()]
+    used = [discovery.folder / layout.BASELINE_FILE, *weights_files.values()]
     for metric in metrics:
-        used += [discovery.folder / f"layer_summary_{metric}.csv", discovery.path(metric, discovery.ks(metric)[0])]
+        used.append(discovery.folder / layout.layer_summary_file(metric))
+        used.append(discovery.path(metric, discovery.ks(metric)[0]))
     return {path.name: _hash(path) for path in used}
 
 
@@ -192,13 +247,16 @@ def _hash(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _check_numbers(options: Options) -> None:
-    batch_size = 1 if options.batch_size is None else options.batch_size
-    numbers = {"seeds": (options.seeds, 0), "batch-size": ([batch_size], 1)}
-    numbers["single-weights"] = ([options.single_weights], 0)
-    for flag, (values, least) in numbers.items():
-        if min(values) < least:
-            raise RequestError(f"--{flag} must be at least {least}, not {min(values)}")
+def _check_numbers(options: ValidationOptions) -> None:
+    _check_at_least("seeds", options.seeds, 0)
+    if options.batch_size is not None:
+        _check_at_least("batch-size", [options.batch_size], 1)
+    _check_at_least("single-weights", [options.single_weights], 0)
+
+
+def _check_at_least(flag: str, values: Sequence[int], least: int) -> None:
+    if min(values) < least:
+        raise RequestError(f"--{flag} must be at least {least}, not {min(values)}")
 
 
 def _smallest_file(discovery: Discovery, metric: str, available: list[int], k: int) -> Path:

@@ -1,4 +1,4 @@
-"""Start llm_perturb's measuring script in its own environment, show what it says, and end with it."""
+"""Run the measuring script of llm_perturb in its own environment: show its output, and let it never outlive this."""
 
 import codecs
 import os
@@ -20,15 +20,15 @@ SCRIPT = _LLM_PERTURB / "scripts" / "run_topk_perturb.py"
 MERGE = _LLM_PERTURB / "scripts" / "merge_shards.py"
 PYTHON = _LLM_PERTURB / ".venv" / "bin" / "python"  # never resolved: through the link, Python finds its environment
 _SECONDS_TO_END = 30.0
-_TAIL = 16_000  # characters: room for what the launcher adds after the instrument's own last line
+_TAIL = 16_000  # characters of output; the launcher adds many after the instrument's own last line
 _REFUSED = re.compile(r"exitcode\s*: 2\b")
 
 
 def find_python(perturb_python: str | None) -> Path:
-    """The Python that runs the instrument: the given one, or that of llm_perturb's environment.
+    """The Python that runs the instrument: that of ``--perturb-python``, or of llm_perturb's environment.
 
     Raises:
-        RequestError: there is none, or the instrument's script is not where this package was installed from.
+        RequestError: no such program, or the instrument's script is missing.
     """
     python = Path(perturb_python).absolute() if perturb_python else PYTHON
     if not python.is_file() or not os.access(python, os.X_OK):
@@ -46,7 +46,7 @@ def tied(command: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """The command and environment that start a Python which ends with this process.
 
     Args:
-        command: the Python and its arguments: a script, or ``-m`` and a module, and what they are given.
+        command: the Python and its arguments: a script, or ``-m`` and a module, with their own arguments.
     """
     environment = {name: value for name, value in os.environ.items() if name != "TARGET_LAYER"}
     environment[ancestors.VARIABLE] = ancestors.name_of_this()
@@ -54,75 +54,80 @@ def tied(command: Sequence[str]) -> tuple[list[str], dict[str, str]]:
 
 
 def measure(
-    command: Sequence[str], cwd: Path, log: Path, folder: Path, watch: Callable[[], None], script: Path | None = None
+    command: Sequence[str], *, cwd: Path, log: Path, folder: Path, watch: Callable[[], None], script: Path | None = None
 ) -> None:
     """Run the instrument to its end; its stderr goes to stderr and, with its stdout, to ``log``.
 
     It never outlives this process (see ``tied``), and an exception here, Ctrl-C included, ends it too. A run that
-    was killed just before this one may still be ending, so its folder is waited for.
+    was killed just before this one may still be ending, so this waits until its folder is free.
 
     Args:
         command: as for ``tied``.
         cwd: where it runs.
-        log: appended to.
-        folder: the run folder that it will work in.
-        watch: called again and again while it speaks; may raise to stop it.
+        log: the output is appended to it.
+        folder: the run folder that the instrument will work in.
+        watch: called after each piece of output; may raise to stop the instrument.
         script: the one that the command runs, if it is not ``SCRIPT``.
 
     Raises:
-        RequestError: it refused the request; the message is its own.
+        RequestError: the instrument refused the request; the message is its own.
         RunError: it failed or was killed.
     """
     deadline = time.monotonic() + _SECONDS_TO_END
     while is_locked(folder) and time.monotonic() < deadline:
         time.sleep(0.1)
-    words, environment = tied(command)
-    with log.open("ab") as kept:
+    tied_command, environment = tied(command)
+    with log.open("ab") as log_stream:
         child = subprocess.Popen(
-            words,
+            tied_command,
             cwd=cwd,
             env=environment,
             stdin=subprocess.DEVNULL,
-            stdout=kept,
+            stdout=log_stream,
             stderr=subprocess.PIPE,
         )
         try:
-            said = _relay(child.stderr, kept, watch)
+            assert child.stderr is not None
+            last_lines = _relay(child.stderr, log_stream, watch)
             code = child.wait()
         finally:
             _stop(child)
     if code != 0:
-        raise _failure(code, said, log, (script or SCRIPT).name)
+        raise _failure(code, last_lines, log, (script or SCRIPT).name)
 
 
-def _failure(code: int, said: list[str], log: Path, name: str) -> RequestError | RunError:
-    """What became of the instrument; of several processes the launcher reports that one ended with code 2."""
-    complaint = next((line for line in reversed(said) if f"{name}: error: " in line), said[-1])
-    complaint = complaint.partition(f"{name}: error: ")[2] or complaint
-    if code == 2 or any(_REFUSED.match(line) for line in said):
+def _failure(code: int, last_lines: list[str], log: Path, name: str) -> RequestError | RunError:
+    """The instrument's failure as an exception, from its exit code and the last lines of its output."""
+    prefix = f"{name}: error: "
+    complaints = [line.partition(prefix)[2] for line in last_lines if prefix in line]
+    complaint = complaints[-1] if complaints else last_lines[-1]
+    # of several processes, the launcher reports that one ended with code 2, and ends with another code itself
+    if code == 2 or any(_REFUSED.match(line) for line in last_lines):
         return RequestError(f"{name} refused: {complaint}")
-    how = f"was ended by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"failed with exit code {code}"
+    how = f"failed with exit code {code}"
+    if code < 0:
+        how = f"was ended by signal {-code} ({signal.Signals(-code).name})"
     return RunError(f"{name} {how}: {complaint}; see {log}. The same command started again goes on from there")
 
 
-def _relay(stream: IO[bytes], kept: IO[bytes], watch: Callable[[], None]) -> list[str]:
-    """Copy bytes as they come, progress bars included; the last lines that say something are returned."""
+def _relay(stream: IO[bytes], log_stream: IO[bytes], watch: Callable[[], None]) -> list[str]:
+    """Copy output as it comes, progress bars included, to stderr and to the log; returns the last lines with text."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     tail = ""
     while chunk := os.read(stream.fileno(), 1 << 16):
         text = decoder.decode(chunk)
         sys.stderr.write(text)
         sys.stderr.flush()
-        kept.write(chunk.replace(b"\r", b"\n"))
-        kept.flush()
+        log_stream.write(chunk.replace(b"\r", b"\n"))
+        log_stream.flush()
         tail = (tail + text)[-_TAIL:]
         watch()
-    lines = [line.strip() for line in tail.replace("\r", "\n").split("\n") if line.strip()]
-    return lines or ["it said nothing"]
+    lines = [line.strip() for line in tail.replace("\r", "\n").split("\n")]
+    return [line for line in lines if line] or ["it said nothing"]
 
 
-def _stop(child: subprocess.Popen) -> None:
-    """End the child if it still runs, and let its pipe go."""
+def _stop(child: subprocess.Popen[bytes]) -> None:
+    """End the child if it still runs, and close its pipe."""
     if child.poll() is None:
         child.terminate()
         try:
@@ -130,4 +135,5 @@ def _stop(child: subprocess.Popen) -> None:
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()
-    child.stderr.close()
+    if child.stderr is not None:
+        child.stderr.close()

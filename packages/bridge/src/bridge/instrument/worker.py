@@ -1,4 +1,4 @@
-"""Run a script or a module as a process that ends with those that started it.
+"""Run a script or a module in a process that ends when one of its ancestors does.
 
 python -m bridge.instrument.worker SCRIPT FLAGS
 python -m bridge.instrument.worker -m MODULE FLAGS

@@ -1,0 +1,159 @@
+"""The types of ``manifest.json``: what the manifest of a run must say, checked where it is read.
+
+A manifest stays the dictionary that the file holds: a run that is resumed writes it back, and what a later version
+added must survive that. The types say which entries the packages rely on. All others are tolerated; of those that are
+named here, ``NotRequired`` ones (and all of a class with ``total=False``) may be missing, as in manifests of earlier
+versions.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NotRequired, TypedDict, TypeVar, cast
+
+import msgspec
+
+from bridge.exchange.errors import RequestError
+
+
+class ModelInfo(TypedDict):
+    """The measured model, in the identity of a run."""
+
+    id: str  # name on the Hugging Face hub, or path
+    revision: NotRequired[str | None]  # commit, or local-<hash>
+    dtype: NotRequired[str]
+    n_parameters: NotRequired[int]
+    tied_groups: NotRequired[list[list[str]]]
+
+
+class CorpusInfo(TypedDict, total=False):
+    """The texts that the loss is measured on, in the identity of a run."""
+
+    source: str
+    packing: str
+    max_length: int | None
+    n_texts: int
+    n_sequences: int
+    n_tokens: int
+    text_sha256: str
+    corpus_sha256: str
+
+
+class FingerprintTotals(TypedDict):
+    """The two hashes of a fingerprint, in the identity of a run."""
+
+    parameters_xxh3: str
+    tokenizer_xxh3: str
+
+
+class MetricInfo(TypedDict, total=False):
+    """The definition of a metric, in the manifest of a discovery."""
+
+    formula: str | None
+    unit: str | None
+    source: str | None
+    baseline: bool
+
+
+class RunState(TypedDict, total=False):
+    """What the manifest of any run says, beside its identity.
+
+    Attributes:
+        schema: version of the manifest's form.
+        kind: of the run, such as ``perturb``; see ``layout``.
+        status: running, complete or failed.
+        argv: the command.
+        started: when, with the offset from UTC.
+        ended: likewise; None while the run goes on.
+        error: what failed.
+        warnings: those that were printed.
+        failed_targets: target to error, in the manifest of the measuring instrument and of a validation.
+        host: Python, platform, versions of the packages, git commit.
+    """
+
+    schema: int
+    kind: str
+    status: str
+    argv: list[str]
+    started: str
+    ended: str | None
+    error: str | None
+    warnings: list[str]
+    failed_targets: dict[str, str]
+    host: dict[str, Any]
+
+
+class Manifest(RunState, total=False):
+    """The manifest of any run; the identity is all that its numbers depend on."""
+
+    identity: dict[str, Any]
+
+
+class DiscoveryOptions(TypedDict):
+    """The options of a discovery that the bridge relies on."""
+
+    metric: list[str]
+
+
+class DiscoveryIdentity(TypedDict):
+    """The identity of a discovery."""
+
+    options: DiscoveryOptions
+    model: ModelInfo
+    corpus: CorpusInfo
+    fingerprint: NotRequired[FingerprintTotals]
+
+
+class DiscoveryManifest(RunState):
+    """The manifest of a discovery."""
+
+    identity: DiscoveryIdentity
+    metrics: NotRequired[dict[str, MetricInfo]]
+
+
+class ValidationOptions(TypedDict):
+    """The options of a validation that its tables and its report rely on."""
+
+    metrics: list[str]
+    target_layers: list[str]
+
+
+class ValidationIdentity(TypedDict):
+    """The identity of a validation."""
+
+    options: ValidationOptions
+    model: ModelInfo
+    corpus: CorpusInfo
+
+
+class ValidationManifest(RunState):
+    """The manifest of a validation."""
+
+    identity: ValidationIdentity
+    discovery_folder: NotRequired[str]
+    discovery_relative: NotRequired[str]  # as seen from the folder that the validation lies in
+
+
+ManifestType = TypeVar("ManifestType", bound=Mapping[str, Any])
+
+
+def checked(content: object, expected: type[ManifestType], path: Path) -> ManifestType:
+    """``content`` itself, once it has the entries and types that ``expected`` names.
+
+    Args:
+        content: what a JSON file holds.
+        expected: one of the types of this module.
+        path: the file, for the message.
+
+    Raises:
+        RequestError: an entry is missing or of another type; the message names the file, the entry and what was
+            expected there.
+
+    >>> checked({"status": 1}, Manifest, Path("run/manifest.json"))
+    Traceback (most recent call last):
+    bridge.exchange.errors.RequestError: run/manifest.json is damaged: Expected `str`, got `int` - at `$.status`
+    """
+    try:
+        msgspec.convert(content, expected)
+    except msgspec.ValidationError as error:
+        raise RequestError(f"{path} is damaged: {error}") from None
+    return cast(ManifestType, content)
