@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from bridge.errors import RequestError
+from bridge.exchange.errors import RequestError
 from critical_weight_analysis import baseline
 
 FOUND = {"model": "gpt2", "revision": "abc", "dtype": "float32", "corpus_sha256": "1f", "nll": 3.0, "ppl": 20.1}

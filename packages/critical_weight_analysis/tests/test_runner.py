@@ -11,13 +11,13 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from bridge import argv
-from bridge.records import LAYER_SUMMARY, SAMPLED_WEIGHTS, STABILITY, TOP_WEIGHTS, read_table
-from bridge.runs import open_run, read_manifest
+from bridge.exchange import flags as flag_reader
+from bridge.exchange.run_folder import open_run, read_manifest
+from bridge.exchange.tables import LAYER_SUMMARY, SAMPLED_WEIGHTS, STABILITY, TOP_WEIGHTS, read_table
 from critical_weight_analysis.hutchinson import hessian_diagonal
-from critical_weight_analysis.phase1 import Options
-from llm_perturb import models
-from llm_perturb.perplexity import sequence_losses
+from critical_weight_analysis.run import Options
+from llm_perturb.evaluation import models
+from llm_perturb.evaluation.perplexity import sequence_losses
 from reference import naive_score, naive_sensitivities, naive_top
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -74,7 +74,7 @@ def flags(checkpoint, texts, output, *more):
 def phase1(*words):
     """Run the command in this process; returns its exit code."""
     try:
-        argv.run(runner.phase1, "phase1_runner.py", list(map(str, words)))
+        flag_reader.run(runner.phase1, "phase1_runner.py", list(map(str, words)))
     except SystemExit as stop:
         return stop.code
     return 0

@@ -3,7 +3,7 @@
 python scripts/merge_shards.py --from outputs/ --output merged/
 """
 
-from bridge import argv
+from bridge.exchange import flags
 from llm_perturb import shards
 
 
@@ -20,4 +20,4 @@ def merge(*, from_: list[str], output: str = "outputs/", experiment_id: str | No
 
 
 if __name__ == "__main__":
-    argv.run(merge)
+    flags.run(merge)

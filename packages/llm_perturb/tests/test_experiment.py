@@ -15,8 +15,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from bridge import argv
-from bridge.records import MEASUREMENTS, TOP_WEIGHTS, read_table
+from bridge.exchange import flags as flag_reader
+from bridge.exchange.tables import MEASUREMENTS, TOP_WEIGHTS, read_table
 from llm_perturb import experiment
 from reference import naive_highest, naive_loss, naive_losses, naive_lowest, naive_score, rewritten, zeroed
 from safetensors.torch import load_file, save_file
@@ -80,7 +80,7 @@ def load_command(script):
 def call(capfd, flags, script=SCRIPT):
     """Run a command in this process: exit code, stdout, the lines of stderr that are the command's own."""
     try:
-        argv.run(load_command(script), script, words_of(flags))
+        flag_reader.run(load_command(script), script, words_of(flags))
         code = 0
     except SystemExit as stopped:
         code = stopped.code

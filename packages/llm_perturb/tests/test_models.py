@@ -2,8 +2,8 @@ import json
 
 import pytest
 import torch
-from bridge.errors import RequestError
-from llm_perturb import models
+from bridge.exchange.errors import RequestError
+from llm_perturb.evaluation import models
 from safetensors.torch import load_file, save_file
 from tiny_models import save_checkpoint
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
-from llm_perturb.weights import layer_of
+from llm_perturb.evaluation.parameters import layer_of
 from torch import Tensor
 
 _CHUNK = 1 << 22  # scores looked at together: bounds the memory of the selection, changes no result
