@@ -10,6 +10,7 @@ from bridge.exchange.errors import RequestError, RunError
 from bridge.exchange.printable import escaped, say
 from bridge.exchange.run_folder import Run, check_output, open_run
 from bridge.exchange.tables import write_json
+import numpy as np
 from tqdm import tqdm
 
 from llm_perturb.batched_single_weights import Copies, Unit, group
@@ -20,7 +21,7 @@ from llm_perturb.evaluation.lm_loss import is_plain
 from llm_perturb.evaluation.models import LoadedModel
 from llm_perturb.evaluation.perplexity import Perplexity, measure, reference_of, sequence_losses, summarize
 from llm_perturb.evaluation.processes import Processes
-from llm_perturb.intervals import MIN_SEQUENCES
+from llm_perturb.intervals import MIN_CLUSTERS, by_cluster
 from llm_perturb.measurement_plan import Plan, choose_weights, lines, share, single_weights
 from llm_perturb.measurements_table import failures, record_of, write_records
 from llm_perturb.perturbation import Perturbation
@@ -197,8 +198,9 @@ def _run(
     perplexity = summarize(baseline.losses, corpus)
     if processes.first:
         _write_baseline(run, loaded, corpus, perplexity)
-        if len(corpus.sequences) < MIN_SEQUENCES:
-            run.warn(f"{len(corpus.sequences)} sequences are too few for an interval; ci_low and ci_high are empty")
+        n_clusters = len(by_cluster(np.array(corpus.lengths), corpus.clusters))
+        if n_clusters < MIN_CLUSTERS:
+            run.warn(f"{n_clusters} texts are too few for an interval (at least {MIN_CLUSTERS})")
     if len({tuple(losses) for losses in processes.gather(baseline.losses.tolist())}) > 1:
         raise RunError("the processes do not agree on the baseline; do they run on different hardware?")
     finished = processes.once(lambda: _finished(run, perplexity))

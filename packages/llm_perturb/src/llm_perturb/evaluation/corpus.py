@@ -8,6 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from bridge.exchange.errors import RequestError
 from torch import Tensor
@@ -61,6 +62,16 @@ class Corpus:
     def n_tokens(self) -> int:
         """N, the number of predicted tokens."""
         return count_tokens(self.sequences)
+
+    @property
+    def lengths(self) -> list[int]:
+        """T_i, the number of predicted tokens of each sequence."""
+        return [len(sequence) - 1 for sequence in self.sequences]
+
+    @property
+    def clusters(self) -> np.ndarray | None:
+        """Which text each sequence comes from, (n,); None where each sequence is a text of its own."""
+        return None
 
 
 def count_tokens(sequences: Iterable[Tensor]) -> int:
