@@ -128,7 +128,7 @@ def checkpoint(tmp_path_factory):
 
 def test_each_parameter_is_in_it_once(tmp_path):
     loaded = models.load(str(save(build("gpt2"), tmp_path)), device="cpu")
-    assert loaded.facts["tied_groups"] == [["transformer.wte.weight", "lm_head.weight"]]
+    assert loaded.metadata["tied_groups"] == [["transformer.wte.weight", "lm_head.weight"]]
     assert list(loaded.fingerprint.digests) == list(named_parameters(loaded.model))
     assert "lm_head.weight" not in loaded.fingerprint.digests
     assert loaded.fingerprint.digests == parameter_digests(named_parameters(loaded.model))
@@ -174,7 +174,7 @@ def test_other_values_from_the_same_files_no_longer_look_alike(checkpoint):
     loaded, other = (models.load(str(checkpoint), device="cpu") for _ in range(2))
     for parameter in other.model.parameters():
         parameter.neg_()
-    assert other.facts == loaded.facts
+    assert other.metadata == loaded.metadata
     assert other.fingerprint != loaded.fingerprint
     assert "more parameters" in difference(loaded.fingerprint, other.fingerprint)
 

@@ -10,6 +10,7 @@ from bridge.exchange.printable import say
 from bridge.exchange.run_folder import Run
 from bridge.exchange.tables import MEASUREMENTS, atomic_path, read_table, write_table, write_text
 
+from llm_perturb.condition import Outcome
 from llm_perturb.evaluation.corpus import Corpus
 from llm_perturb.evaluation.perplexity import Measured, Perplexity, exp
 from llm_perturb.intervals import (
@@ -20,7 +21,6 @@ from llm_perturb.intervals import (
     perplexity_interval,
     ratio_interval,
 )
-from llm_perturb.measurement import Outcome
 from llm_perturb.top_against_random import compare
 
 _WHOLE = {"seed": "Int64", "row": "Int64", "col": "Int64"}  # columns that may be empty
@@ -94,7 +94,7 @@ def row_of(outcome: Outcome, baseline: Measured, before: Perplexity, corpus: Cor
         "delta_ppl": perturbed_ppl - before.ppl,
         "n_tokens": before.n_tokens,
         "n_sequences": before.n_sequences,
-        "corpus_sha256": corpus.facts["corpus_sha256"],
+        "corpus_sha256": corpus.metadata["corpus_sha256"],
         "model": model,
         "ppl_ratio": exp(delta_nll),
         "delta_accuracy": delta_accuracy,

@@ -38,6 +38,19 @@ _PACKAGES = (
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """The run folder.
+
+    Attributes:
+        output: the folder that the run's folder is made in.
+        experiment_id: names the run's folder; by default the time, or the unfinished run of the same request.
+    """
+
+    output: str = "outputs/"
+    experiment_id: str | None = None
+
+
 def check_output(output: str) -> Path:
     """The output folder as a path, checked before anything is started; made if it does not exist.
 

