@@ -435,7 +435,7 @@ WRONG = {
     "no such model": ({"model": "/nowhere/at/all"}, "cannot be loaded"),
     "no such file": ({"data_file": "/nowhere/texts.txt"}, "cannot be read"),
     "two corpora": ({"dataset": "wikitext"}, "exclude each other"),
-    "no such device": ({"device": "gpu"}, "--device gpu is not to be had"),
+    "no such device": ({"device": "gpu"}, "--device gpu is not available"),
     "too long": ({"max_length": 513}, "more than the 512 positions"),
     "no sequences": ({"eval_limit": 0}, "--eval-limit must be at least 1"),
     "no such list": ({"weights_csv": "/nowhere/top.csv"}, "no such file"),

@@ -127,7 +127,7 @@ def test_overlapping_rows_are_refused(parts, tmp_path):
 def test_a_table_that_lost_a_row_is_refused(parts, tmp_path):
     path = parts / "shard_x_2_of_3/measurements.csv"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
-    with pytest.raises(RequestError, match="and its manifest speaks of"):
+    with pytest.raises(RequestError, match="and its manifest lists"):
         merge([str(parts)], RunOptions(output=str(tmp_path / "merged"), experiment_id="y"))
     assert not (tmp_path / "merged/perturb_y/measurements.csv").exists()
 

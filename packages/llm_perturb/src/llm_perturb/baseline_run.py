@@ -49,7 +49,7 @@ def measure_baseline(
 def setup_identity(
     model_options: ModelOptions, corpus_options: CorpusOptions, loaded: LoadedModel, corpus: Corpus, batch_size: int
 ) -> dict[str, dict]:
-    """What the numbers of a run depend on beside the perturbations; the batch size, too, for it decides the rounding."""
+    """What the numbers of a run depend on beside the perturbations; the batch size, too, as it decides rounding."""
     options = asdict(model_options) | asdict(corpus_options)
     options |= {"model": loaded.metadata["id"], "batch_size": batch_size}
     del options["device"]

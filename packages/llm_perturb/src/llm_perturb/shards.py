@@ -106,7 +106,7 @@ def _write(folder: Path, shards: list[Path], rows: list[list[int]]) -> None:
         except (OSError, ValueError) as error:
             raise RequestError(f"{shard} is damaged: {error}; measure it again") from None
         if len(own_lines) != len(own_rows) or len(frame) % max(1, len(own_lines)):
-            raise RequestError(f"{shard} holds {len(own_lines)} rows, and its manifest speaks of {len(own_rows)}")
+            raise RequestError(f"{shard} holds {len(own_lines)} rows, and its manifest lists {len(own_rows)}")
         n = len(frame) // max(1, len(own_lines))
         for at, (row, line) in enumerate(zip(own_rows, own_lines, strict=True)):
             lines[row] = line

@@ -1,8 +1,8 @@
 """Load a model as transformers does, with its weights in memory or left in their files: the same model both ways.
 
-transformers finds the files, builds the modules without memory, reads the tensors into them and ties what is tied. Of
-all this only the reading is taken over, at ``PreTrainedModel._load_pretrained_model``: there the model, its files and
-its conversions are known, and nothing has been read. A model whose weights stay in their files is read as tensors
+transformers finds the files, builds the modules without memory, reads the tensors into them and ties what is tied. Only
+the reading is replaced, at ``PreTrainedModel._load_pretrained_model``: there the model, its files and
+its conversions are known, and nothing has been read yet. A model whose weights stay in their files is read as tensors
 without memory, but for buffers and for tensors that transformers has to compare before it ties them.
 """
 
@@ -91,14 +91,18 @@ def load_model(
 
 def quantization(config: PreTrainedConfig) -> str | None:
     """How the stored weights are quantized by the configuration: fp8, gptq, bitsandbytes ...; None for plain floats."""
-    found = getattr(config, "quantization_config", None) or getattr(
-        config.get_text_config(decoder=True), "quantization_config", None
-    )
-    if not found:
+    settings = getattr(config, "quantization_config", None)
+    if not settings:
+        settings = getattr(config.get_text_config(decoder=True), "quantization_config", None)
+    if not settings:
         return None
-    found = found if isinstance(found, dict) else found.to_dict()
-    by_bitsandbytes = found.get("load_in_8bit") or found.get("load_in_4bit")
-    return found.get("quant_method") or ("bitsandbytes" if by_bitsandbytes else "a method that is not named")
+    if not isinstance(settings, dict):
+        settings = settings.to_dict()
+    if settings.get("quant_method"):
+        return settings["quant_method"]
+    if settings.get("load_in_8bit") or settings.get("load_in_4bit"):
+        return "bitsandbytes"
+    return "a method that is not named"
 
 
 def dequantize(config: PreTrainedConfig) -> None:
