@@ -51,7 +51,7 @@ def test_digest_stays_the_same_between_versions():
 def test_blocks_change_nothing(monkeypatch):
     tensor = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
     whole = parameter_digest("w", tensor)
-    monkeypatch.setattr("llm_perturb.fingerprint._BLOCK", 4)
+    monkeypatch.setattr("llm_perturb.evaluation.fingerprint._BLOCK", 4)
     assert parameter_digest("w", tensor) == whole
 
 
@@ -152,7 +152,7 @@ def test_streamed_weights_are_hashed_when_they_are_first_read(checkpoint, monkey
         hashed.append(name)
         return parameter_digest(name, tensor)
 
-    monkeypatch.setattr("llm_perturb.checkpoint.parameter_digest", watched)
+    monkeypatch.setattr("llm_perturb.evaluation.checkpoint.parameter_digest", watched)
     loaded = models.load(str(checkpoint), device="cpu", weights="streamed")
     assert hashed == []
     for _ in range(2):

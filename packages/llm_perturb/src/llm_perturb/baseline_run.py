@@ -1,6 +1,7 @@
 """Measure the unperturbed model and write ``baseline.json``."""
 
 from dataclasses import asdict
+from typing import Any
 
 from bridge.exchange import layout
 from bridge.exchange.errors import RequestError
@@ -48,7 +49,7 @@ def measure_baseline(
 
 def setup_identity(
     model_options: ModelOptions, corpus_options: CorpusOptions, loaded: LoadedModel, corpus: Corpus, batch_size: int
-) -> dict[str, dict]:
+) -> dict[str, Any]:
     """What the numbers of a run depend on beside the perturbations; the batch size, too, as it decides rounding."""
     options = asdict(model_options) | asdict(corpus_options)
     options |= {"model": loaded.metadata["id"], "batch_size": batch_size}

@@ -111,7 +111,8 @@ def effective_number(differences: np.ndarray, clusters: np.ndarray | None = None
     """
     sizes = np.abs(by_cluster(differences, clusters))
     with np.errstate(divide="ignore", invalid="ignore"):
-        return sizes.sum(-1) ** 2 / (sizes**2).sum(-1)
+        number: float | np.ndarray = sizes.sum(-1) ** 2 / (sizes**2).sum(-1)
+    return number
 
 
 def few_texts_decide(differences: np.ndarray, clusters: np.ndarray | None = None) -> bool | np.ndarray:
@@ -120,7 +121,8 @@ def few_texts_decide(differences: np.ndarray, clusters: np.ndarray | None = None
     False where n_eff is undefined. What no text shows, this cannot see: ``unseen_share`` says how much that may be.
     """
     n = by_cluster(differences, clusters).shape[-1]
-    return effective_number(differences, clusters) < FEW_TEXTS_SHARE * n
+    few: bool | np.ndarray = effective_number(differences, clusters) < FEW_TEXTS_SHARE * n
+    return few
 
 
 def unseen_share(n_clusters: int) -> float:
@@ -130,7 +132,7 @@ def unseen_share(n_clusters: int) -> float:
     Hanley & Lippman-Hand 1983). Damage that strikes a smaller share of texts is missed with a probability above 5 %,
     and no interval can then cover it: the sample looks like one of a harmless change.
     """
-    return 1 - (1 - LEVEL) ** (1 / n_clusters)
+    return 1 - float((1 - LEVEL) ** (1 / n_clusters))
 
 
 def by_cluster(values: np.ndarray, clusters: np.ndarray | None) -> np.ndarray:
@@ -144,16 +146,18 @@ def by_cluster(values: np.ndarray, clusters: np.ndarray | None) -> np.ndarray:
     return np.add.reduceat(values[..., order], starts, axis=-1)
 
 
-def ratio(sums: np.ndarray, n_tokens: np.ndarray) -> float | np.ndarray:
+def ratio(sums: np.ndarray, n_tokens: np.ndarray) -> np.ndarray:
     """Σ sums_c / Σ T_c, (..., n) to (...)."""
-    return sums.sum(-1) / n_tokens.sum(-1)
+    quotient: np.ndarray = sums.sum(-1) / n_tokens.sum(-1)
+    return quotient
 
 
 def ratio_changes(sums: np.ndarray, n_tokens: np.ndarray) -> np.ndarray:
     """The ratio without cluster c minus that of all, -(s_c - r T_c) / (N - T_c), (..., n)."""
     with np.errstate(invalid="ignore"):
         residuals = sums - ratio(sums, n_tokens)[..., None] * n_tokens
-    return -residuals / (n_tokens.sum(-1)[..., None] - n_tokens)
+    changes: np.ndarray = -residuals / (n_tokens.sum(-1)[..., None] - n_tokens)
+    return changes
 
 
 def jackknife_spread(changes: np.ndarray, n_tokens: np.ndarray) -> Spread:
@@ -225,4 +229,5 @@ def _hall_inverse(x: np.ndarray, skewness: np.ndarray) -> np.ndarray:
     small = np.abs(skewness) < 1e-5
     safe = np.where(small, 1.0, skewness)
     exact = 3 / safe * (np.cbrt(1 + safe * x - safe**2 / 6) - 1)
-    return np.where(small, x - skewness * (2 * x**2 + 1) / 6, exact)
+    inverse: np.ndarray = np.where(small, x - skewness * (2 * x**2 + 1) / 6, exact)
+    return inverse

@@ -145,9 +145,9 @@ def single_weights(
     """One condition for each weight of a list, perturbed alone."""
     conditions = []
     for name, index, score in zip(weights.names, weights.indices, weights.scores, strict=True):
-        row, col = int(index), None
+        row_and_col: tuple[int, int | None] = (int(index), None)
         if named[name].ndim > 1:
-            row, col = divmod(int(index), named[name][0].numel())
+            row_and_col = divmod(int(index), named[name][0].numel())
         conditions += [
             Condition(
                 target=Target(layer_of(name), {name: named[name]}),
@@ -157,8 +157,8 @@ def single_weights(
                 seed=seed,
                 positions=torch.tensor([index]),
                 score_sum=float(score),
-                row=row,
-                col=col,
+                row=row_and_col[0],
+                col=row_and_col[1],
             )
             for perturbation in perturbations
             for seed in seeds_of(layout.SINGLE_WEIGHT, perturbation, seeds)

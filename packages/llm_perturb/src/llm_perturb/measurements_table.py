@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -28,7 +29,7 @@ _LOSS_KEYS = ["target_layer", "selection", "perturbation", "k", "seed", "row", "
 _MAX_NAMES = 3  # a row that perturbs more parameters says only how many
 
 
-def record_of(outcome: Outcome, baseline: Measured, before: Perplexity, corpus: Corpus, model: str) -> dict:
+def record_of(outcome: Outcome, baseline: Measured, before: Perplexity, corpus: Corpus, model: str) -> dict[str, Any]:
     """What the log of a run holds of one outcome until the table is written.
 
     Args:
@@ -50,7 +51,7 @@ def record_of(outcome: Outcome, baseline: Measured, before: Perplexity, corpus: 
     return record | {"n_changed": outcome.n_changed, "failure": outcome.failure}
 
 
-def failures(records: list[dict]) -> dict[str, str]:
+def failures(records: list[dict[str, Any]]) -> dict[str, str]:
     """The targets that failed, with the first error of each."""
     failed: dict[str, str] = {}
     for record in records:
@@ -59,7 +60,7 @@ def failures(records: list[dict]) -> dict[str, str]:
     return failed
 
 
-def row_of(outcome: Outcome, baseline: Measured, before: Perplexity, corpus: Corpus, model: str) -> dict:
+def row_of(outcome: Outcome, baseline: Measured, before: Perplexity, corpus: Corpus, model: str) -> dict[str, Any]:
     """One row of the table: d_i = S_i after - S_i before, on the same tokens; see ``record_of``."""
     condition, measured = outcome.condition, outcome.measured
     differences = measured.losses - baseline.losses  # (n,)
@@ -113,7 +114,9 @@ def row_of(outcome: Outcome, baseline: Measured, before: Perplexity, corpus: Cor
     }
 
 
-def write_records(run: Run, records: list[dict], baseline: Measured, corpus: Corpus, comparisons: bool = True) -> None:
+def write_records(
+    run: Run, records: list[dict[str, Any]], baseline: Measured, corpus: Corpus, comparisons: bool = True
+) -> None:
     """Write the table and the losses behind it, and print it.
 
     Args:
@@ -148,7 +151,7 @@ def write_comparisons(folder: Path) -> None:
             _print_comparison(row)
 
 
-def _print_comparison(row: tuple) -> None:
+def _print_comparison(row: Any) -> None:  # noqa: ANN401 - a named tuple of pandas
     line = (
         f"{row.selection.upper()} AGAINST {row.control.upper()}: {row.target_layer}, {row.perturbation}, k={row.k}: "
         f"{row.difference:+.6f} nats per token more than {row.n_draws} draws"
@@ -162,7 +165,7 @@ def _print_comparison(row: tuple) -> None:
     say(line)
 
 
-def _warn(run: Run, records: list[dict]) -> None:
+def _warn(run: Run, records: list[dict[str, Any]]) -> None:
     for record in records:
         row = record["row"]
         what = f"{row['perturbation']} of {row['selection']}, k={row['k']}, in {row['target_layer']}"
@@ -176,7 +179,7 @@ def _warn(run: Run, records: list[dict]) -> None:
             run.warn(f"{what}: the perturbed loss is {row['delta_nll']}")
 
 
-def _write_losses(path: Path, records: list[dict], baseline: Measured, corpus: Corpus) -> None:
+def _write_losses(path: Path, records: list[dict[str, Any]], baseline: Measured, corpus: Corpus) -> None:
     """The paired losses: one row per condition and sequence, nats summed over the sequence."""
     n = len(corpus.sequences)
     rows = [record["row"] for record in records for _ in range(n)]
@@ -207,7 +210,7 @@ def _print_rows(frame: pd.DataFrame) -> None:
         say(f"{names.get(kind, kind.upper())}_PERPLEXITY: {row.perturbed_ppl:.6g}  ({', '.join(details)})")
 
 
-def _index_text(row: tuple) -> str:
+def _index_text(row: Any) -> str:  # noqa: ANN401 - a named tuple of pandas
     """``[3, 5]`` for a single weight, ``[3, :]`` for a whole row, nothing for a set of weights."""
     if pd.isna(row.row) and pd.isna(row.col):
         return ""

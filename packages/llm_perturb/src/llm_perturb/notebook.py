@@ -6,7 +6,7 @@ The examples are run by the tests with ``folder``, a local checkpoint; a hub id 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pandas as pd
 import torch
@@ -24,7 +24,7 @@ from llm_perturb.perturbation import Kind, Perturbation
 from llm_perturb.selection import generator
 from llm_perturb.weights_csv import flat_indices, read_weight_list
 
-Weights = pd.DataFrame | Mapping[str, Tensor] | str | Path
+Weights: TypeAlias = pd.DataFrame | Mapping[str, Tensor] | str | Path
 
 
 def load_model(model: str | None = None, **options: Any) -> LoadedModel:  # noqa: ANN401 - typed by ModelOptions

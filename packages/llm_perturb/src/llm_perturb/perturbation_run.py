@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from bridge.exchange import layout
@@ -84,7 +85,7 @@ def measure_perturbations(
     plan = plan_of(options, loaded.model)
     check_agreement(loaded.fingerprint, processes)
 
-    identity = setup_identity(model_options, corpus_options, loaded, corpus, batch_size)
+    identity: dict[str, Any] = setup_identity(model_options, corpus_options, loaded, corpus, batch_size)
     identity["options"] |= options.identity()
     identity["weights_csv_sha256"] = [hash_file(path) for path in options.weight_files]
     units = group(loaded.model, plan.conditions())

@@ -1,6 +1,7 @@
 """Merge the shards of a request, measured on machines that know nothing of each other, into one run."""
 
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from bridge.exchange import layout
@@ -50,7 +51,9 @@ def merge(parents: list[str], run_options: RunOptions) -> Path:
     return run.folder
 
 
-def _common_identity(folders: list[Path], manifests: list[dict], fingerprints: list[Fingerprint | None]) -> dict:
+def _common_identity(
+    folders: list[Path], manifests: list[dict[str, Any]], fingerprints: list[Fingerprint | None]
+) -> dict[str, Any]:
     """The identity that all shards share.
 
     Raises:
@@ -80,7 +83,7 @@ def _common_identity(folders: list[Path], manifests: list[dict], fingerprints: l
     return identities[0]
 
 
-def _check_rows(manifests: list[dict]) -> None:
+def _check_rows(manifests: list[dict[str, Any]]) -> None:
     """See that the shards have each row of the request once."""
     rows = sorted(row for manifest in manifests for row in manifest["rows"])
     if rows != list(range(manifests[0]["n_rows"])):

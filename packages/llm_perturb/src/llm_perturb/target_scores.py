@@ -43,6 +43,7 @@ def target_scores(
         for sequence in tqdm(corpus.sequences, desc="gradient of the targets", leave=False):
             _sequence_loss(model, sequence).backward()
             for name, parameter in parameters.items():
+                assert parameter.grad is not None, name
                 gradient = parameter.grad.to(grad[name].dtype)
                 parameter.grad = None
                 grad[name] += gradient

@@ -6,6 +6,7 @@ comparing it with single draws would find a difference where there is none.
 """
 
 import math
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -102,14 +103,14 @@ def _effects(top: np.ndarray, drawn: np.ndarray) -> dict[str, float]:
     }
 
 
-def _sureness(top: np.ndarray, drawn: np.ndarray, n_tokens: np.ndarray, clusters: np.ndarray | None) -> dict:
+def _sureness(top: np.ndarray, drawn: np.ndarray, n_tokens: np.ndarray, clusters: np.ndarray | None) -> dict[str, Any]:
     interval = difference_interval(top, drawn, n_tokens, clusters)
     with np.errstate(invalid="ignore"):
         n_eff = effective_number((top - drawn).mean(0), clusters)
     return {"ci_low": interval.low, "ci_high": interval.high, "n_eff": n_eff}
 
 
-def _note(row: dict, n_clusters: int) -> str:
+def _note(row: dict[str, Any], n_clusters: int) -> str:
     notes = []
     if n_clusters < MIN_CLUSTERS:
         notes.append(f"{n_clusters} texts are too few for an interval (at least {MIN_CLUSTERS})")
@@ -144,7 +145,8 @@ def rank_p_value(top: np.ndarray, drawn: np.ndarray) -> float | np.ndarray:
     """
     drawn = unbounded(drawn)
     at_least = (drawn >= unbounded(top)).sum(-1)
-    return (1 + at_least) / (1 + drawn.shape[-1])
+    p: float | np.ndarray = (1 + at_least) / (1 + drawn.shape[-1])
+    return p
 
 
 def smallest_p_value(n_draws: int) -> float:

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -60,7 +61,8 @@ class Source:
 
         Each tensor is brought to the dtype of the parameter before it is converted, as transformers does.
         """
-        transform, dtype = deepcopy(self.transform), model.get_parameter_or_buffer(self.name).dtype
+        transform: Any = deepcopy(self.transform)  # either of two classes, whose base declares no ``convert``
+        dtype = model.get_parameter_or_buffer(self.name).dtype
         for pattern, key in self.keys:
             transform.add_tensor(self.name, key, pattern, lambda key=key: get(key).to(dtype))
         tensors = transform.convert(self.name, model=model, config=model.config)
@@ -186,13 +188,13 @@ class Checkpoint:
         """While this is open, the parameters of a module have their values whenever it is called."""
         own = {id(parameter) for parameter in module.parameters()}
         names = [name for name, parameter in self._parameters.items() if id(parameter) in own]
-        held: list[AbstractContextManager] = []
+        held: list[AbstractContextManager[None]] = []
 
-        def load(module: nn.Module, args: tuple) -> None:
+        def load(module: nn.Module, args: tuple[Any, ...]) -> None:
             held.append(self.present(names))
             held[-1].__enter__()
 
-        def drop(module: nn.Module, args: tuple, output: object) -> None:
+        def drop(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
             held.pop().__exit__(None, None, None)
 
         handles = module.register_forward_pre_hook(load), module.register_forward_hook(drop)
@@ -205,14 +207,15 @@ class Checkpoint:
 
 def opened(headers: dict[str, Header], stack: ExitStack, device: torch.device | str = "cpu") -> Get:
     """A function that reads a tensor by its key; each file is opened once, and closed with the stack."""
-    pointers: dict[Path, object] = {}
+    pointers: dict[Path, Any] = {}
     stack.callback(pointers.clear)
 
     def get(key: str) -> Tensor:
         path = headers[key].file
         if path not in pointers:
             pointers[path] = stack.enter_context(safe_open(path, "pt"))
-        return pointers[path].get_tensor(key).to(device)
+        tensor: Tensor = pointers[path].get_tensor(key)
+        return tensor.to(device)
 
     return get
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -61,7 +61,7 @@ class Corpus:
     """
 
     sequences: list[Tensor]
-    metadata: dict
+    metadata: dict[str, Any]
 
     @cached_property
     def n_tokens(self) -> int:
@@ -121,6 +121,7 @@ def _read_lines(path: Path) -> list[str]:
 def _read_dataset(options: CorpusOptions) -> list[str]:
     from datasets import exceptions, load_dataset  # slow to import, and few runs need it
 
+    assert options.dataset is not None
     path = Path(options.dataset)
     try:
         if path.is_file():

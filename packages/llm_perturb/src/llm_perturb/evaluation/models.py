@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cache, cached_property
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -21,8 +21,8 @@ from bridge.exchange.fingerprint import Fingerprint
 from bridge.exchange.layout import ALL
 from bridge.exchange.printable import check_printable, say
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import find_adapter_config_file
 from transformers.utils.hub import resolve_revision
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from llm_perturb.evaluation.checkpoint import Checkpoint
 from llm_perturb.evaluation.fingerprint import parameter_digests, persistent_buffers, tokenizer_digest, total_digest
@@ -76,7 +76,7 @@ class LoadedModel:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    metadata: dict
+    metadata: dict[str, Any]
     checkpoint: Checkpoint | None = None
 
     @property
@@ -93,9 +93,11 @@ class LoadedModel:
 
 
 @cache
-def model_table() -> dict:
+def model_table() -> dict[str, Any]:
     """The table of default models and short names."""
-    return yaml.safe_load(resources.files("llm_perturb").joinpath("data/models.yaml").read_text(encoding="utf-8"))
+    text = resources.files("llm_perturb").joinpath("data/models.yaml").read_text(encoding="utf-8")
+    table: dict[str, Any] = yaml.safe_load(text)
+    return table
 
 
 def choose_name(name: str | None, target_layers: Sequence[str] = ()) -> str:
@@ -264,7 +266,8 @@ def _allowed(source: str, unused: list[str], patterns: Sequence[str]) -> list[st
 
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, source: str) -> None:
-    rows = model.get_input_embeddings().weight.shape[0]
+    embedding: Any = model.get_input_embeddings()
+    rows: int = embedding.weight.shape[0]
     entries = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))
     if entries > rows:
         raise RequestError(

@@ -3,6 +3,7 @@
 import copy
 import math
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from bridge.exchange.errors import RunError
@@ -24,7 +25,7 @@ class Perplexity:
     n_tokens: int
     n_sequences: int
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, Any]:
         """For a table or a JSON file."""
         return asdict(self)
 
@@ -194,4 +195,5 @@ def reference_of(model: PreTrainedModel, sequences: list[Tensor], batch_size: in
 def _last_hidden(model: PreTrainedModel, ids: Tensor, padding: dict[str, Tensor]) -> Tensor:
     """What the head receives, (B, T, H)."""
     with own_products(model):
-        return model.base_model(input_ids=ids, use_cache=False, **padding).last_hidden_state
+        hidden: Tensor = model.base_model(input_ids=ids, use_cache=False, **padding).last_hidden_state
+    return hidden

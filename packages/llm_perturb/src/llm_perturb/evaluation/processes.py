@@ -57,7 +57,7 @@ class Processes:
     @property
     def first(self) -> bool:
         """Whether this is the process that prints and writes."""
-        return self.rank == 0
+        return bool(self.rank == 0)
 
     def once(self, action: Callable[[], T]) -> T:
         """Run ``action`` in the first process and give its result, or its RequestError, to all."""
@@ -68,6 +68,7 @@ class Processes:
             except RequestError as error:
                 answer[1] = str(error)
         broadcast_object_list(answer)
+        result: T
         result, message = answer
         if message is not None:
             raise RequestError(message)
@@ -75,7 +76,8 @@ class Processes:
 
     def gather(self, item: T) -> list[T]:
         """What every process has, in the order of the processes; waits for all of them."""
-        return gather_object([item])
+        items: list[T] = gather_object([item])
+        return items
 
     def close(self) -> None:
         """End the process group; nothing can be gathered any more."""
