@@ -31,12 +31,13 @@ from typing import Literal
 import torch
 from bridge.exchange import flags
 from llm_perturb.batched_single_weights import group, linear_maps
+from llm_perturb.choose_weights import choose_weights
+from llm_perturb.condition import Condition
 from llm_perturb.evaluation import models
 from llm_perturb.evaluation.corpus import Corpus, CorpusOptions, read_texts, tokenize
 from llm_perturb.evaluation.parameters import layer_of, named_parameters
 from llm_perturb.evaluation.perplexity import measure
-from llm_perturb.measurement import Condition
-from llm_perturb.measurement_plan import Plan, choose_weights
+from llm_perturb.measurement_plan import Plan
 from llm_perturb.perturbation import Perturbation
 from llm_perturb.selection import Target, draw
 from llm_perturb.suffix_forward import decoder_layers
@@ -148,13 +149,21 @@ def linear_layers(loaded: models.LoadedModel, step: int = 1) -> list[Target]:
 def figure_sweep(loaded: models.LoadedModel, corpus: Corpus, step: int) -> tuple[Seconds, Yardstick]:
     """Top and random sets of the layers in one sweep; gives the time of one measurement."""
     targets = linear_layers(loaded, step)
-    plan = Plan(targets, [], [100], ["top", "random"], ["grad_x_weight"], [ZERO], [0, 1, 2])
+    plan = Plan(
+        targets=targets,
+        lists=[],
+        ks=[100],
+        selections=["top", "random"],
+        metrics=["grad_x_weight"],
+        perturbations=[ZERO],
+        seeds=[0, 1, 2],
+    )
     yardstick, own, size = Yardstick(loaded, corpus), [], len(corpus.sequences)
-    n = len(plan.shells())
+    n = len(plan.conditions())
 
     def job() -> None:
         baseline = measure(loaded.model, corpus.sequences, size)
-        conditions = choose_weights(plan, plan.shells(), loaded.model, corpus)
+        conditions = choose_weights(plan, plan.conditions(), loaded.model, corpus)
         assert sum(1 for _ in sweep(loaded.model, corpus, conditions, baseline.losses, size)) == n
 
     own.append(time_of(lambda: measure(loaded.model, corpus.sequences, size)))

@@ -36,7 +36,7 @@ def test_streamed_weights_give_the_same_bits(folder, sequences, dtype):
     resident = models.load(str(folder), dtype=dtype)
     streamed = models.load(str(folder), dtype=dtype, weights="streamed")
     assert resident.checkpoint is None
-    assert streamed.facts == resident.facts
+    assert streamed.metadata == resident.metadata
     settings = Settings(batch_size=2, checkpoint=streamed.checkpoint)
     assert engine_for(streamed.model, settings) is engine
     names = [name for name, _ in resident.model.named_parameters()]

@@ -3,10 +3,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from bridge.exchange.run_folder import RunOptions
 from bridge.exchange.tables import TOP_WEIGHTS
-from llm_perturb import experiment
 from llm_perturb.evaluation.corpus import CorpusOptions
-from llm_perturb.shards import read_shard
+from llm_perturb.evaluation.models import ModelOptions
+from llm_perturb.perturbation_options import PerturbationOptions
+from llm_perturb.perturbation_run import measure_perturbations
 from safetensors.torch import load_file
 from tiny_models import BUILDERS, build, random_sequences, save_checkpoint
 
@@ -43,13 +45,14 @@ def tiny_command(tmp_path_factory):
     pd.DataFrame(rows, columns=list(TOP_WEIGHTS.columns)).to_csv(folder / "single.csv", index=False)
 
     def run(output, experiment_id, shard=None, **changes):
-        request = experiment.Request(
-            **{"target_layers": [UP, DENSE], "k": [1, 5], "per_weight": str(folder / "single.csv"), **changes}
+        chosen = {"target_layer": [UP, DENSE], "k": [1, 5], "per_weight": str(folder / "single.csv"), **changes}
+        measure_perturbations(
+            options=PerturbationOptions(**chosen, shard=shard),
+            model_options=ModelOptions(model=str(folder / "model"), dtype="float64", device="cpu"),
+            corpus_options=CorpusOptions(data_file=str(folder / "texts.txt"), max_length=24),
+            batch_size=1,
+            run_options=RunOptions(output=str(output), experiment_id=experiment_id),
         )
-        options = experiment.ModelOptions(str(folder / "model"), dtype="float64", device="cpu")
-        corpus = CorpusOptions(data_file=str(folder / "texts.txt"), max_length=24)
-        shard = shard and read_shard(shard)
-        experiment.measure_perturbations(request, options, corpus, 1, str(output), experiment_id, shard)
         return Path(output)
 
     return run

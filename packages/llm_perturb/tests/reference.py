@@ -1,9 +1,7 @@
 """The plain truth that the package is compared with: loops, one sequence at a time, no code of its subject."""
 
 import copy
-import math
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -81,18 +79,6 @@ def rewritten(model: nn.Module, changes: dict[str, dict[int, float]]) -> nn.Modu
 def zeroed(model: nn.Module, chosen: dict[str, list[int]]) -> nn.Module:
     """A copy of the model with these weights at zero."""
     return rewritten(model, {name: dict.fromkeys(indices, 0.0) for name, indices in chosen.items()})
-
-
-def naive_bootstrap(differences: list[float], n_tokens: list[int], n_resamples: int, seed: int) -> tuple[float, float]:
-    """The 2.5 and 97.5 percentiles of Σ d / Σ T over sequences drawn with replacement, one draw at a time."""
-    rng = np.random.default_rng(seed)
-    n = len(differences)
-    ratios = []
-    for _ in range(n_resamples):
-        drawn = [int(rng.integers(n)) for _ in range(n)]
-        ratios.append(sum(differences[i] for i in drawn) / sum(n_tokens[i] for i in drawn))
-    ratios.sort()
-    return ratios[math.floor(0.025 * n_resamples)], ratios[math.ceil(0.975 * n_resamples) - 1]
 
 
 def every_bit(model: nn.Module) -> dict[str, bytes]:

@@ -48,7 +48,7 @@ def test_both_ways_give_the_losses_of_the_model_that_was_saved(family, tmp_path)
 def test_the_facts_do_not_tell_the_ways_apart(family, tmp_path):
     save(tmp_path, family)
     resident, streamed = (models.load(str(tmp_path), device="cpu", weights=way) for way in WAYS)
-    assert streamed.facts == resident.facts
+    assert streamed.metadata == resident.metadata
     assert [name for name, _ in streamed.model.named_parameters()] == [n for n, _ in resident.model.named_parameters()]
 
 
@@ -91,7 +91,7 @@ def test_a_head_that_differs_from_the_embedding_is_not_tied(tmp_path, weights):
     head = torch.randn(50, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     change(tmp_path, **{"lm_head.weight": head})
     loaded = models.load(str(tmp_path), dtype="float64", device="cpu", weights=weights)
-    assert loaded.facts["tied_groups"] == []
+    assert loaded.metadata["tied_groups"] == []
     truth = save(tmp_path / "reference", "llama_tied")
     truth.lm_head.weight = torch.nn.Parameter(head)
     assert torch.equal(loaded_losses(tmp_path, weights), losses(truth))
@@ -105,7 +105,7 @@ def test_one_tensor_under_either_name_or_both_is_tied(tmp_path, weights, stored)
     names = ("lm_head", "model.embed_tokens")
     change(tmp_path, **{f"{name}.weight": value.clone() if name in stored else None for name in names})
     loaded = models.load(str(tmp_path), dtype="float64", device="cpu", weights=weights)
-    assert loaded.facts["tied_groups"] == [["model.embed_tokens.weight", "lm_head.weight"]]
+    assert loaded.metadata["tied_groups"] == [["model.embed_tokens.weight", "lm_head.weight"]]
     assert torch.equal(loaded_losses(tmp_path, weights), losses(truth))
 
 
@@ -140,7 +140,7 @@ def test_masks_and_frequencies_of_older_checkpoints_are_no_weights(tmp_path, fam
     stored = {name.format(layer): tensor.clone() for name, tensor in CONSTANTS[family].items() for layer in (0, 1)}
     change(tmp_path, **stored)
     assert torch.equal(loaded_losses(tmp_path, weights), truth)
-    assert "unused_weights" not in models.load(str(tmp_path), device="cpu", weights=weights).facts
+    assert "unused_weights" not in models.load(str(tmp_path), device="cpu", weights=weights).metadata
 
 
 UP = "model.layers.0.mlp.up_proj.weight"
@@ -200,7 +200,7 @@ def test_tensors_that_may_be_left_out_are_said_and_recorded(tmp_path, weights, c
     with pytest.raises(RequestError, match=r"no place for \(1\): model\.old\.bias"):
         models.load(str(tmp_path), **options, allow_unused_weights=["score.*"])
     loaded = models.load(str(tmp_path), **options, allow_unused_weights=["score.*", "*.bias"])
-    assert loaded.facts["unused_weights"] == ["model.old.bias", "score.weight"]
+    assert loaded.metadata["unused_weights"] == ["model.old.bias", "score.weight"]
     assert "UNUSED WEIGHTS: model.old.bias, score.weight" in capsys.readouterr().out
     if weights == "resident":
         assert torch.equal(losses(loaded.model), truth)
@@ -240,7 +240,7 @@ def test_codes_are_dequantized_to_the_dtype_that_was_asked_for(tmp_path, weights
     truth = quantized(tmp_path)
     monkeypatch.setattr(models, "RESIDENT_SHARE", 0.0)
     loaded = models.load(str(tmp_path), dtype="float32", device="cpu", weights=weights)
-    assert loaded.checkpoint is None and loaded.facts["quantization"] == "fp8"
+    assert loaded.checkpoint is None and loaded.metadata["quantization"] == "fp8"
     assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.float32}
     assert torch.equal(losses(loaded.model), losses(truth))
     with pytest.raises(RequestError, match=r"its weights are quantized \(fp8\); --weights resident"):

@@ -153,8 +153,8 @@ def test_documents_are_the_texts_one_by_one(tokenizer):
     corpus = corpus_of(TEXTS, tokenizer)
     assert [tokenizer.decode(sequence) for sequence in corpus.sequences] == TEXTS
     assert all(sequence.dtype == torch.int64 for sequence in corpus.sequences)
-    assert corpus.n_tokens == sum(len(text) - 1 for text in TEXTS) == corpus.facts["n_tokens"]
-    assert corpus.facts["n_texts"] == corpus.facts["n_sequences"] == 4
+    assert corpus.n_tokens == sum(len(text) - 1 for text in TEXTS) == corpus.metadata["n_tokens"]
+    assert corpus.metadata["n_texts"] == corpus.metadata["n_sequences"] == 4
 
 
 def test_documents_are_cut_at_max_length(tokenizer):
@@ -260,12 +260,12 @@ def test_the_hash_of_a_window_is_that_of_its_own_tokens_only():
 
 def test_the_facts_tell_text_and_tokens_apart(tokenizer):
     documents, windows = corpus_of(TEXTS, tokenizer), corpus_of(TEXTS, tokenizer, packing="windows", max_length=9)
-    assert documents.facts["text_sha256"] == windows.facts["text_sha256"]
-    assert documents.facts["corpus_sha256"] != windows.facts["corpus_sha256"]
-    assert documents.facts["corpus_sha256"] == corpus_of(TEXTS, tokenizer).facts["corpus_sha256"]
+    assert documents.metadata["text_sha256"] == windows.metadata["text_sha256"]
+    assert documents.metadata["corpus_sha256"] != windows.metadata["corpus_sha256"]
+    assert documents.metadata["corpus_sha256"] == corpus_of(TEXTS, tokenizer).metadata["corpus_sha256"]
     changed = corpus_of([*TEXTS[:-1], "and the fourth of thex"], tokenizer)
-    assert changed.facts["text_sha256"] != documents.facts["text_sha256"]
-    assert changed.facts["corpus_sha256"] != documents.facts["corpus_sha256"]
+    assert changed.metadata["text_sha256"] != documents.metadata["text_sha256"]
+    assert changed.metadata["corpus_sha256"] != documents.metadata["corpus_sha256"]
 
 
 def test_n_tokens_is_what_is_predicted():

@@ -51,7 +51,7 @@ def test_digest_stays_the_same_between_versions():
 def test_blocks_change_nothing(monkeypatch):
     tensor = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
     whole = parameter_digest("w", tensor)
-    monkeypatch.setattr("llm_perturb.fingerprint._BLOCK", 4)
+    monkeypatch.setattr("llm_perturb.evaluation.fingerprint._BLOCK", 4)
     assert parameter_digest("w", tensor) == whole
 
 
@@ -128,7 +128,7 @@ def checkpoint(tmp_path_factory):
 
 def test_each_parameter_is_in_it_once(tmp_path):
     loaded = models.load(str(save(build("gpt2"), tmp_path)), device="cpu")
-    assert loaded.facts["tied_groups"] == [["transformer.wte.weight", "lm_head.weight"]]
+    assert loaded.metadata["tied_groups"] == [["transformer.wte.weight", "lm_head.weight"]]
     assert list(loaded.fingerprint.digests) == list(named_parameters(loaded.model))
     assert "lm_head.weight" not in loaded.fingerprint.digests
     assert loaded.fingerprint.digests == parameter_digests(named_parameters(loaded.model))
@@ -152,7 +152,7 @@ def test_streamed_weights_are_hashed_when_they_are_first_read(checkpoint, monkey
         hashed.append(name)
         return parameter_digest(name, tensor)
 
-    monkeypatch.setattr("llm_perturb.checkpoint.parameter_digest", watched)
+    monkeypatch.setattr("llm_perturb.evaluation.checkpoint.parameter_digest", watched)
     loaded = models.load(str(checkpoint), device="cpu", weights="streamed")
     assert hashed == []
     for _ in range(2):
@@ -174,7 +174,7 @@ def test_other_values_from_the_same_files_no_longer_look_alike(checkpoint):
     loaded, other = (models.load(str(checkpoint), device="cpu") for _ in range(2))
     for parameter in other.model.parameters():
         parameter.neg_()
-    assert other.facts == loaded.facts
+    assert other.metadata == loaded.metadata
     assert other.fingerprint != loaded.fingerprint
     assert "more parameters" in difference(loaded.fingerprint, other.fingerprint)
 

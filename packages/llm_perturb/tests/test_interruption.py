@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from llm_perturb import experiment
+from llm_perturb import perturbation_run
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def n_rows(whole):
 def test_a_run_stopped_by_ctrl_c_goes_on_to_the_same_bytes(
     tiny_command, whole, n_rows, tmp_path, monkeypatch, share_done
 ):
-    n_done, real = round(share_done * n_rows), experiment.sweep
+    n_done, real = round(share_done * n_rows), perturbation_run.sweep
 
     def stopped(*arguments):
         for number, outcome in enumerate(real(*arguments)):
@@ -29,14 +29,14 @@ def test_a_run_stopped_by_ctrl_c_goes_on_to_the_same_bytes(
             yield outcome
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(experiment, "sweep", stopped)
+    monkeypatch.setattr(perturbation_run, "sweep", stopped)
     with pytest.raises(KeyboardInterrupt):
         tiny_command(output=tmp_path, experiment_id="x")
     folder = tmp_path / "perturb_x"
     assert json.loads((folder / "manifest.json").read_text())["status"] == "failed"
     assert not (folder / "measurements.csv").exists()
     measured = []
-    monkeypatch.setattr(experiment, "sweep", lambda *a: (measured.append(1) or outcome for outcome in real(*a)))
+    monkeypatch.setattr(perturbation_run, "sweep", lambda *a: (measured.append(1) or outcome for outcome in real(*a)))
     tiny_command(output=tmp_path, experiment_id="x")
     for name in ("measurements.csv", "comparisons.csv", "sequence_losses.parquet", "baseline.json"):
         assert (folder / name).read_bytes() == (whole / name).read_bytes(), name

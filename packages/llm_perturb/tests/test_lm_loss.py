@@ -80,7 +80,7 @@ def test_a_head_that_does_more_than_a_product_is_not_shortened(build, sequences)
     torch.testing.assert_close(sequence_losses(model, sequences, 3), naive_losses(model, sequences), rtol=1e-5, atol=0)
 
 
-def test_the_trial_changes_no_random_state(model):
+def test_the_probe_changes_no_random_state(model):
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 from bridge.exchange.errors import RequestError
+from llm_perturb.choose_weights import choose_weights
 from llm_perturb.evaluation.corpus import Corpus
 from llm_perturb.evaluation.parameters import match, named_parameters
-from llm_perturb.measurement_plan import Plan, choose_weights, lines, share, single_weights
+from llm_perturb.measurement_plan import Plan, lines, share, single_weights
 from llm_perturb.perturbation import Perturbation
 from llm_perturb.selection import Target, draw_matched
 from llm_perturb.weights_csv import WeightList
@@ -44,13 +45,13 @@ def listed(name, indices, path="top_9_weights_obd.csv"):
 
 
 def chosen(plan, model, sequences, rank=0, world=1):
-    return choose_weights(plan, share(plan.shells(), rank, world), model, Corpus(sequences, {}))
+    return choose_weights(plan, share(plan.conditions(), rank, world), model, Corpus(sequences, {}))
 
 
 def test_rows_are_ordered_by_target_selection_perturbation_k_and_seed(neox):
     perturbations = [Perturbation("sign_flip"), Perturbation("gaussian_noise")]
     plan = plan_of(neox, [DENSE, UP], perturbations=perturbations, selections=["random", "top"], seeds=[3, 1])
-    found = [(s.target.layer, s.selection, s.perturbation.kind, s.k, s.seed) for s in plan.shells()]
+    found = [(s.target.layer, s.selection, s.perturbation.kind, s.k, s.seed) for s in plan.conditions()]
     expected = [
         (layer, selection, kind, k, seed)
         for layer in (DENSE, UP)
@@ -60,25 +61,25 @@ def test_rows_are_ordered_by_target_selection_perturbation_k_and_seed(neox):
         for seed in ([3, 1] if selection == "random" or kind == "gaussian_noise" else [None])
     ]
     assert found == expected
-    assert len({shell.key for shell in plan.shells()}) == len(expected)
+    assert len({shell.key for shell in plan.conditions()}) == len(expected)
 
 
 def test_seeds_belong_to_what_is_drawn_and_to_nothing_else(neox):
     perturbations = [Perturbation("zero"), Perturbation("quantize"), Perturbation("gaussian_noise")]
-    for shell in plan_of(neox, perturbations=perturbations).shells():
+    for shell in plan_of(neox, perturbations=perturbations).conditions():
         drawn = shell.selection == "random" or shell.perturbation.kind == "gaussian_noise"
         assert (shell.seed is not None) == drawn
 
 
 def test_every_metric_has_its_top_and_its_bottom_and_random_comes_once(neox):
     plan = plan_of(neox, metrics=["obd", "magnitude"])
-    labels = list(dict.fromkeys(shell.selection for shell in plan.shells()))
+    labels = list(dict.fromkeys(shell.selection for shell in plan.conditions()))
     assert labels == ["top_obd", "top_magnitude", "random", "bottom_obd", "bottom_magnitude"]
 
 
 def test_lists_take_the_place_of_the_metric_at_the_top_only(neox):
     plan = plan_of(neox, lists=[listed(f"{UP}.weight", [1, 2], "top_9_per_layer_magnitude.csv")])
-    labels = list(dict.fromkeys(shell.selection for shell in plan.shells()))
+    labels = list(dict.fromkeys(shell.selection for shell in plan.conditions()))
     assert labels == ["top_magnitude", "random", "bottom_obd"]
 
 
@@ -86,11 +87,11 @@ def test_lists_take_the_place_of_the_metric_at_the_top_only(neox):
 @pytest.mark.parametrize("layers", [[UP], [UP, DENSE], [UP, DENSE, "lm_head", "gpt_neox.layers.2", "ALL"]])
 def test_the_shares_are_a_partition(neox, world, layers):
     plan = plan_of(neox, layers)
-    shares = [[shell.key for shell in share(plan.shells(), rank, world)] for rank in range(world)]
+    shares = [[shell.key for shell in share(plan.conditions(), rank, world)] for rank in range(world)]
     together = [key for part in shares for key in part]
     assert len(together) == len(set(together))
-    assert set(together) == {shell.key for shell in plan.shells()}
-    assert max(map(len, shares)) - min(map(len, shares)) <= len(plan.shells()) / len(layers)
+    assert set(together) == {shell.key for shell in plan.conditions()}
+    assert max(map(len, shares)) - min(map(len, shares)) <= len(plan.conditions()) / len(layers)
 
 
 @pytest.mark.parametrize("metric", ["grad_x_weight", "grad_squared", "obd", "taylor2", "magnitude"])
@@ -118,7 +119,7 @@ def test_the_weights_do_not_depend_on_the_number_of_processes(neox, sequences, w
 def test_what_is_left_of_a_killed_run_gets_the_same_weights(neox, sequences):
     plan = plan_of(neox, [UP, DENSE])
     whole = {condition.key: condition.positions.tolist() for condition in chosen(plan, neox, sequences)}
-    for shell in plan.shells():
+    for shell in plan.conditions():
         (alone,) = choose_weights(plan, [shell], neox, Corpus(sequences, {}))
         assert alone.positions.tolist() == whole[shell.key]
     assert choose_weights(plan, [], neox, Corpus(sequences, {})) == []
@@ -175,7 +176,7 @@ def test_controls_of_two_lists_are_as_large_as_the_shorter(neox, sequences):
 
 
 def test_with_lists_and_without_bottom_no_gradient_is_taken(neox, sequences, monkeypatch):
-    from llm_perturb import measurement_plan as module
+    from llm_perturb import choose_weights as module
 
     monkeypatch.setattr(module, "target_scores", lambda *args: pytest.fail("a gradient was taken"))
     plan = plan_of(neox, lists=[listed(f"{UP}.weight", [7, 3, 9])], selections=["top", "random"])
@@ -183,7 +184,7 @@ def test_with_lists_and_without_bottom_no_gradient_is_taken(neox, sequences, mon
 
 
 def test_targets_in_several_passes_have_the_weights_of_one_pass(neox, sequences, monkeypatch):
-    from llm_perturb import measurement_plan as module
+    from llm_perturb import choose_weights as module
 
     plan = plan_of(neox, [UP, DENSE, "lm_head"])
     once = {c.key: c.positions.tolist() for c in chosen(plan, neox, sequences)}

@@ -56,18 +56,18 @@ def test_a_loaded_model_is_ready_to_be_measured(checkpoint):
     assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.float64}
     stored = load_file(checkpoint / "model.safetensors")
     assert all(torch.equal(loaded.model.get_parameter(name).float(), stored[name]) for name in stored)
-    assert loaded.facts["n_parameters"] == sum(tensor.numel() for tensor in stored.values())
-    assert loaded.facts["dtype"] == "float64"
+    assert loaded.metadata["n_parameters"] == sum(tensor.numel() for tensor in stored.values())
+    assert loaded.metadata["dtype"] == "float64"
     assert loaded.max_positions == 512
 
 
 def test_the_revision_of_a_local_model_follows_its_weights(checkpoint, damaged):
-    first = models.load(str(checkpoint), device="cpu").facts["revision"]
-    assert models.load(str(damaged), device="cpu").facts["revision"] == first
+    first = models.load(str(checkpoint), device="cpu").metadata["revision"]
+    assert models.load(str(damaged), device="cpu").metadata["revision"] == first
     state = load_file(damaged / "model.safetensors")
     state["lm_head.weight"][0, 0] += 1
     save_file(state, damaged / "model.safetensors", metadata={"format": "pt"})
-    assert models.load(str(damaged), device="cpu").facts["revision"] != first
+    assert models.load(str(damaged), device="cpu").metadata["revision"] != first
 
 
 def test_a_name_that_a_terminal_would_obey_is_refused(checkpoint, tmp_path, monkeypatch):
@@ -133,7 +133,7 @@ def change_config(folder, **values):
 def test_a_folder_comes_before_a_name(damaged, name, monkeypatch, capsys):
     folder = damaged.rename(damaged.parent / name)
     monkeypatch.chdir(folder.parent)
-    assert models.load(name, device="cpu").facts["id"] == str(folder)
+    assert models.load(name, device="cpu").metadata["id"] == str(folder)
     assert capsys.readouterr().out == f"MODEL: folder {folder}\n"
     folder.rename(damaged)
 

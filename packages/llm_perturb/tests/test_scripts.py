@@ -1,17 +1,18 @@
 import importlib.util
-import inspect
 import typing
 from pathlib import Path
 
 import pytest
 import torch
-from bridge.exchange.errors import RequestError
+from bridge.exchange.flag_table import flags_of
+from bridge.exchange.flags import parse, run
 from bridge.exchange.tables import MEASUREMENTS
-from llm_perturb import perturbation, target_scores
+from llm_perturb import commands, perturbation, target_scores
 from safetensors.torch import load_file, save_file
 from tiny_models import save_checkpoint
 
 PACKAGE = Path(__file__).parents[1]
+COMMANDS = Path(commands.__file__).parent
 
 
 def load(name):
@@ -24,45 +25,50 @@ def load(name):
 BASELINE, PERTURB = load("run_baseline").baseline, load("run_topk_perturb").perturb
 
 
-def flags(command):
-    return inspect.signature(command, eval_str=True).parameters
-
-
-def choices(command, flag):
-    kind = flags(command)[flag].annotation
-    return typing.get_args(typing.get_args(kind)[0] if typing.get_origin(kind) is list else kind)
-
-
 def test_what_the_scripts_share_means_the_same():
     """Or a baseline could be of another corpus than the measurements that it goes with."""
-    shared = flags(BASELINE).keys() & flags(PERTURB).keys()
-    assert shared == flags(BASELINE).keys()
-    for flag in shared:
-        assert flags(BASELINE)[flag].annotation == flags(PERTURB)[flag].annotation
-        assert flags(BASELINE)[flag].default == flags(PERTURB)[flag].default
+    assert flags_of(BASELINE).keys() <= flags_of(PERTURB).keys()
+    for key, flag in flags_of(BASELINE).items():
+        assert flags_of(PERTURB)[key] == flag
 
 
 @pytest.mark.parametrize("command", [BASELINE, PERTURB])
-def test_every_flag_is_a_keyword_with_a_default_and_a_line_of_help(command):
-    described = command.__doc__.partition("Args:")[2]
-    for name, parameter in flags(command).items():
-        assert parameter.kind is inspect.Parameter.KEYWORD_ONLY
-        assert parameter.default is not inspect.Parameter.empty
-        assert f"\n        {name}: " in described
+def test_every_flag_has_a_default_and_a_line_of_help(command):
+    for flag in flags_of(command).values():
+        assert not flag.required
+        assert flag.help
 
 
 def test_the_choices_are_those_of_the_library():
     metrics = ("grad_x_weight", "grad_squared", "obd", "taylor2", "magnitude")
     kinds = ("zero", "sign_flip", "scale", "gaussian_noise", "bit_flip", "quantize")
-    assert choices(PERTURB, "metric") == typing.get_args(target_scores.Metric) == metrics
-    assert choices(PERTURB, "perturbation") == typing.get_args(perturbation.Kind) == kinds
-    assert choices(PERTURB, "packing") == ("documents", "windows")
-    assert choices(PERTURB, "dtype") == ("float32", "bfloat16", "float16", "float64")
+    table = flags_of(PERTURB)
+    assert table["metric"].choices == typing.get_args(target_scores.Metric) == metrics
+    assert table["perturbation"].choices == typing.get_args(perturbation.Kind) == kinds
+    assert table["selection"].choices == ("top", "random", "bottom", "matched")
+    assert table["packing"].choices == ("documents", "windows")
+    assert table["dtype"].choices == ("float32", "bfloat16", "float16", "float64")
+
+
+def test_the_flags_of_a_measurement_and_their_defaults():
+    assert {key: flag.default for key, flag in flags_of(PERTURB).items()} == {
+        "target_layer": [], "k": [100], "selection": ["top", "random", "bottom"], "metric": ["grad_x_weight"],
+        "weights_csv": [], "per_weight": None, "rows": [], "cols": [], "perturbation": ["zero"], "factor": 0.5,
+        "sigma": 1.0, "bit": None, "n_bits": 4, "seeds": [0, 1, 2], "kl": False, "shard": None, "list_layers": False,
+        "model": None, "revision": None, "dtype": "float32", "device": "auto", "trust_remote_code": False,
+        "allow_unused_weights": [], "data_file": None, "dataset": None, "dataset_config": None, "split": "test",
+        "text_column": "text", "packing": "documents", "max_length": 512, "eval_limit": None, "batch_size": 1,
+        "output": "outputs/", "experiment_id": None,
+    }  # fmt: skip
 
 
 def test_the_defaults_lie_among_the_choices():
-    for flag in ("metric", "perturbation", "selection"):
-        assert set(flags(PERTURB)[flag].default) <= set(choices(PERTURB, flag))
+    for key in ("metric", "perturbation", "selection"):
+        assert set(flags_of(PERTURB)[key].default) <= set(flags_of(PERTURB)[key].choices)
+
+
+def test_a_comma_belongs_to_the_name_of_a_file_of_weights():
+    assert parse(PERTURB, ["--weights-csv", "a,b.csv", "c.csv"])["weights_csv"] == ["a,b.csv", "c.csv"]
 
 
 def test_both_scripts_leave_weights_out_only_when_told(tmp_path, capsys):
@@ -70,19 +76,22 @@ def test_both_scripts_leave_weights_out_only_when_told(tmp_path, capsys):
     tensors = load_file(tmp_path / "model.safetensors") | {"score.weight": torch.zeros(2, 16)}
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     (tmp_path / "texts.txt").write_text("one text\nanother text\n")
-    baseline = {"data_file": str(tmp_path / "texts.txt"), "output": str(tmp_path / "out")}
-    for script, options in ((BASELINE, baseline), (PERTURB, {"list_layers": True})):
-        with pytest.raises(RequestError, match=r"no place for \(1\): score\.weight"):
-            script(model=str(tmp_path), device="cpu", **options)
-        script(model=str(tmp_path), device="cpu", allow_unused_weights=["score.*"], **options)
+    options = {"model": str(tmp_path), "data_file": str(tmp_path / "texts.txt"), "output": str(tmp_path / "out")}
+    words = [word for key, value in options.items() for word in (f"--{key.replace('_', '-')}", value)]
+    for script, more in ((BASELINE, []), (PERTURB, ["--list-layers"])):
+        with pytest.raises(SystemExit, match="2"):
+            run(script, "script", [*words, *more, "--device", "cpu"])
+        assert "no place for (1): score.weight" in capsys.readouterr().err
+        run(script, "script", [*words, *more, "--device", "cpu", "--allow-unused-weights", "score.*"])
         assert "UNUSED WEIGHTS: score.weight (--allow-unused-weights)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["run_baseline", "run_topk_perturb"])
+@pytest.mark.parametrize("name", ["run_baseline", "run_topk_perturb", "merge_shards"])
 def test_a_script_is_short_and_speaks_no_argparse(name):
-    source = (PACKAGE / "scripts" / f"{name}.py").read_text()
-    assert "argparse" not in source
-    assert len(source.splitlines()) < 150
+    for file in (PACKAGE / "scripts" / f"{name}.py", COMMANDS / f"{name}.py"):
+        source = file.read_text()
+        assert "argparse" not in source
+        assert len(source.splitlines()) < 80
 
 
 def test_a_shape_of_the_table_others_rely_on():

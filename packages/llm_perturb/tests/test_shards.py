@@ -9,21 +9,11 @@ import pytest
 from bridge.exchange import flags
 from bridge.exchange.errors import RequestError
 from bridge.exchange.fingerprint import read_fingerprint, write_fingerprint
-from llm_perturb.shards import Shard, merge, read_shard
+from bridge.exchange.run_folder import RunOptions
+from llm_perturb.shards import merge
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "merge_shards.py"
 COMPLETE = ("measurements.csv", "comparisons.csv", "sequence_losses.parquet", "baseline.json")
-
-
-@pytest.mark.parametrize("text", ["0/4", "5/4", "1", "1/0", "a/b", "-1/4", "1/4/2", ""])
-def test_a_shard_that_is_none(text):
-    with pytest.raises(RequestError, match="must be i/n, such as 2/4, with i from 1 to n"):
-        read_shard(text)
-
-
-def test_a_shard():
-    assert read_shard("2/4") == Shard(2, 4)
-    assert str(read_shard("12/12")) == "12/12"
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +34,7 @@ def parts(split, tmp_path):
 
 def test_the_shards_make_the_table_of_the_whole_byte_for_byte(split, parts, tmp_path):
     whole, _ = split
-    folder = merge([str(parts)], str(tmp_path / "merged"), "y")
+    folder = merge([str(parts)], RunOptions(output=str(tmp_path / "merged"), experiment_id="y"))
     assert folder.name == "perturb_y"
     assert len(pd.read_csv(whole / "measurements.csv")) > 20
     for name in COMPLETE:
@@ -68,7 +58,7 @@ def test_each_shard_measured_its_part_alone(split):
 
 def test_shards_may_be_named_one_by_one_in_any_order(split, parts, tmp_path):
     names = [str(parts / f"shard_x_{n}_of_3") for n in (3, 1, 2)]
-    folder = merge(names, str(tmp_path / "merged"), "y")
+    folder = merge(names, RunOptions(output=str(tmp_path / "merged"), experiment_id="y"))
     assert (folder / "measurements.csv").read_bytes() == (split[0] / "measurements.csv").read_bytes()
 
 
@@ -80,7 +70,7 @@ def change_manifest(folder, change):
 
 def refused(parts, tmp_path, match):
     with pytest.raises(RequestError, match=match):
-        merge([str(parts)], str(tmp_path / "merged"), "y")
+        merge([str(parts)], RunOptions(output=str(tmp_path / "merged"), experiment_id="y"))
     assert list((tmp_path / "merged").iterdir()) == []
 
 
@@ -117,7 +107,7 @@ def test_shards_of_an_earlier_version_are_merged_with_a_warning(parts, tmp_path)
     for folder in parts.iterdir():
         (folder / "fingerprint.json").unlink()
         change_manifest(folder, lambda m: m["identity"].pop("fingerprint"))
-    folder = merge([str(parts)], str(tmp_path / "merged"), "y")
+    folder = merge([str(parts)], RunOptions(output=str(tmp_path / "merged"), experiment_id="y"))
     (warning,) = (w for w in json.loads((folder / "manifest.json").read_text())["warnings"] if "fingerprint" in w)
     assert "shard_x_1_of_3 has no fingerprint" in warning
     assert not (folder / "fingerprint.json").exists()
@@ -137,8 +127,8 @@ def test_overlapping_rows_are_refused(parts, tmp_path):
 def test_a_table_that_lost_a_row_is_refused(parts, tmp_path):
     path = parts / "shard_x_2_of_3/measurements.csv"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
-    with pytest.raises(RequestError, match="and its manifest speaks of"):
-        merge([str(parts)], str(tmp_path / "merged"), "y")
+    with pytest.raises(RequestError, match="and its manifest lists"):
+        merge([str(parts)], RunOptions(output=str(tmp_path / "merged"), experiment_id="y"))
     assert not (tmp_path / "merged/perturb_y/measurements.csv").exists()
 
 

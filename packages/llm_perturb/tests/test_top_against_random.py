@@ -3,13 +3,23 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
-from llm_perturb.top_against_random import COLUMNS, compare, difference_interval, rank_p_value
+from llm_perturb.intervals import ratio_interval
+from llm_perturb.top_against_random import (
+    COLUMNS,
+    can_reach,
+    compare,
+    difference_interval,
+    draws_needed,
+    rank_p_value,
+    smallest_p_value,
+)
+from scipy import optimize, stats
 
 N = 12
 TOKENS = np.arange(3, 3 + N)
 
 
-def rows_of(selections, differences, **more):
+def rows_of(selections, differences, seeds=None, **more):
     table = pd.DataFrame(
         {
             "target_layer": "a.b",
@@ -17,7 +27,7 @@ def rows_of(selections, differences, **more):
             "selection": selections,
             "perturbation": "zero",
             "k": 5,
-            "seed": pd.array([None] * len(selections), dtype="Int64"),
+            "seed": pd.array(seeds or [None] * len(selections), dtype="Int64"),
             "row": pd.array([None] * len(selections), dtype="Int64"),
             "col": pd.array([None] * len(selections), dtype="Int64"),
             "delta_nll": differences.sum(1) / TOKENS.sum(),
@@ -37,20 +47,45 @@ TOP_AND_RANDOM = ["top_obd", *["random"] * 5]
 def test_the_effect_is_set_against_the_draws_of_the_same_target(differences):
     (row,) = compare(rows_of(TOP_AND_RANDOM, differences), differences, TOKENS).itertuples()
     effects = [sum(d) / sum(TOKENS) for d in differences.tolist()]
-    assert (row.selection, row.control, row.n_draws, row.note) == ("top_obd", "random", 5, "")
+    assert (row.selection, row.control, row.n_draws, row.n_beaten) == ("top_obd", "random", 5, 5)
     assert row.delta_nll == pytest.approx(effects[0], rel=1e-12)
     assert row.control_mean == pytest.approx(sum(effects[1:]) / 5, rel=1e-12)
     assert (row.control_low, row.control_high) == pytest.approx((min(effects[1:]), max(effects[1:])), rel=1e-12)
     assert row.difference == pytest.approx(effects[0] - sum(effects[1:]) / 5, rel=1e-12)
+    assert (row.ci_low, row.ci_high) == difference_interval(differences[:1], differences[1:], TOKENS)
     assert row.ci_low < row.difference < row.ci_high
-    assert row.p_value == 1 / 6
+    excess = np.abs(differences[0] - differences[1:].mean(0))
+    assert row.n_eff == pytest.approx(excess.sum() ** 2 / (excess**2).sum(), rel=1e-12)
+    assert (row.unbounded_share, row.control_unbounded_share) == (0, 0)
 
 
 @pytest.mark.parametrize("worse", range(6))
 def test_the_p_value_counts_draws_that_do_as_much(worse):
-    differences = np.ones((6, N)) * np.array([3.0, *[5.0] * worse, *[1.0] * (5 - worse)])[:, None]
-    (row,) = compare(rows_of(TOP_AND_RANDOM, differences), differences, TOKENS).itertuples()
-    assert row.p_value == (1 + worse) / 6
+    top, drawn = np.array([3.0]), np.array([3.0] * worse + [1.0] * (5 - worse))
+    assert rank_p_value(top, drawn) == (1 + worse) / 6
+
+
+def test_effects_that_are_not_finite_rank_as_the_largest():
+    drawn = np.array([1.0, math.nan, math.inf, -math.inf, 2])
+    assert rank_p_value(np.array([5.0]), drawn) == 4 / 6
+    assert rank_p_value(np.array([math.nan]), drawn) == 4 / 6  # tied with three
+
+
+def test_a_p_value_is_given_where_it_can_reach_one_in_twenty():
+    assert draws_needed() == 19
+    assert draws_needed(0.01) == 99
+    assert [can_reach(n) for n in (3, 18, 19, 20)] == [False, False, True, True]
+    assert smallest_p_value(19) == 0.05
+    for n_draws in (18, 19):
+        differences = np.ones((n_draws + 1, N)) * np.linspace(2, 1, n_draws + 1)[:, None]
+        table = rows_of(["top_obd", *["random"] * n_draws], differences)
+        (row,) = compare(table, differences, TOKENS).itertuples()
+        assert row.n_beaten == n_draws
+        if n_draws == 19:
+            assert (row.p_value, row.note) == (0.05, "")
+        else:
+            assert math.isnan(row.p_value)
+            assert row.note == "no p: with 18 draws it cannot be below 0.053 (19 are needed)"
 
 
 @pytest.mark.parametrize("column", ["target_layer", "parameter", "perturbation", "k"])
@@ -64,82 +99,137 @@ def test_draws_of_something_else_do_not_count(differences, column):
 
 def test_each_kind_has_its_own_control(differences):
     selections = ["top_obd", "random", "matched_obd", "matched_magnitude", "row", "random_row"]
-    found = compare(rows_of(selections, differences), differences, TOKENS)
-    assert list(zip(found["selection"], found["control"], strict=True)) == [
+    comparisons = compare(rows_of(selections, differences), differences, TOKENS)
+    assert list(zip(comparisons["selection"], comparisons["control"], strict=True)) == [
         ("top_obd", "random"),
         ("top_obd", "matched_obd"),
         ("row", "random_row"),
     ]
-    assert found["ci_low"].isna().all()
-    assert (found["note"] == "one draw tells nothing of other draws").all()
-    assert (found["p_value"] >= 0.5).all()
+    assert comparisons["ci_low"].isna().all()
+    assert comparisons["p_value"].isna().all()
+    assert comparisons["note"].str.startswith("one draw tells nothing of other draws; no p").all()
+
+
+def test_each_row_of_a_matrix_is_compared_on_its_own(differences):
+    table = rows_of(["row", "row", *["random_row"] * 4], differences, row=pd.array([7, 3, 1, 2, 4, 5], dtype="Int64"))
+    comparisons = compare(table, differences, TOKENS)
+    assert comparisons["row"].tolist() == [7, 3]
+    assert comparisons["n_draws"].tolist() == [4, 4]
+    assert comparisons["delta_nll"].tolist() == table["delta_nll"].tolist()[:2]
+
+
+def test_a_seeded_perturbation_is_compared_seed_by_seed(differences):
+    """Three draws of the top against the three random sets of the same seeds, in whatever order they stand."""
+    table = rows_of(["top_obd"] * 3 + ["random"] * 3, differences, seeds=[0, 1, 2, 2, 0, 1])
+    (row,) = compare(table, differences, TOKENS).itertuples()
+    effects = table["delta_nll"].to_numpy()
+    pairs = [(0, 4), (1, 5), (2, 3)]
+    assert row.n_draws == 3
+    assert row.n_beaten == sum(effects[top] > effects[drawn] for top, drawn in pairs)
+    assert row.delta_nll == pytest.approx(effects[:3].mean(), rel=1e-12)
+    assert row.difference == pytest.approx(effects[:3].mean() - effects[3:].mean(), rel=1e-12)
+    expected = difference_interval(differences[:3], differences[[4, 5, 3]], TOKENS)
+    assert (row.ci_low, row.ci_high) == expected
+    assert (row.ci_low, row.ci_high) != difference_interval(differences[:3], differences[3:], TOKENS)
+
+
+def test_seeds_without_a_random_set_are_left_out(differences):
+    table = rows_of(["top_obd"] * 3 + ["random"] * 3, differences, seeds=[0, 1, 2, 1, 2, 9])
+    (row,) = compare(table, differences, TOKENS).itertuples()
+    assert row.n_draws == 2
+    assert row.delta_nll == pytest.approx(table["delta_nll"][1:3].mean(), rel=1e-12)
+    table = rows_of(["top_obd"] * 3 + ["random"] * 3, differences, seeds=[0, 1, 2, 7, 8, 9])
+    assert compare(table, differences, TOKENS).empty
 
 
 def test_a_loss_that_is_not_finite_is_the_largest(differences):
     differences[0, 4] = math.nan
     (row,) = compare(rows_of(TOP_AND_RANDOM, differences), differences, TOKENS).itertuples()
-    assert (row.delta_nll, row.difference, row.p_value) == (math.inf, math.inf, 1 / 6)
+    assert (row.delta_nll, row.difference, row.n_beaten, row.unbounded_share) == (math.inf, math.inf, 5, 1)
     assert math.isnan(row.ci_low)
-    assert row.note == "a loss is not finite"
+    assert math.isnan(row.n_eff)
+    assert row.note.startswith("a loss is not finite")
     differences[3, 0] = math.inf
     (row,) = compare(rows_of(TOP_AND_RANDOM, differences), differences, TOKENS).itertuples()
-    assert row.p_value == 2 / 6
+    assert (row.n_beaten, row.control_high, row.control_unbounded_share) == (4, math.inf, 0.2)
     assert math.isnan(row.difference)
 
 
-def test_few_sequences_have_no_interval(differences):
+def test_the_draws_range_from_the_smallest_to_the_largest_with_the_unbounded_share_beside():
+    differences = np.outer([5.0, 1, 2, math.nan, 3, 4], TOKENS)
+    (row,) = compare(rows_of(TOP_AND_RANDOM, differences), differences, TOKENS).itertuples()
+    assert (row.control_low, row.control_high) == (1, math.inf)
+    assert row.control_unbounded_share == 0.2
+
+
+def test_few_texts_have_no_interval(differences):
     table = rows_of(TOP_AND_RANDOM, differences)
-    (row,) = compare(table, differences[:, :9], TOKENS[:9]).itertuples()
+    (row,) = compare(table, differences[:, :5], TOKENS[:5]).itertuples()
     assert math.isnan(row.ci_low)
-    assert row.note == "9 sequences are too few for an interval"
+    assert row.note.startswith("5 texts are too few for an interval (at least 6)")
+    clusters = np.array([0, 0, 0, 0, 0, 0, 0, 1, 2, 3, 4, 4])
+    (row,) = compare(table, differences, TOKENS, clusters).itertuples()
+    assert math.isnan(row.ci_low)
+    assert row.note.startswith("5 texts")
+    assert row.n_eff <= 5
 
 
-def naive_interval(effect, drawn, n_tokens, n_resamples, seed):
-    """One resample at a time, with plain loops."""
-    rng = np.random.default_rng(seed)
-    ratios = []
-    for _ in range(n_resamples):
-        texts = [int(rng.integers(len(effect))) for _ in effect]
-        sets = [int(rng.integers(len(drawn))) for _ in drawn]
-        control = sum(drawn[b][i] for b in sets for i in texts) / len(sets)
-        ratios.append((sum(effect[i] for i in texts) - control) / sum(n_tokens[i] for i in texts))
-    ratios.sort()
-    return ratios[int(0.025 * n_resamples)], ratios[int(0.975 * n_resamples)]
+def naive_interval(top, drawn, n_tokens):
+    """Both variances written out: texts left out one at a time, draws by their sample variance."""
+    n, n_draws, total = len(n_tokens), len(drawn), sum(n_tokens)
+
+    def difference(left_out=None):
+        kept = [i for i in range(n) if i != left_out]
+        tokens = sum(n_tokens[i] for i in kept)
+        return sum(sum(top[b][i] - drawn[b][i] for i in kept) / tokens for b in range(n_draws)) / n_draws
+
+    value, without = difference(), [difference(i) for i in range(n)]
+    mean = sum(without) / n
+    texts = [math.sqrt((n - 1) / n) * (mean - w) for w in without]
+    effects = [sum(top[b][i] - drawn[b][i] for i in range(n)) / total for b in range(n_draws)]
+    draws = [(e - value) / math.sqrt(n_draws * (n_draws - 1)) for e in effects]
+    parts = [sum(v * v for v in part) for part in (texts, draws)]
+    freedom = [total**2 / sum(t * t for t in n_tokens) - 1, n_draws - 1]
+    variance = sum(parts)
+    dof = variance**2 / sum(part**2 / f for part, f in zip(parts, freedom, strict=True))
+    skewness = sum(v**3 for v in texts + draws) / variance**1.5
+    q = stats.t.ppf(0.975, dof)
+
+    def g(t):
+        return t + skewness * t * t / 3 + skewness**2 * t**3 / 27 + skewness / 6
+
+    upper, lower = (optimize.brentq(lambda t, x=x: g(t) - x, -1e4, 1e4, xtol=1e-13) for x in (q, -q))
+    return value - max(q, upper) * math.sqrt(variance), value - min(-q, lower) * math.sqrt(variance)
 
 
-def test_the_interval_is_that_of_drawing_texts_and_sets(differences):
-    found = difference_interval(differences[0], differences[1:], TOKENS, n_resamples=20_000)
-    expected = naive_interval(differences[0].tolist(), differences[1:].tolist(), TOKENS.tolist(), 4000, 8)
-    width = found.high - found.low
-    assert found.low == pytest.approx(expected[0], abs=0.05 * width)
-    assert found.high == pytest.approx(expected[1], abs=0.05 * width)
+@pytest.mark.parametrize("n_draws", [2, 3, 5])
+def test_the_interval_adds_the_variances_of_texts_and_draws(differences, n_draws):
+    drawn = differences[1 : 1 + n_draws]
+    expected = naive_interval([differences[0].tolist()] * n_draws, drawn.tolist(), TOKENS.tolist())
+    assert difference_interval(differences[:1], drawn, TOKENS) == pytest.approx(expected, rel=1e-8)
+    top = differences[0] + np.arange(n_draws)[:, None]
+    expected = naive_interval(top.tolist(), drawn.tolist(), TOKENS.tolist())
+    assert difference_interval(top, drawn, TOKENS) == pytest.approx(expected, rel=1e-8)
 
 
-def test_the_interval_carries_both_uncertainties():
-    """With the same effect in each text, only the draws differ; with the same draws, only the texts do."""
-    even, uneven = np.outer([1.0, 2, 3], TOKENS), np.outer([1.0, 1, 1], TOKENS + np.sin(TOKENS))
-    draws_only = difference_interval(5.0 * TOKENS, even, TOKENS)
-    assert draws_only.low == pytest.approx(2.0)  # all three draws the largest: a 27th, above 2.5 %
-    assert draws_only.high == pytest.approx(4.0)
-    texts_only = difference_interval(5.0 * TOKENS, uneven, TOKENS)
-    assert 0 < texts_only.high - texts_only.low < 0.5
+def test_draws_that_all_do_the_same_leave_the_interval_of_the_texts(differences):
+    same = np.outer(np.ones(4), TOKENS + np.sin(TOKENS))
+    found = difference_interval(differences[:1], same, TOKENS)
+    assert found == pytest.approx(ratio_interval(differences[0] - same[0], TOKENS), rel=1e-9)
 
 
-def test_the_interval_covers_the_truth_about_as_often_as_it_says():
-    """Texts and sets both random, 15 of each: 95 % intervals, which are a little narrow for so few."""
-    rng = np.random.default_rng(11)
-    n, covered = 15, 0
-    for _ in range(200):
-        sets, texts = rng.normal(size=(n, 1)), rng.normal(size=(1, n))
-        effect = (2.0 + texts[0] + rng.normal(size=n)) * 10
-        drawn = (sets + texts + rng.normal(size=(n, n))) * 10
-        interval = difference_interval(effect, drawn, np.full(n, 10), n_resamples=500)
-        covered += interval.low <= 2.0 <= interval.high
-    assert 0.86 <= covered / 200 <= 0.99
+def test_texts_that_all_show_the_same_leave_the_interval_of_the_draws():
+    low, high = difference_interval(5.0 * TOKENS[None], np.outer([1.0, 2, 3], TOKENS), TOKENS)
+    half = stats.t.ppf(0.975, 2) * 1 / math.sqrt(3)
+    assert (low, high) == pytest.approx((3 - half, 3 + half), rel=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("value", "controls", "p"), [(5, [1, 2, 3], 0.25), (2, [1, 2, 3], 0.75), (np.inf, [1, np.inf], 2 / 3)]
-)
-def test_rank_p_value_counts_controls_that_do_as_much(value, controls, p):
-    assert rank_p_value(value, np.array(controls)) == pytest.approx(p)
+def test_one_draw_has_no_interval(differences):
+    assert all(math.isnan(end) for end in difference_interval(differences[:1], differences[1:2], TOKENS))
+
+
+def test_many_worlds_are_computed_at_once(differences):
+    drawn = np.stack([differences[1:], differences[1:] ** 2])
+    low, high = difference_interval(differences[:1], drawn, TOKENS)
+    for world in range(2):
+        assert (low[world], high[world]) == difference_interval(differences[:1], drawn[world], TOKENS)

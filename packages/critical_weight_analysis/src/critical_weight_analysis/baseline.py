@@ -15,9 +15,9 @@ __all__ = ["check_model", "check_same", "measured", "read", "setup"]
 def setup(loaded: LoadedModel, corpus: Corpus) -> dict:
     """What must be the same for two baselines to be comparable."""
     facts = {
-        key: loaded.facts[source] for key, source in [("model", "id"), ("revision", "revision"), ("dtype", "dtype")]
+        key: loaded.metadata[source] for key, source in [("model", "id"), ("revision", "revision"), ("dtype", "dtype")]
     }
-    return facts | {"corpus_sha256": corpus.facts["corpus_sha256"]}
+    return facts | {"corpus_sha256": corpus.metadata["corpus_sha256"]}
 
 
 def measured(loaded: LoadedModel, corpus: Corpus, losses: Tensor) -> dict:

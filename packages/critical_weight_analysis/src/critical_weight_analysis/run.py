@@ -152,9 +152,9 @@ def run(options: Options) -> None:
 
     folder = Path(processes.once(begin))
     with _kept(opened):
-        _log.info("%s, %s", loaded.facts["id"], loaded.facts["dtype"])
+        _log.info("%s, %s", loaded.metadata["id"], loaded.metadata["dtype"])
         _log.info("%d weights of %d parameters in scope", request.n_weights, len(request.parameters))
-        _log.info("%(n_sequences)d sequences, %(n_tokens)d predicted tokens, from %(source)s", request.corpus.facts)
+        _log.info("%(n_sequences)d sequences, %(n_tokens)d predicted tokens, from %(source)s", request.corpus.metadata)
         found, settings = _discover(engine, request, replace(settings, scratch=folder), opened)
         tops = {m: {k: ranking.top(k) for k in request.options.topk} for m, ranking in found.rankings.items()}
         splits = list(_halves(engine, request, settings))
@@ -241,9 +241,9 @@ def prepare(options: Options) -> Request:
 def _open_run(request: Request, engine: str, world_size: int) -> run_folder.Run:
     options, loaded, corpus = request.options, request.loaded, request.corpus
     identity = {
-        "options": options.identity() | {"model": loaded.facts["id"]},
-        "model": loaded.facts,
-        "corpus": corpus.facts,
+        "options": options.identity() | {"model": loaded.metadata["id"]},
+        "model": loaded.metadata,
+        "corpus": corpus.metadata,
     }
     facts = {
         "options": asdict(options),

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from llm_perturb.condition import Condition, new_values
 from llm_perturb.evaluation.parameters import layer_of
 from llm_perturb.evaluation.perplexity import Measured, in_order
-from llm_perturb.measurement import Condition, new_values
 from llm_perturb.perturbation import bits
 from llm_perturb.suffix_forward import Restart, decoder_layers
 

@@ -1,26 +1,25 @@
-"""Which conditions a request means, in order, and the weights of each."""
+"""Which conditions a request means, in the order of the table."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
+from bridge.exchange import layout
 from bridge.exchange.errors import RequestError
 from torch.nn import Parameter
 from transformers import PreTrainedModel
 
 from llm_perturb.batched_single_weights import Copies, Unit
-from llm_perturb.evaluation.corpus import Corpus
-from llm_perturb.evaluation.parameters import layer_of
-from llm_perturb.measurement import Condition
+from llm_perturb.condition import Condition
+from llm_perturb.evaluation.lm_loss import is_plain
+from llm_perturb.evaluation.parameters import layer_of, match, named_parameters
 from llm_perturb.perturbation import Perturbation
-from llm_perturb.selection import Ranked, Target, draw, draw_matched, highest, lowest
-from llm_perturb.target_scores import target_scores
-from llm_perturb.weights_csv import WeightList, csv_label
-
-_WEIGHTS_AT_ONCE = 2**27  # whose sums of gradients are held at the same time
+from llm_perturb.perturbation_options import PerturbationOptions
+from llm_perturb.selection import Target, draw
+from llm_perturb.weights_csv import WeightList, csv_label, read_weight_list
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """Targets, where their top weights come from, and what is done to them.
 
@@ -38,31 +37,37 @@ class Plan:
     targets: list[Target]
     lists: list[WeightList]
     ks: list[int]
-    selections: list[str]
-    metrics: list[str]
+    selections: Sequence[str]
+    metrics: Sequence[str]
     perturbations: list[Perturbation]
     seeds: list[int]
     fixed: list[Condition] = field(default_factory=list)
 
     def labels(self) -> list[str]:
         """The selections as the table names them: ``top_<metric or CSV>``, ``random``, ``bottom_<metric>``."""
-        top = [csv_label(weight_list.path) for weight_list in self.lists] or self.metrics
-        names = {kind: [f"{kind}_{name}" for name in top] for kind in ("top", "matched")}
-        names |= {"random": ["random"], "bottom": [f"bottom_{metric}" for metric in self.metrics]}
-        return [label for selection in dict.fromkeys(self.selections) for label in dict.fromkeys(names[selection])]
+        top_metrics = [csv_label(weight_list.path) for weight_list in self.lists] or self.metrics
+        names = {
+            "top": [layout.top_label(metric) for metric in top_metrics],
+            "matched": [layout.matched_label(metric) for metric in top_metrics],
+            "random": [layout.RANDOM],
+            "bottom": [layout.bottom_label(metric) for metric in self.metrics],
+        }
+        labels = [label for selection in self.selections for label in names[selection]]
+        return list(dict.fromkeys(labels))
 
-    def shells(self) -> list[Condition]:
+    def conditions(self) -> list[Condition]:
         """All conditions in the order of the table; those that select a set of a target have no weights yet."""
-        nothing = torch.empty(0, dtype=torch.int64)
+        no_weights = torch.empty(0, dtype=torch.int64)
         sets = [
-            Condition(target, label, perturbation, k, seed, nothing)
+            Condition(target=target, selection=label, perturbation=perturbation, k=k, seed=seed, positions=no_weights)
             for target in self.targets
             for label in self.labels()
             for perturbation in self.perturbations
             for k in self.ks
             for seed in seeds_of(label, perturbation, self.seeds)
         ]
-        return list({condition.key: condition for condition in [*sets, *self.fixed]}.values())  # each once
+        by_key = {condition.key: condition for condition in [*sets, *self.fixed]}  # each once
+        return list(by_key.values())
 
     def check(self) -> None:
         """Refuse what could only fail after hours.
@@ -74,7 +79,9 @@ class Plan:
         for label in labels:
             if labels.count(label) > 1:
                 raise RequestError(f"--weights-csv has two files of {label}; their rows could not be told apart")
-        n_sets = len(labels or self.metrics) + bool({"random", "matched"} & set(self.selections))
+        n_sets = len(labels or self.metrics)
+        if "random" in self.selections or "matched" in self.selections:
+            n_sets += 1
         for target in self.targets:
             if max(self.ks) * n_sets > target.n_weights:
                 raise RequestError(
@@ -85,9 +92,50 @@ class Plan:
                 weight_list.within(target, 1)
 
 
+def plan_of(options: PerturbationOptions, model: PreTrainedModel) -> Plan:
+    """Check a request against the model, before anything is measured.
+
+    Raises:
+        RequestError: no target or an unknown one, too few weights, a list of another model, a perturbation that the
+            dtype does not allow, or ``--kl`` for a model without a plain head.
+    """
+    layers = options.target_layers
+    if not layers and not options.per_weight:
+        raise RequestError("no target: set TARGET_LAYER or --target-layer; --list-layers shows what there is")
+    named = named_parameters(model)
+    targets = [Target(layer, {name: named[name] for name in match(model, layer)}) for layer in dict.fromkeys(layers)]
+    if options.kl and not is_plain(model):
+        raise RequestError("--kl needs a model whose logits are a linear map of its last hidden state; this is none")
+    perturbations, seeds = options.perturbations, options.seeds
+    for perturbation in perturbations:
+        perturbation.check(model.dtype)
+    fixed: list[Condition] = []
+    for target in targets:
+        if options.rows:
+            fixed += lines(target, 0, options.rows, perturbations, seeds)
+        if options.cols:
+            fixed += lines(target, 1, options.cols, perturbations, seeds)
+    if fixed:  # the lines are what is selected, not sets of the target's weights
+        targets = []
+    if options.per_weight:
+        fixed += single_weights(read_weight_list(options.per_weight, named), named, perturbations, seeds)
+    plan = Plan(
+        targets=targets,
+        lists=[read_weight_list(path, named) for path in options.weights_csv],
+        ks=options.ks,
+        selections=options.selection,
+        metrics=options.metric,
+        perturbations=perturbations,
+        seeds=seeds,
+        fixed=fixed,
+    )
+    plan.check()
+    return plan
+
+
 def seeds_of(label: str, perturbation: Perturbation, seeds: list[int]) -> Sequence[int | None]:
     """The seeds where something is drawn, else one None."""
-    drawn = label.startswith(("random", "matched")) or perturbation.kind == "gaussian_noise"
+    drawn = label.startswith(layout.RANDOM) or layout.is_matched(label) or perturbation.kind == "gaussian_noise"
     return seeds if drawn else [None]
 
 
@@ -97,13 +145,23 @@ def single_weights(
     """One condition for each weight of a list, perturbed alone."""
     conditions = []
     for name, index, score in zip(weights.names, weights.indices, weights.scores, strict=True):
-        target = Target(layer_of(name), {name: named[name]})
-        row, col = divmod(int(index), named[name][0].numel()) if named[name].ndim > 1 else (int(index), None)
-        position = torch.tensor([index])
+        row_and_col: tuple[int, int | None] = (int(index), None)
+        if named[name].ndim > 1:
+            row_and_col = divmod(int(index), named[name][0].numel())
         conditions += [
-            Condition(target, "weight", perturbation, 1, seed, position, float(score), row, col)
+            Condition(
+                target=Target(layer_of(name), {name: named[name]}),
+                selection=layout.SINGLE_WEIGHT,
+                perturbation=perturbation,
+                k=1,
+                seed=seed,
+                positions=torch.tensor([index]),
+                score_sum=float(score),
+                row=row_and_col[0],
+                col=row_and_col[1],
+            )
             for perturbation in perturbations
-            for seed in seeds_of("weight", perturbation, seeds)
+            for seed in seeds_of(layout.SINGLE_WEIGHT, perturbation, seeds)
         ]
     return conditions
 
@@ -116,92 +174,55 @@ def lines(
     Raises:
         RequestError: the target is not one matrix, or a line is out of range.
     """
-    label, shape = ("row", "col")[axis], [tuple(p.shape) for p in target.parameters.values()]
-    if len(shape) != 1 or len(shape[0]) != 2:
+    label = (layout.ROW, layout.COL)[axis]
+    control = (layout.RANDOM_ROW, layout.RANDOM_COL)[axis]
+    shapes = [tuple(parameter.shape) for parameter in target.parameters.values()]
+    if len(shapes) != 1 or len(shapes[0]) != 2:
         raise RequestError(f"--{label}s needs a TARGET_LAYER that is one matrix, and '{target.layer}' is not")
-    n_lines, n_columns = shape[0][axis], shape[0][1]
+    shape = shapes[0]
+    n_lines = shape[axis]
     for index in indices:
         if not 0 <= index < n_lines:
             raise RequestError(f"--{label}s {index} is out of range: {target.layer} has {n_lines} {label}s, from 0")
     if len(set(indices)) >= n_lines:
         raise RequestError(f"--{label}s leaves no other {label} of {target.layer} for the random control")
+    excluded = torch.tensor(sorted(set(indices)))
+    flat = torch.arange(shape[0] * shape[1]).view(shape)  # the position of every weight
     conditions = []
-    every = torch.arange(shape[0][0] * n_columns).view(shape[0])
     for perturbation in perturbations:
         chosen = [(label, index, seed) for index in indices for seed in seeds_of(label, perturbation, seeds)]
         for seed in seeds:
-            other = draw(n_lines, 1, torch.tensor(sorted(set(indices))), [seed, f"random {label}", target.layer])
-            chosen.append((f"random_{label}", int(other), seed))
+            other = draw(n_lines, 1, excluded, [seed, f"random {label}", target.layer])
+            chosen.append((control, int(other), seed))
         for selection, index, seed in chosen:
-            positions = every.select(axis, index).clone()
-            place = {label: index}
-            conditions.append(Condition(target, selection, perturbation, len(positions), seed, positions, **place))
+            positions = flat.select(axis, index).clone()
+            conditions.append(
+                Condition(
+                    target=target,
+                    selection=selection,
+                    perturbation=perturbation,
+                    k=len(positions),
+                    seed=seed,
+                    positions=positions,
+                    row=index if axis == 0 else None,
+                    col=index if axis == 1 else None,
+                )
+            )
     return conditions
 
 
-def share(units: list[Unit], rank: int, world: int) -> list[Unit]:
-    """The part of one process: whole targets if there are enough of them, else single conditions."""
-    places = [unit.conditions[0].key if isinstance(unit, Copies) else unit.target.layer for unit in units]
-    number = {place: at for at, place in enumerate(dict.fromkeys(places))}
-    by_target = len(number) >= 2 * world
-    return [u for at, u in enumerate(units) if (number[places[at]] if by_target else at) % world == rank]
+def share(units: Sequence[Unit], rank: int, world: int) -> list[Unit]:
+    """The part of one of several processes (or shards): whole targets if there are enough, else single conditions.
 
-
-def choose_weights(plan: Plan, units: list[Unit], model: PreTrainedModel, corpus: Corpus) -> list[Unit]:
-    """The units with the weights of every condition."""
-    empty = [unit for unit in units if isinstance(unit, Condition) and not len(unit.positions)]
-    filled = [unit for unit in units if not (isinstance(unit, Condition) and not len(unit.positions))]
-    for targets in _groups({shell.target.layer: shell.target for shell in empty}.values()):
-        ranked = _rankings(plan, targets, model, corpus)
-        filled += [_filled(shell, ranked[shell.target.layer]) for shell in empty if shell.target.layer in ranked]
-    return filled
-
-
-def _groups(targets: Iterable[Target]) -> Iterator[list[Target]]:
-    """Targets whose gradients are taken in one pass over the corpus."""
-    group: list[Target] = []
-    for target in targets:
-        if group and sum(t.n_weights for t in [*group, target]) > _WEIGHTS_AT_ONCE:
-            yield group
-            group = []
-        group.append(target)
-    if group:
-        yield group
-
-
-def _rankings(
-    plan: Plan, targets: list[Target], model: PreTrainedModel, corpus: Corpus
-) -> dict[str, dict[str, Ranked]]:
-    """For each target, by selection label, the weights in order, as many as the largest k."""
-    most = max(plan.ks)
-    found: dict[str, dict[str, Ranked]] = {target.layer: {} for target in targets}
-    for weight_list in plan.lists:
-        for target in targets:
-            found[target.layer][f"top_{csv_label(weight_list.path)}"] = weight_list.within(target, most)
-    computed = {"bottom": "bottom" in plan.selections, "top": not plan.lists}
-    if any(computed.values()):
-        parameters = {name: p for target in targets for name, p in target.parameters.items()}
-        scores = target_scores(model, corpus, parameters, plan.metrics)
-        for target in targets:
-            for metric in plan.metrics:
-                line = torch.cat([scores[metric][name].reshape(-1) for name in target.parameters])
-                if computed["top"]:
-                    found[target.layer][f"top_{metric}"] = highest(line, most)
-                if computed["bottom"]:
-                    found[target.layer][f"bottom_{metric}"] = lowest(line, most)
-    return found
-
-
-def _filled(shell: Condition, ranked: dict[str, Ranked]) -> Condition:
-    """The condition with its weights; what is drawn avoids the top sets of this size."""
-    if shell.selection in ranked:
-        chosen = ranked[shell.selection].first(shell.k)
-        return replace(shell, positions=chosen.positions, score_sum=float(chosen.scores.sum()))
-    top = {label: ranking.first(shell.k).positions for label, ranking in ranked.items() if label.startswith("top_")}
-    excluded, n_drawn = torch.cat(list(top.values())).unique(), min(map(len, top.values()))
-    kind, _, of = shell.selection.partition("_")
-    key = [shell.seed, f"{kind} control", of, shell.target.layer, shell.k]
-    if kind == "matched":
-        magnitudes = torch.cat([p.detach().float().abs().reshape(-1) for p in shell.target.parameters.values()])
-        return replace(shell, positions=draw_matched(magnitudes, top[f"top_{of}"], excluded, key))
-    return replace(shell, positions=draw(shell.target.n_weights, n_drawn, excluded, key))
+    Args:
+        units: all of them, in the same order in every process.
+        rank: the number of the process, from 0.
+        world: how many processes there are.
+    """
+    names = [unit.conditions[0].key if isinstance(unit, Copies) else unit.target.layer for unit in units]
+    number = {name: at for at, name in enumerate(dict.fromkeys(names))}
+    if len(number) >= 2 * world:
+        owners = [number[name] % world for name in names]
+    else:
+        owners = [at % world for at in range(len(units))]
+    return [unit for unit, owner in zip(units, owners, strict=True) if owner == rank]

@@ -1,7 +1,6 @@
-"""Change chosen weights, and change them back bit for bit.
+"""Change chosen weights, and restore them bit for bit.
 
-The formulas take the stored tensor and flat indices and return new values; ``perturbed`` is the one place
-that writes to a model.
+The formulas take the stored tensor and flat indices and return new values; only ``perturbed`` writes to a model.
 """
 
 from collections.abc import Callable, Iterator
@@ -45,10 +44,9 @@ class Perturbation:
     @property
     def label(self) -> str:
         """The kind with its number, as in the table of measurements: ``zero``, ``scale(0.5)``."""
-        number = {"scale": self.factor, "gaussian_noise": self.sigma, "bit_flip": self.bit, "quantize": self.n_bits}
-        if self.kind not in number:
-            return self.kind
-        return f"{self.kind}({'exponent' if number[self.kind] is None else number[self.kind]})"
+        bit = "exponent" if self.bit is None else self.bit
+        numbers = {"scale": self.factor, "gaussian_noise": self.sigma, "bit_flip": bit, "quantize": self.n_bits}
+        return f"{self.kind}({numbers[self.kind]})" if self.kind in numbers else self.kind
 
     def check(self, dtype: torch.dtype) -> None:
         """Refuse numbers that mean nothing for weights of this dtype.
@@ -65,7 +63,7 @@ class Perturbation:
             raise RequestError(f"--sigma must be above 0, not {self.sigma}")
 
     def new_values(self, tensor: Tensor, index: Tensor, transposed: bool, rng: np.random.Generator) -> Tensor:
-        """What the weights of ``tensor`` at the flat ``index`` (m,) become: (m,), same dtype.
+        """The new values of the weights of ``tensor`` at the flat ``index`` (m,): (m,), same dtype.
 
         Args:
             tensor: the stored tensor.

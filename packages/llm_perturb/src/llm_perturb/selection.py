@@ -120,17 +120,20 @@ def draw_matched(magnitudes: Tensor, chosen: Tensor, excluded: Tensor, key: Sequ
         raise RequestError(
             f"a matched control of {len(chosen)} weights is impossible: {len(order)} are outside the top sets"
         )
-    places = torch.searchsorted(magnitudes.cpu()[order].contiguous(), magnitudes.cpu()[chosen].contiguous()).numpy()
-    rng, left = generator(key), np.ones(len(order), dtype=bool)
-    found = []
-    for place in places:
+    magnitudes = magnitudes.cpu()
+    ranks = torch.searchsorted(magnitudes[order].contiguous(), magnitudes[chosen].contiguous()).numpy()  # (k,)
+    rng = generator(key)
+    left = np.ones(len(order), dtype=bool)  # not drawn yet
+    drawn = []
+    for rank in ranks:
         reach = _NEAREST // 2
-        while not left[max(0, place - reach) : place + reach].any():
+        while not left[max(0, rank - reach) : rank + reach].any():
             reach *= 2
-        near = np.flatnonzero(left[max(0, place - reach) : place + reach]) + max(0, place - reach)
-        found.append(rng.choice(near))
-        left[found[-1]] = False
-    return order[torch.tensor(found, dtype=torch.int64)]
+        start = max(0, rank - reach)
+        near = start + np.flatnonzero(left[start : rank + reach])
+        drawn.append(rng.choice(near))
+        left[drawn[-1]] = False
+    return order[torch.tensor(drawn, dtype=torch.int64)]
 
 
 def generator(key: Sequence[object]) -> np.random.Generator:

@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llm_perturb.batched_single_weights import TOLERANCE, Change, Copies, Unit, change_of, measure_copies, unchanged
+from llm_perturb.condition import Condition, Outcome, new_values
 from llm_perturb.evaluation.corpus import Corpus
 from llm_perturb.evaluation.perplexity import Reference
-from llm_perturb.measurement import Condition, Outcome, new_values
 from llm_perturb.perturbation import perturbed
 from llm_perturb.selection import Target
 from llm_perturb.suffix_forward import Restart

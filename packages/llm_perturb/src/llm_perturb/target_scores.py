@@ -43,6 +43,7 @@ def target_scores(
         for sequence in tqdm(corpus.sequences, desc="gradient of the targets", leave=False):
             _sequence_loss(model, sequence).backward()
             for name, parameter in parameters.items():
+                assert parameter.grad is not None, name
                 gradient = parameter.grad.to(grad[name].dtype)
                 parameter.grad = None
                 grad[name] += gradient
@@ -55,16 +56,21 @@ def target_scores(
     n, N = len(corpus.sequences), corpus.n_tokens
     scores: dict[str, dict[str, Tensor]] = {metric: {} for metric in metrics}
     for name, weight in weights.items():
-        first, second = weight * grad[name] / N, 0.5 * weight**2 * square_sum[name] / N
-        formulas = {
-            "grad_x_weight": lambda first=first: first.abs(),
-            "grad_squared": lambda name=name: square[name] / n,
-            "obd": lambda second=second: second,
-            "taylor2": lambda first=first, second=second: (second - first).abs(),
-            "magnitude": lambda weight=weight: weight.abs(),
-        }
+        first = weight * grad[name] / N  # θ dL/dθ
+        second = 0.5 * weight**2 * square_sum[name] / N  # ½θ²h
         for metric in metrics:
-            scores[metric][name] = _finite(metric, name, formulas[metric]())
+            if metric == "grad_x_weight":
+                score = first.abs()
+            elif metric == "grad_squared":
+                score = square[name] / n
+            elif metric == "obd":
+                score = second
+            elif metric == "taylor2":
+                score = (second - first).abs()
+            else:
+                assert metric == "magnitude", metric
+                score = weight.abs()
+            scores[metric][name] = _finite(metric, name, score)
     return scores
 
 

@@ -1,13 +1,14 @@
 """Exact weights from a CSV, each row checked against the model that is to be perturbed."""
 
 import hashlib
-import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+from bridge.exchange import layout
 from bridge.exchange.errors import RequestError
 from bridge.exchange.fingerprint import Fingerprint, difference, read_fingerprint
 from bridge.exchange.printable import check_printable
@@ -16,9 +17,6 @@ from torch.nn import Parameter
 
 from llm_perturb.selection import Ranked, Target
 
-_FILE_NAME = re.compile(r"^top_\d+_(?:weights|per_layer)_(\w+)\.csv$")
-_CONTROL = re.compile(r"^(?:bottom|random)_\d+_weights")  # a discovery's lists that the highest score does not lead
-
 
 def csv_label(path: str) -> str:
     """What the weights of a CSV are called: the metric in the name of a discovery's top-K, else the file's own name.
@@ -26,8 +24,9 @@ def csv_label(path: str) -> str:
     Raises:
         RequestError: the file's own name has a character that is not printable.
     """
-    found = _FILE_NAME.search(Path(path).name)
-    return check_printable(found.group(1) if found else Path(path).stem, "the name of the file of weights")
+    parts = layout.parse_weights_file(Path(path).name)
+    label = parts.metric if parts and parts.kind == "top" else None
+    return check_printable(label or Path(path).stem, "the name of the file of weights")
 
 
 def hash_file(path: str) -> str:
@@ -38,9 +37,14 @@ def hash_file(path: str) -> str:
 
 @dataclass(frozen=True)
 class WeightList:
-    """The rows of a CSV of weights: parameter names, flat indices, scores, as arrays of one length.
+    """The rows of a CSV of weights, as arrays of one length.
 
-    ``ranks`` are those of the file where they, and not the scores, say which rows come first.
+    Attributes:
+        path: the file.
+        names: of the parameters.
+        indices: flat indices into them, int64.
+        scores: by which the rows are ordered, the highest first.
+        ranks: those of the file where they, and not the scores, say which rows come first.
     """
 
     path: str
@@ -80,11 +84,12 @@ def check_model(path: str, here: Fingerprint) -> None:
         return
     if there.dtype != here.dtype:
         there = replace(there, parameters_xxh3=here.parameters_xxh3)
-    if what := difference(there, here):
-        raise RequestError(f"{path} was made from another model or revision: they differ in {what}")
+    changed = difference(there, here)
+    if changed:
+        raise RequestError(f"{path} was made from another model or revision: they differ in {changed}")
 
 
-def read_weight_list(path: str, model_parameters: dict[str, Parameter]) -> WeightList:
+def read_weight_list(path: str, model_parameters: Mapping[str, Parameter]) -> WeightList:
     """Read a CSV of exact weights and check each row against the model.
 
     Raises:
@@ -92,26 +97,53 @@ def read_weight_list(path: str, model_parameters: dict[str, Parameter]) -> Weigh
             score that is not finite, a value that is not the model's.
     """
     frame = read_table(Path(path), TOP_WEIGHTS)
+    indices = flat_indices(frame, model_parameters, path)
+    if not np.isfinite(frame["score"]).all():
+        raise RequestError(f"{path}: a score is not finite")
+    return WeightList(
+        path=path,
+        names=frame["parameter"].to_numpy(dtype=object),
+        indices=indices,
+        scores=frame["score"].to_numpy(),
+        ranks=frame["rank"].to_numpy() if _ordered_by_rank(path) else None,
+    )
+
+
+def flat_indices(frame: pd.DataFrame, model_parameters: Mapping[str, Parameter], source: str) -> np.ndarray:
+    """The flat index of each row's weight in its parameter, int64 (n,).
+
+    Args:
+        frame: the columns ``parameter``, ``row`` and ``col``, numbered from 0; with ``value``, that is compared, too.
+        model_parameters: by name.
+        source: the file, for messages.
+
+    Raises:
+        RequestError: an unknown parameter, a row or column out of range, a value that is not the model's.
+    """
     indices = np.empty(len(frame), dtype=np.int64)
     for name, rows in frame.groupby("parameter", sort=False):
         if name not in model_parameters:
-            raise RequestError(f"{path}, line {rows.index[0] + 2}: the model has no parameter '{name}'")
+            raise RequestError(f"{source}, line {rows.index[0] + 2}: the model has no parameter '{name}'")
         parameter = model_parameters[name]
         n_columns = parameter[0].numel() if parameter.ndim > 1 else 1
         if rows["col"].isna().any() and parameter.ndim > 1:
             line = rows.index[rows["col"].isna().to_numpy().argmax()] + 2
-            raise RequestError(f"{path}, line {line}: {name} is a matrix, and the row has no col")
+            raise RequestError(f"{source}, line {line}: {name} is a matrix, and the row has no col")
         row, col = rows["row"].to_numpy(), rows["col"].fillna(0).to_numpy(dtype=np.int64)
         outside = (row < 0) | (row >= parameter.shape[0]) | (col < 0) | (col >= n_columns)
         if outside.any():
             line = rows.index[outside.argmax()] + 2
-            raise RequestError(f"{path}, line {line}: outside of {name}, whose shape is {tuple(parameter.shape)}")
+            raise RequestError(f"{source}, line {line}: outside of {name}, whose shape is {tuple(parameter.shape)}")
         indices[rows.index] = row * n_columns + col
-        _check_values(path, rows, parameter, indices[rows.index])
-    if not np.isfinite(frame["score"]).all():
-        raise RequestError(f"{path}: a score is not finite")
-    ranks = frame["rank"].to_numpy() if _CONTROL.search(Path(path).name) else None
-    return WeightList(path, frame["parameter"].to_numpy(dtype=object), indices, frame["score"].to_numpy(), ranks)
+        if "value" in rows:
+            _check_values(source, rows, parameter, indices[rows.index])
+    return indices
+
+
+def _ordered_by_rank(path: str) -> bool:
+    """Whether a file holds a discovery's bottom or random weights: its ranks, not its scores, say which come first."""
+    parts = layout.parse_weights_file(Path(path).name)
+    return parts is not None and parts.kind != "top" and parts.scope == "weights"
 
 
 def _check_values(path: str, rows: pd.DataFrame, parameter: Parameter, indices: np.ndarray) -> None:

@@ -1,7 +1,7 @@
 """A model whose weights stay in its safetensors files, and are read when they are needed.
 
-The modules are built without memory for their parameters: each parameter is one element that is seen as many. For a
-while it can be given the real values; module, name and identity of the parameter stay the same.
+The modules are built without memory for their parameters: each parameter is one element, expanded to the parameter's
+shape. Its values can be read for a while; module, name and identity of the parameter stay the same.
 
 Which tensors of the files make a parameter, and how, is transformers' own rule: its renamings, and the conversions by
 which it merges experts, splits fused projections and so on. They are applied to one parameter at a time.
@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -60,14 +61,15 @@ class Source:
 
         Each tensor is brought to the dtype of the parameter before it is converted, as transformers does.
         """
-        transform, dtype = deepcopy(self.transform), model.get_parameter_or_buffer(self.name).dtype
+        transform: Any = deepcopy(self.transform)  # either of two classes, whose base declares no ``convert``
+        dtype = model.get_parameter_or_buffer(self.name).dtype
         for pattern, key in self.keys:
             transform.add_tensor(self.name, key, pattern, lambda key=key: get(key).to(dtype))
-        made = transform.convert(self.name, model=model, config=model.config)
-        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+        tensors = transform.convert(self.name, model=model, config=model.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in tensors.items()}
 
     def names(self, model: PreTrainedModel, headers: dict[str, Header]) -> list[str]:
-        """The names of all parameters and buffers that are made, found with tensors without memory."""
+        """The names of all parameters and buffers that are made, computed with tensors without memory."""
         return list(self.make(model, lambda key: headers[key].tensor))
 
 
@@ -116,7 +118,7 @@ def find_sources(
 
 
 class Checkpoint:
-    """Where the parameters of a model are, and which of them are there now.
+    """The stored weights of a model, and which of its parameters have their values now.
 
     Args:
         model: with parameters that have no memory, see ``drop_parameters``.
@@ -152,7 +154,7 @@ class Checkpoint:
                 self._holders[name] -= 1
                 if self._holders[name] == 0:
                     self._set(name, self._absent[name])
-            _give_back()
+            _trim_memory()
 
     def digests(self) -> dict[str, str]:
         """The digest of each parameter as it was first read, in model order; one that never was is read for it."""
@@ -169,7 +171,7 @@ class Checkpoint:
         return value
 
     def _set(self, name: str, value: Tensor) -> None:
-        with torch._C.DisableTorchFunction():  # whoever watches torch's calls would take this for a use
+        with torch._C.DisableTorchFunction():  # a mode that watches torch's calls would take this for a use
             self._parameters[name].data = value
 
     def _read(self, names: list[str]) -> None:
@@ -186,13 +188,13 @@ class Checkpoint:
         """While this is open, the parameters of a module have their values whenever it is called."""
         own = {id(parameter) for parameter in module.parameters()}
         names = [name for name, parameter in self._parameters.items() if id(parameter) in own]
-        held: list[AbstractContextManager] = []
+        held: list[AbstractContextManager[None]] = []
 
-        def load(module: nn.Module, args: tuple) -> None:
+        def load(module: nn.Module, args: tuple[Any, ...]) -> None:
             held.append(self.present(names))
             held[-1].__enter__()
 
-        def drop(module: nn.Module, args: tuple, output: object) -> None:
+        def drop(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
             held.pop().__exit__(None, None, None)
 
         handles = module.register_forward_pre_hook(load), module.register_forward_hook(drop)
@@ -205,20 +207,21 @@ class Checkpoint:
 
 def opened(headers: dict[str, Header], stack: ExitStack, device: torch.device | str = "cpu") -> Get:
     """A function that reads a tensor by its key; each file is opened once, and closed with the stack."""
-    pointers: dict[Path, object] = {}
+    pointers: dict[Path, Any] = {}
     stack.callback(pointers.clear)
 
     def get(key: str) -> Tensor:
         path = headers[key].file
         if path not in pointers:
             pointers[path] = stack.enter_context(safe_open(path, "pt"))
-        return pointers[path].get_tensor(key).to(device)
+        tensor: Tensor = pointers[path].get_tensor(key)
+        return tensor.to(device)
 
     return get
 
 
 def drop_parameters(model: nn.Module, device: torch.device) -> None:
-    """Make every parameter one element that is seen as many; one that several modules share stays one."""
+    """Make every parameter one element expanded to its shape; one that several modules share stays one."""
     new: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, old in module._parameters.items():
@@ -227,8 +230,8 @@ def drop_parameters(model: nn.Module, device: torch.device) -> None:
                 module._parameters[name] = new.setdefault(id(old), nn.Parameter(empty, requires_grad=False))
 
 
-def _give_back() -> None:
-    """Return freed memory to the system, which glibc keeps where small things lie above it; elsewhere nothing."""
+def _trim_memory() -> None:
+    """Return freed memory to the system: glibc keeps it where smaller allocations lie above it."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim:
         trim(0)

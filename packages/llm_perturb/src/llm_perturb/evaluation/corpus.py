@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from bridge.exchange.errors import RequestError
 from torch import Tensor
@@ -17,19 +18,19 @@ Packing = Literal["documents", "windows"]
 _BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CorpusOptions:
-    """Which texts, and how they become sequences.
+    """The texts, and how they become sequences.
 
     Attributes:
-        data_file: a file with one text a line; without it and ``dataset``, the shipped passages.
+        data_file: a file with one text a line; without it and --dataset, the shipped passages.
         dataset: a data set of the Hugging Face hub, or a local json, jsonl, csv, parquet or txt file or folder.
-        dataset_config: the data set's configuration, such as ``wikitext-2-raw-v1``.
+        dataset_config: the data set's configuration, such as wikitext-2-raw-v1.
         split: the data set's split.
         text_column: the column that holds the text.
-        packing: ``documents``, each text on its own; ``windows``, all joined and cut into equal pieces.
+        packing: documents, each text on its own; windows, all joined and cut into pieces of equal length.
         max_length: the most tokens of a sequence; of a window, exactly this many.
-        eval_limit: the most sequences; None for all.
+        eval_limit: the most sequences; all if left out.
     """
 
     data_file: str | None = None
@@ -52,15 +53,30 @@ class Texts:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Token sequences. Sequence i holds T_i + 1 ids, int64, and predicts T_i tokens; ``facts`` go to the manifest."""
+    """Token sequences.
+
+    Attributes:
+        sequences: sequence i holds T_i + 1 ids, int64, and predicts T_i tokens.
+        metadata: source, settings, sizes and hashes, for the manifest.
+    """
 
     sequences: list[Tensor]
-    facts: dict
+    metadata: dict[str, Any]
 
     @cached_property
     def n_tokens(self) -> int:
         """N, the number of predicted tokens."""
         return count_tokens(self.sequences)
+
+    @property
+    def lengths(self) -> list[int]:
+        """T_i, the number of predicted tokens of each sequence."""
+        return [len(sequence) - 1 for sequence in self.sequences]
+
+    @property
+    def clusters(self) -> np.ndarray | None:
+        """Which text each sequence comes from, (n,); None where each sequence is a text of its own."""
+        return None
 
 
 def count_tokens(sequences: Iterable[Tensor]) -> int:
@@ -105,6 +121,7 @@ def _read_lines(path: Path) -> list[str]:
 def _read_dataset(options: CorpusOptions) -> list[str]:
     from datasets import exceptions, load_dataset  # slow to import, and few runs need it
 
+    assert options.dataset is not None
     path = Path(options.dataset)
     try:
         if path.is_file():
@@ -144,7 +161,7 @@ def tokenize(
         raise RequestError(f"--max-length {options.max_length} is more than the {max_positions} positions of the model")
     make = _documents if options.packing == "documents" else _windows
     sequences = make(texts, tokenizer, options)
-    facts = {
+    metadata = {
         "source": texts.source,
         "packing": options.packing,
         "max_length": options.max_length,
@@ -154,7 +171,7 @@ def tokenize(
         "text_sha256": hashlib.sha256("\n".join(texts.texts).encode()).hexdigest(),
         "corpus_sha256": hash_sequences(sequences),
     }
-    return Corpus(sequences, facts)
+    return Corpus(sequences, metadata)
 
 
 def hash_sequences(sequences: list[Tensor]) -> str:

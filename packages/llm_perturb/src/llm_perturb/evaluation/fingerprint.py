@@ -62,6 +62,7 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     backend = getattr(tokenizer, "backend_tokenizer", None)
+    form: object
     if isinstance(backend, Tokenizer):
         form = _without_padding(backend).to_str()
     else:

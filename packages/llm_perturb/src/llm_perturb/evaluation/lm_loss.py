@@ -18,15 +18,15 @@ _plain: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def is_plain(model: PreTrainedModel) -> bool:
-    """Whether the logits are the head's linear map of the last hidden state and nothing more; seen from a trial."""
+    """Whether the logits are the head's linear map of the last hidden state and nothing more; as a probe shows."""
     if model not in _plain:
         head = model.get_output_embeddings()
-        _plain[model] = isinstance(head, nn.Linear) and _trial(model, head)
+        _plain[model] = isinstance(head, nn.Linear) and _probe(model, head)
     return _plain[model]
 
 
 @torch.no_grad()
-def _trial(model: PreTrainedModel, head: nn.Linear) -> bool:
+def _probe(model: PreTrainedModel, head: nn.Linear) -> bool:
     ids = torch.arange(min(8, head.weight.shape[0]), device=model.device)[None]
     logits = model(input_ids=ids, use_cache=False).logits
     hidden = getattr(model.base_model(input_ids=ids, use_cache=False), "last_hidden_state", None)

@@ -45,9 +45,9 @@ def _text(error: BaseException, source: str) -> str:
     """The message in one line; for a key that transformers does not know, where the configuration has it as a value."""
     if isinstance(error, KeyError) and error.args:
         key = error.args[0]
-        places = [f"{field} in {file.name}" for file in _small_files(source) for field in _fields_with(file, key)]
-        if places:
-            return f"unknown value {key!r} of {' and '.join(places)}"
+        fields = [f"{field} in {file.name}" for file in _small_files(source) for field in _fields_with(file, key)]
+        if fields:
+            return f"unknown value {key!r} of {' and '.join(fields)}"
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
@@ -59,7 +59,7 @@ def _fields_with(file: Path, value: object) -> list[str]:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return []
-    return [".".join(path) for path, found in _leaves(content) if found == value and type(found) is type(value)]
+    return [".".join(path) for path, leaf in _leaves(content) if leaf == value and type(leaf) is type(value)]
 
 
 def _leaves(content: object, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], object]]:

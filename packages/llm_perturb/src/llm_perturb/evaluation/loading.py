@@ -1,8 +1,8 @@
 """Load a model as transformers does, with its weights in memory or left in their files: the same model both ways.
 
-transformers finds the files, builds the modules without memory, reads the tensors into them and ties what is tied. Of
-all this only the reading is taken over, at ``PreTrainedModel._load_pretrained_model``: there the model, its files and
-its conversions are known, and nothing has been read. A model whose weights stay in their files is read as tensors
+transformers finds the files, builds the modules without memory, reads the tensors into them and ties what is tied. Only
+the reading is replaced, at ``PreTrainedModel._load_pretrained_model``: there the model, its files and
+its conversions are known, and nothing has been read yet. A model whose weights stay in their files is read as tensors
 without memory, but for buffers and for tensors that transformers has to compare before it ties them.
 """
 
@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from bridge.exchange.errors import RequestError
@@ -58,7 +59,7 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device,
     before_reading: BeforeReading,
-    options: dict,
+    options: dict[str, Any],
 ) -> Loaded:
     """Load a causal language model.
 
@@ -76,8 +77,11 @@ def load_model(
         RequestError: a damaged file, a weight that is missing or of another shape, stored codes in place of values.
     """
     reader = _Reader(source, before_reading)
+    loader: Any = AutoModelForCausalLM
+    model: PreTrainedModel
+    info: dict[str, Any]
     with _in_place_of_reading(reader), _without_report():
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = loader.from_pretrained(
             source, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     _refuse_incomplete(source, info["missing_keys"], info["mismatched_keys"])
@@ -91,19 +95,24 @@ def load_model(
 
 def quantization(config: PreTrainedConfig) -> str | None:
     """How the stored weights are quantized by the configuration: fp8, gptq, bitsandbytes ...; None for plain floats."""
-    found = getattr(config, "quantization_config", None) or getattr(
-        config.get_text_config(decoder=True), "quantization_config", None
-    )
-    if not found:
+    settings: Any = getattr(config, "quantization_config", None)
+    if not settings:
+        settings = getattr(config.get_text_config(decoder=True), "quantization_config", None)
+    if not settings:
         return None
-    found = found if isinstance(found, dict) else found.to_dict()
-    by_bitsandbytes = found.get("load_in_8bit") or found.get("load_in_4bit")
-    return found.get("quant_method") or ("bitsandbytes" if by_bitsandbytes else "a method that is not named")
+    if not isinstance(settings, dict):
+        settings = settings.to_dict()
+    method: str | None = settings.get("quant_method")
+    if method:
+        return method
+    if settings.get("load_in_8bit") or settings.get("load_in_4bit"):
+        return "bitsandbytes"
+    return "a method that is not named"
 
 
 def dequantize(config: PreTrainedConfig) -> None:
     """Have transformers turn codes into values where it can, also on a machine that could compute with the codes."""
-    method = AUTO_QUANTIZATION_CONFIG_MAPPING.get(quantization(config))
+    method = AUTO_QUANTIZATION_CONFIG_MAPPING.get(quantization(config) or "")
     if method and "dequantize" in inspect.signature(method).parameters:
         holder = config if getattr(config, "quantization_config", None) else config.get_text_config(decoder=True)
         holder.quantization_config = {**holder.quantization_config, "dequantize": True}
@@ -120,7 +129,7 @@ class _Reader:
 
     def __init__(self, source: str, before_reading: BeforeReading) -> None:
         self.source, self.before_reading = source, before_reading
-        self.original = PreTrainedModel._load_pretrained_model
+        self.original: Any = PreTrainedModel._load_pretrained_model
         self.headers: dict[str, Header] = {}
         self.sources: list[Source] = []
         self.unused: dict[str, Header] = {}
@@ -129,11 +138,11 @@ class _Reader:
     def __call__(
         self,
         model: PreTrainedModel,
-        state_dict: dict | None,
+        state_dict: dict[str, Any] | None,
         files: list[str],
         settings: LoadStateDictConfig,
-        *more: object,
-    ) -> tuple[LoadStateDictInfo, dict | None]:
+        *more: Any,  # noqa: ANN401 - handed on as it came
+    ) -> tuple[LoadStateDictInfo, dict[str, Any] | None]:
         refuse_damaged(files)
         obstacle = None
         if settings.hf_quantizer:
@@ -154,7 +163,7 @@ class _Reader:
 
     def _read_headers(self, model: PreTrainedModel, files: list[str], settings: LoadStateDictConfig) -> None:
         self.headers = read_headers(files)
-        self.sources, unused = find_sources(model, self.headers, settings.weight_mapping)
+        self.sources, unused = find_sources(model, self.headers, settings.weight_mapping or [])
         self.unused = {name: self.headers[key] for name, key in unused.items()}
         self._refuse_stored_codes(model)
 
@@ -177,29 +186,32 @@ class _Reader:
     def _leave(self, model: PreTrainedModel, settings: LoadStateDictConfig) -> LoadStateDictInfo:
         """Read tensors without memory, and the values of what transformers needs at once."""
         empty = {key: header.tensor for key, header in self.headers.items()}
+        info: LoadStateDictInfo
         info, _ = convert_and_load_state_dict_in_model(model, empty, replace(settings, device_map={"": "meta"}))
         self._refuse_conversion_errors(info)
         parameters, tied = dict(model.named_parameters(remove_duplicate=False)), model.all_tied_weights_keys
         stood_for = tied.keys() | {first for other, first in tied.items() if other not in info.missing_keys}
         _refuse_incomplete(self.source, info.missing_keys & parameters.keys() - stood_for, info.mismatched_keys)
         compared = {name for pair in tied.items() if info.missing_keys.isdisjoint(pair) for name in pair}
+        set_parameter: Any = set_param_for_module  # takes no quantizer, too
         needed = compared | (model.state_dict().keys() - parameters.keys())
         with ExitStack() as stack:
             get = opened(self.headers, stack)
             for source in self.sources:
                 if needed.intersection(source.names(model, self.headers)):
                     for name, value in source.make(model, get).items():
-                        set_param_for_module(model, name, value, info, None)
+                        set_parameter(model, name, value, info, None)
         return info
 
 
 @contextmanager
 def _in_place_of_reading(reader: _Reader) -> Iterator[None]:
-    PreTrainedModel._load_pretrained_model = reader
+    owner: Any = PreTrainedModel
+    owner._load_pretrained_model = reader
     try:
         yield
     finally:
-        PreTrainedModel._load_pretrained_model = staticmethod(reader.original)
+        owner._load_pretrained_model = staticmethod(reader.original)
 
 
 @contextmanager
@@ -217,7 +229,7 @@ def _without_report() -> Iterator[None]:
         logger.removeFilter(is_wanted)
 
 
-def _refuse_incomplete(source: str, missing: Iterable[str], mismatched: Iterable[tuple]) -> None:
+def _refuse_incomplete(source: str, missing: Iterable[str], mismatched: Iterable[tuple[Any, ...]]) -> None:
     missing, mismatched = sorted(missing), sorted(mismatched)
     if missing:
         raise RequestError(f"the checkpoint of '{source}' lacks weights that the model needs: {first_names(missing)}")

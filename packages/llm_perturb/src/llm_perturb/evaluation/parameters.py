@@ -5,12 +5,11 @@ import fnmatch
 from collections.abc import Sequence
 
 from bridge.exchange.errors import RequestError
+from bridge.exchange.layout import ALL
 from bridge.exchange.printable import check_printable
 from torch import nn
 from torch.nn import Parameter
 from transformers.pytorch_utils import Conv1D
-
-ALL = "ALL"  # as a TARGET_LAYER: every weight matrix of the model
 
 
 def named_parameters(model: nn.Module) -> dict[str, Parameter]:
@@ -25,7 +24,7 @@ def all_names(model: nn.Module) -> dict[str, str]:
 
 
 def check_names(model: nn.Module) -> None:
-    """See that every name of every parameter can be printed, written to a table and given as a TARGET_LAYER.
+    """Check that every name of every parameter can be printed, written to a table and passed as a TARGET_LAYER.
 
     Raises:
         RequestError: a name has a character that is not printable.
@@ -96,8 +95,8 @@ def match(model: nn.Module, target_layer: str) -> list[str]:
     matrices = [name for name, parameter in parameters.items() if parameter.ndim >= 2]
     if target_layer == ALL:
         return matrices
-    found = [n for n in matrices if n.startswith(f"{target_layer}.") or _matches(n, [target_layer])]
-    if not found:
+    below = [n for n in matrices if n.startswith(f"{target_layer}.") or _matches(n, [target_layer])]
+    if not below:
         candidates = {layer_of(name) for name in names} | names.keys()
         close = difflib.get_close_matches(target_layer, sorted(candidates), n=3, cutoff=0.5)
         hint = f" (closest: {', '.join(repr(name) for name in close)})" if close else ""
@@ -105,7 +104,7 @@ def match(model: nn.Module, target_layer: str) -> list[str]:
             f"TARGET_LAYER '{target_layer}' names no parameter of this {type(model).__name__}{hint}; "
             "see them with --list-layers"
         )
-    return found
+    return below
 
 
 def stored_transposed(model: nn.Module, parameter_name: str) -> bool:

@@ -3,6 +3,7 @@
 import copy
 import math
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from bridge.exchange.errors import RunError
@@ -24,14 +25,16 @@ class Perplexity:
     n_tokens: int
     n_sequences: int
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, Any]:
         """For a table or a JSON file."""
         return asdict(self)
 
 
 def exp(nll: float) -> float:
-    """e^nll, infinite where a float cannot hold it."""
-    return math.exp(nll) if nll < 709 else math.inf if not math.isnan(nll) else math.nan
+    """e^nll, infinite where a float cannot hold it; NaN of NaN."""
+    if math.isnan(nll):
+        return math.nan
+    return math.exp(nll) if nll < 709 else math.inf
 
 
 def summarize(losses: Tensor, corpus: Corpus) -> Perplexity:
@@ -62,7 +65,12 @@ class Measured:
 
 @dataclass(frozen=True)
 class Reference:
-    """The unperturbed predictions: what the head receives at each predicted position of each batch, and the head."""
+    """The unperturbed predictions, in a form much smaller than all logits.
+
+    Attributes:
+        hidden: what the head receives at the N predicted positions of each batch, (N, H).
+        head: a copy of the head.
+    """
 
     hidden: list[Tensor]
     head: nn.Linear
@@ -104,18 +112,26 @@ def measure(
     """
     order = batches(sequences, batch_size)
     bar = tqdm(order, desc=progress, disable=progress is None, leave=False)
-    found = in_order(order, [measure_batch(model, [sequences[i] for i in chosen]) for chosen in bar])
-    if check and not found.losses.isfinite().all():
-        raise RunError(f"the loss of sequence {int(found.losses.isfinite().logical_not().nonzero()[0])} is not finite")
-    return found
+    measured = in_order(order, [measure_batch(model, [sequences[i] for i in chosen]) for chosen in bar])
+    not_finite = measured.losses.isfinite().logical_not().nonzero()
+    if check and len(not_finite):
+        raise RunError(f"the loss of sequence {int(not_finite[0])} is not finite")
+    return measured
 
 
-def in_order(order: list[list[int]], found: list[Measured]) -> Measured:
-    """What was measured batch by batch, in the order of the sequences."""
-    back = torch.tensor([i for chosen in order for i in chosen]).argsort()
-    losses, correct = (torch.cat([getattr(m, name) for m in found])[back] for name in ("losses", "correct"))
-    has_divergence = found[0].divergence is not None
-    return Measured(losses, correct, torch.cat([m.divergence for m in found])[back] if has_divergence else None)
+def in_order(order: list[list[int]], parts: list[Measured]) -> Measured:
+    """Measurements of batches, as one in the order of the sequences.
+
+    Args:
+        order: the numbers of the sequences of each batch.
+        parts: the measurement of each batch.
+    """
+    back = torch.tensor([i for chosen in order for i in chosen]).argsort()  # (n,)
+    losses = torch.cat([part.losses for part in parts])[back]
+    correct = torch.cat([part.correct for part in parts])[back]
+    divergences = [part.divergence for part in parts if part.divergence is not None]
+    divergence = torch.cat(divergences)[back] if divergences else None
+    return Measured(losses, correct, divergence)
 
 
 def batches(sequences: list[Tensor], batch_size: int) -> list[list[int]]:
@@ -167,7 +183,7 @@ def pad(model: PreTrainedModel, sequences: list[Tensor]) -> tuple[Tensor, Tensor
 
 @torch.no_grad()
 def reference_of(model: PreTrainedModel, sequences: list[Tensor], batch_size: int) -> Reference:
-    """Keep the predictions of a model with a plain head as it is now, in a form much smaller than all logits."""
+    """The predictions of a model with a plain head as it is now."""
     assert is_plain(model)
     hidden = []
     for chosen in batches(sequences, batch_size):
@@ -179,4 +195,5 @@ def reference_of(model: PreTrainedModel, sequences: list[Tensor], batch_size: in
 def _last_hidden(model: PreTrainedModel, ids: Tensor, padding: dict[str, Tensor]) -> Tensor:
     """What the head receives, (B, T, H)."""
     with own_products(model):
-        return model.base_model(input_ids=ids, use_cache=False, **padding).last_hidden_state
+        hidden: Tensor = model.base_model(input_ids=ids, use_cache=False, **padding).last_hidden_state
+    return hidden

@@ -1,4 +1,4 @@
-"""Several processes under ``accelerate launch``: who this one is, and the little that they tell each other.
+"""Several processes under ``accelerate launch``: the rank of this one, and what they exchange.
 
 Work is split, never a sum: every number is computed whole in one process, so that the table does not depend
 on how many there are.
@@ -6,7 +6,7 @@ on how many there are.
 
 import os
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -19,7 +19,7 @@ T = TypeVar("T")
 def _share_cores(world: int) -> None:
     """Divide the cores among the processes: the launcher gives each of several one thread, on any machine."""
     if world == 1 and "OMP_NUM_THREADS" in os.environ:
-        return  # somebody's wish
+        return  # chosen by the user
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(max(1, cores // world))
 
@@ -56,25 +56,28 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that talks and writes."""
-        return self.rank == 0
+        """Whether this is the process that prints and writes."""
+        return bool(self.rank == 0)
 
     def once(self, action: Callable[[], T]) -> T:
         """Run ``action`` in the first process and give its result, or its RequestError, to all."""
-        said = [None, None]
+        answer: list[Any] = [None, None]  # the result, or the message of the error
         if self.first:
             try:
-                said[0] = action()
+                answer[0] = action()
             except RequestError as error:
-                said[1] = str(error)
-        broadcast_object_list(said)
-        if said[1] is not None:
-            raise RequestError(said[1])
-        return said[0]
+                answer[1] = str(error)
+        broadcast_object_list(answer)
+        result: T
+        result, message = answer
+        if message is not None:
+            raise RequestError(message)
+        return result
 
     def gather(self, item: T) -> list[T]:
         """What every process has, in the order of the processes; waits for all of them."""
-        return gather_object([item])
+        items: list[T] = gather_object([item])
+        return items
 
     def close(self) -> None:
         """End the process group; nothing can be gathered any more."""

@@ -1,9 +1,10 @@
-"""What is to be measured, one condition at a time, and what came of it."""
+"""A condition: which weights of which target are changed, and how; and the outcome of its measurement."""
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from bridge.exchange import layout
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -15,7 +16,7 @@ from llm_perturb.selection import Target, generator
 
 @dataclass(frozen=True)
 class Condition:
-    """One measurement to be made: which weights of which target, changed how.
+    """One measurement: which weights of which target are changed, and how.
 
     Attributes:
         target: the tensors.
@@ -43,18 +44,28 @@ class Condition:
     @property
     def key(self) -> str:
         """What tells this condition from every other of a run."""
-        of = next(iter(self.target.parameters))  # a layer's weight and its bias are two targets of one layer
-        return "|".join(
-            map(
-                str,
-                [self.target.layer, of, self.row, self.col, self.selection, self.perturbation.label, self.k, self.seed],
-            )
-        )
+        parts = [
+            self.target.layer,
+            next(iter(self.target.parameters)),  # a layer's weight and its bias are two targets of one layer
+            self.row,
+            self.col,
+            self.selection,
+            self.perturbation.label,
+            self.k,
+            self.seed,
+        ]
+        return "|".join(map(str, parts))
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a condition did: the sequences measured with its weights perturbed; how many weights had other bits."""
+    """The outcome of a condition.
+
+    Attributes:
+        condition: what was measured.
+        measured: the sequences under the perturbed model.
+        n_changed: how many weights had other bits than before.
+    """
 
     condition: Condition
     measured: Measured
@@ -63,7 +74,7 @@ class Outcome:
     @property
     def failure(self) -> str | None:
         """Why the target must not be reported: weights that were chosen for their score have the bits they had."""
-        if self.n_changed or not self.condition.selection.startswith("top_"):
+        if self.n_changed or not layout.is_top(self.condition.selection):
             return None
         return (
             f"{self.condition.perturbation.label} of {self.condition.selection} in {self.condition.target.layer} "
@@ -77,7 +88,7 @@ class Outcome:
 
 
 def new_values(model: PreTrainedModel, condition: Condition) -> Callable[[str, Tensor, Tensor], Tensor]:
-    """A function from name, tensor and flat indices to the values that the condition gives these weights."""
+    """A function from name, tensor and flat indices (m,) to the new values (m,) of these weights."""
 
     def values(name: str, tensor: Tensor, index: Tensor) -> Tensor:
         rng = generator([condition.seed, "noise", name])

@@ -13,13 +13,14 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from bridge.exchange import flags as flag_reader
 from bridge.exchange.fingerprint import read_fingerprint, write_fingerprint
 from bridge.exchange.tables import MEASUREMENTS, TOP_WEIGHTS, read_table
-from llm_perturb import experiment
+from llm_perturb import perturbation_run
 from llm_perturb.evaluation import models
 from reference import naive_highest, naive_loss, naive_losses, naive_lowest, naive_score, rewritten, zeroed
 from safetensors.torch import load_file, save_file
@@ -181,10 +182,26 @@ def test_top_sets_are_compared_with_the_random_ones(done):
         drawn = table[same & (table["perturbation"] == top.perturbation) & (table["k"] == top.k)]["delta_nll"]
         assert (row["target_layer"], row["k"], row["n_draws"]) == (top.target_layer, top.k, 2)
         assert row["difference"] == pytest.approx(top.delta_nll - drawn.mean(), rel=1e-9)
-        assert row["p_value"] == (1 + (drawn >= top.delta_nll).sum()) / 3
+        assert np.isnan(row["p_value"])
+        assert row["n_beaten"] == (drawn < top.delta_nll).sum()
         assert row["ci_low"] <= row["difference"] <= row["ci_high"]
     lines = [line for line in out.splitlines() if line.startswith("TOP_GRAD_X_WEIGHT AGAINST RANDOM: ")]
     assert len(lines) == 8
+
+
+def test_a_row_has_the_intervals_of_its_perplexities_and_says_how_many_texts_make_the_effect(done):
+    folder, _ = done
+    table = pd.read_csv(folder / "measurements.csv")
+    losses = pd.read_parquet(folder / "sequence_losses.parquet")
+    assert (table["n_clusters"] == len(TEXTS)).all()
+    for at, row in enumerate(table.itertuples()):
+        own = losses[at * len(TEXTS) : (at + 1) * len(TEXTS)]
+        d = (own["perturbed_nats"] - own["baseline_nats"]).to_numpy()
+        assert row.n_eff == pytest.approx(np.abs(d).sum() ** 2 / (d**2).sum(), rel=1e-12)
+        assert row.few_texts_decide == (row.n_eff < len(TEXTS) / 4)
+        assert row.perturbed_ppl_low < row.perturbed_ppl < row.perturbed_ppl_high
+        assert row.delta_ppl_low <= row.delta_ppl <= row.delta_ppl_high
+        assert (row.ppl_ratio_low, row.ppl_ratio_high) == (math.exp(row.ci_low), math.exp(row.ci_high))
 
 
 def test_accuracy_and_divergence_are_columns(flags, capfd, inputs):
@@ -304,9 +321,9 @@ def test_what_is_asked_for_twice_is_measured_once(flags, capfd):
 
 
 def test_few_sequences_have_no_interval_and_a_warning(flags, capfd):
-    code, _, said = call(capfd, flags | {"target_layer": UP, "k": 1, "eval_limit": 9, "selection": "top"})
+    code, _, said = call(capfd, flags | {"target_layer": UP, "k": 1, "eval_limit": 5, "selection": "top"})
     assert code == 0
-    assert any("9 sequences are too few for an interval" in line for line in said)
+    assert any("5 texts are too few for an interval" in line for line in said)
     table = read_table(run_of(flags) / "measurements.csv", MEASUREMENTS)
     assert table[["ci_low", "ci_high"]].isna().all(axis=None)
     assert any("too few" in warning for warning in manifest_of(run_of(flags))["warnings"])
@@ -418,7 +435,7 @@ WRONG = {
     "no such model": ({"model": "/nowhere/at/all"}, "cannot be loaded"),
     "no such file": ({"data_file": "/nowhere/texts.txt"}, "cannot be read"),
     "two corpora": ({"dataset": "wikitext"}, "exclude each other"),
-    "no such device": ({"device": "gpu"}, "--device gpu is not to be had"),
+    "no such device": ({"device": "gpu"}, "--device gpu is not available"),
     "too long": ({"max_length": 513}, "more than the 512 positions"),
     "no sequences": ({"eval_limit": 0}, "--eval-limit must be at least 1"),
     "no such list": ({"weights_csv": "/nowhere/top.csv"}, "no such file"),
@@ -617,8 +634,8 @@ def test_a_killed_run_goes_on_to_the_same_table(killed, uninterrupted, flags, ca
     folder = copied(killed, flags, identifier or "20200101_000000")
     flags |= {"per_weight": str(inputs / "single.csv")}
     n_finished = (folder / "progress-0.jsonl").read_bytes().count(b"\n")
-    measured, real = [], experiment.sweep
-    monkeypatch.setattr(experiment, "sweep", lambda *a, **k: (measured.append(1) or o for o in real(*a, **k)))
+    measured, real = [], perturbation_run.sweep
+    monkeypatch.setattr(perturbation_run, "sweep", lambda *a, **k: (measured.append(1) or o for o in real(*a, **k)))
     code, _, complaints = call(capfd, flags | MANY | {"experiment_id": identifier})
     assert (code, complaints) == (0, [])
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]

@@ -1,0 +1,74 @@
+"""Measure the unperturbed model and write ``baseline.json``."""
+
+from dataclasses import asdict
+from typing import Any
+
+from bridge.exchange import layout
+from bridge.exchange.errors import RequestError
+from bridge.exchange.printable import say
+from bridge.exchange.run_folder import Run, RunOptions, check_output, open_run
+from bridge.exchange.tables import write_json
+
+from llm_perturb.evaluation.corpus import Corpus, CorpusOptions, read_texts, tokenize
+from llm_perturb.evaluation.models import LoadedModel, ModelOptions
+from llm_perturb.evaluation.perplexity import Perplexity, sequence_losses, summarize
+from llm_perturb.evaluation.processes import Processes
+
+
+def measure_baseline(
+    *, model_options: ModelOptions, corpus_options: CorpusOptions, batch_size: int, run_options: RunOptions
+) -> None:
+    """Measure the perplexity of a model as it is, in a run folder of its own.
+
+    Args:
+        model_options: the model.
+        corpus_options: the texts.
+        batch_size: sequences at a time.
+        run_options: the run folder.
+
+    Raises:
+        RequestError: the options cannot be carried out.
+        RunError: a loss is not finite.
+    """
+    if batch_size < 1:
+        raise RequestError(f"--batch-size must be at least 1, not {batch_size}")
+    processes = Processes(model_options.device)
+    output = check_output(run_options.output)
+    texts = read_texts(corpus_options)
+    loaded = model_options.load()
+    corpus = tokenize(texts, loaded.tokenizer, corpus_options, loaded.max_positions)
+    if processes.first:
+        identity = setup_identity(model_options, corpus_options, loaded, corpus, batch_size)
+        run = open_run(output, layout.BASELINE, identity, run_options.experiment_id, fingerprint=loaded.fingerprint)
+        with run.recorded():
+            losses = sequence_losses(loaded.model, corpus.sequences, batch_size, "baseline")
+            write_baseline(run, loaded, corpus, summarize(losses, corpus))
+        say(f"baseline written to {run.folder / layout.BASELINE_FILE}")
+    processes.close()
+
+
+def setup_identity(
+    model_options: ModelOptions, corpus_options: CorpusOptions, loaded: LoadedModel, corpus: Corpus, batch_size: int
+) -> dict[str, Any]:
+    """What the numbers of a run depend on beside the perturbations; the batch size, too, as it decides rounding."""
+    options = asdict(model_options) | asdict(corpus_options)
+    options |= {"model": loaded.metadata["id"], "batch_size": batch_size}
+    del options["device"]
+    return {"options": options, "model": loaded.metadata, "corpus": corpus.metadata}
+
+
+def write_baseline(run: Run, loaded: LoadedModel, corpus: Corpus, perplexity: Perplexity) -> None:
+    """Write ``baseline.json`` and print the perplexity."""
+    content = {
+        "model": loaded.metadata["id"],
+        "revision": loaded.metadata["revision"],
+        "dtype": loaded.metadata["dtype"],
+        **loaded.fingerprint.totals,
+        "corpus_sha256": corpus.metadata["corpus_sha256"],
+        **perplexity.as_dict(),
+    }
+    write_json(run.folder / layout.BASELINE_FILE, content)
+    say(
+        f"BASELINE_PERPLEXITY: {perplexity.ppl:.6g}  ({perplexity.nll:.6f} nats per token, "
+        f"{perplexity.n_tokens} tokens, {perplexity.n_sequences} sequences)"
+    )
