@@ -43,13 +43,12 @@ def write_tables(discovery: Discovery, tops: Tops, mode: Sequence[str], folder: 
             bottom = discovery.controls.bottom(metric, k)
             write_table(folder / weights_file("bottom", k, "weights", metric), bottom, TOP_WEIGHTS)
     for k in next(iter(tops.values())) if "global" in mode else ():
-        random, file = discovery.controls.random(k, discovery.rankings.values()), weights_file("random", k, "weights")
+        random = discovery.controls.random(k, discovery.rankings.values())
+        path = folder / weights_file("random", k, "weights")
         if len(random) < k:
-            _log.warning(
-                "only %d weights lie outside of every top-K for %s", len(random), weights_file("random", k, "weights")
-            )
+            _log.warning("only %d weights lie outside of every top-K for %s", len(random), path.name)
         if len(random):
-            write_table(folder / weights_file("random", k, "weights"), random, TOP_WEIGHTS)
+            write_table(path, random, TOP_WEIGHTS)
     write_table(folder / SAMPLED_WEIGHTS_FILE, discovery.sampled, SAMPLED_WEIGHTS)
 
 
