@@ -15,7 +15,7 @@ from bridge.exchange import flags
 from critical_weight_analysis import stability
 from critical_weight_analysis.discovery import Discovery, discover, engine_for
 from critical_weight_analysis.layerwise.pass_settings import Settings
-from critical_weight_analysis.metrics import FORMULAS, NEEDS
+from critical_weight_analysis.metrics import METRICS
 from llm_perturb.evaluation import models
 from llm_perturb.evaluation.corpus import CorpusOptions, count_tokens, read_texts, tokenize
 from llm_perturb.evaluation.parameters import in_scope
@@ -28,7 +28,7 @@ def ranked(dtype: str, options: CorpusOptions, batch_size: int) -> tuple[Discove
     loaded = models.load(dtype=dtype)
     sequences = tokenize(read_texts(options), loaded.tokenizer, options).sequences
     engine = engine_for(loaded.model)
-    metrics = [metric for metric in FORMULAS if NEEDS[metric] <= engine.GIVES]
+    metrics = [metric for metric in METRICS if METRICS[metric].needs <= engine.GIVES]
     weights, start = in_scope(loaded.model), time.perf_counter()
     found = discover(
         engine,

@@ -5,13 +5,13 @@ from bridge.exchange.tables import TOP_WEIGHTS, read_table, write_table
 from critical_weight_analysis import whole_model
 from critical_weight_analysis.control_lists import Controls
 from critical_weight_analysis.discovery import discover, engine_for
-from critical_weight_analysis.metrics import FORMULAS, NEEDS, Sensitivity
+from critical_weight_analysis.metrics import METRICS, Sensitivity
 from critical_weight_analysis.ranking import Ranking
 from llm_perturb.evaluation.parameters import in_scope, named_parameters
 from llm_perturb.weights_csv import read_weight_list
 from reference import naive_score, naive_sensitivities, naive_top
 
-METRICS = [metric for metric in FORMULAS if NEEDS[metric] <= whole_model.GIVES]
+NAMES = [metric for metric in METRICS if METRICS[metric].needs <= whole_model.GIVES]
 SHAPES = {"a.weight": (6, 5), "b.weight": (4,), "c.weight": (7, 3), "d.weight": (1, 1)}
 N = 30 + 4 + 21 + 1
 
@@ -53,9 +53,9 @@ def test_bottom_is_the_full_sort(n_levels, k):
 
 def test_bottom_and_random_of_one_pass(model, sequences):
     parameters = in_scope(model)  # the gradient of a key bias is rounding alone
-    found = discover(engine_for(model), model, sequences, parameters, METRICS, 60, seed=3)
+    found = discover(engine_for(model), model, sequences, parameters, NAMES, 60, seed=3)
     naive = naive_sensitivities(model, sequences)
-    by_metric = {metric: {name: naive_score(metric, naive, name) for name in parameters} for metric in METRICS}
+    by_metric = {metric: {name: naive_score(metric, naive, name) for name in parameters} for metric in NAMES}
     tops = {line[:3] for scores in by_metric.values() for line in naive_top(scores, 60)}
     for metric, scores in by_metric.items():
         bottom = found.controls.bottom(metric, 60)
@@ -68,7 +68,7 @@ def test_bottom_and_random_of_one_pass(model, sequences):
     assert not tops & set(places(random))
     at = [(name, row if col is None else (row, col)) for name, row, col in places(random)]
     assert random["value"].tolist() == [parameters[name][index].item() for name, index in at]
-    first = by_metric[METRICS[0]]
+    first = by_metric[NAMES[0]]
     assert random["score"].tolist() == pytest.approx([first[name][index].item() for name, index in at], rel=1e-9)
 
 

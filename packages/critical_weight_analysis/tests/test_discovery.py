@@ -7,11 +7,11 @@ from bridge.exchange.errors import RunError
 from critical_weight_analysis import discovery, whole_model
 from critical_weight_analysis.discovery import discover, engine_for, scores_of
 from critical_weight_analysis.layerwise.pass_settings import Settings
-from critical_weight_analysis.metrics import FORMULAS, NEEDS, Sensitivity
+from critical_weight_analysis.metrics import METRICS, Sensitivity
 from llm_perturb.evaluation.parameters import in_scope
 from reference import naive_score, naive_sensitivities, naive_top
 
-METRICS = [metric for metric in FORMULAS if NEEDS[metric] <= whole_model.GIVES]
+NAMES = [metric for metric in METRICS if METRICS[metric].needs <= whole_model.GIVES]
 
 
 def rows(frame):
@@ -22,10 +22,10 @@ def rows(frame):
 @pytest.mark.parametrize("scope", ["matrices", "all"])
 def test_every_ranking_of_one_pass_is_the_full_sort(model, sequences, scope):
     parameters = in_scope(model, scope)
-    found = discover(engine_for(model), model, sequences, parameters, METRICS, 200)
+    found = discover(engine_for(model), model, sequences, parameters, NAMES, 200)
     naive = naive_sensitivities(model, sequences)
     torch.testing.assert_close(found.losses, naive.losses, rtol=1e-9, atol=0)
-    for metric in METRICS:
+    for metric in NAMES:
         scores = {name: naive_score(metric, naive, name) for name in parameters}
         expected = naive_top(scores, 200)
         top = found.rankings[metric].top(200)
@@ -42,10 +42,10 @@ def test_every_ranking_of_one_pass_is_the_full_sort(model, sequences, scope):
 def test_batch_size_changes_no_ranking(model, sequences):
     parameters = in_scope(model)
     tops = [
-        discover(engine_for(model), model, sequences, parameters, METRICS, 50, settings=Settings(batch_size=b)).rankings
+        discover(engine_for(model), model, sequences, parameters, NAMES, 50, settings=Settings(batch_size=b)).rankings
         for b in (1, 3, 8)
     ]
-    for metric in METRICS:
+    for metric in NAMES:
         first, *others = (rankings[metric].top(50) for rankings in tops)
         for other in others:
             pd.testing.assert_frame_equal(first, other, rtol=1e-9)
@@ -72,7 +72,7 @@ def test_losses_come_before_the_first_score_and_may_stop_the_run(tiny_model, seq
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", NAMES)
 def test_score_that_is_not_finite_names_metric_and_parameter(metric, bad):
     tensor = torch.ones(2, 3)
     tensor[1, 1] = bad
@@ -100,9 +100,9 @@ def test_gradient_that_is_not_finite_stops_the_pass(tiny_model, sequences):
 
 def test_scores_of_a_large_parameter_are_taken_by_one_metric_after_the_other(tiny_model, sequences, monkeypatch):
     model = tiny_model("llama")
-    expected = discover(engine_for(model), model, sequences, in_scope(model), METRICS, 50)
+    expected = discover(engine_for(model), model, sequences, in_scope(model), NAMES, 50)
     monkeypatch.setattr(discovery, "TOGETHER", 0)
     monkeypatch.setattr(discovery, "on_cores", lambda *args: pytest.fail("several at a time"))
-    found = discover(engine_for(model), model, sequences, in_scope(model), METRICS, 50)
-    for metric in METRICS:
+    found = discover(engine_for(model), model, sequences, in_scope(model), NAMES, 50)
+    for metric in NAMES:
         assert found.rankings[metric].top(50).equals(expected.rankings[metric].top(50))

@@ -4,19 +4,19 @@ import pytest
 import torch
 from critical_weight_analysis import whole_model
 from critical_weight_analysis.layerwise import engine
-from critical_weight_analysis.metrics import FORMULAS, NEEDS, Sensitivity
+from critical_weight_analysis.metrics import METRICS, Sensitivity
 from reference import naive_score, naive_sensitivities
 
-EVERYTHING = frozenset().union(*NEEDS.values())
+EVERYTHING = frozenset().union(*(metric.needs for metric in METRICS.values()))
 
 
-@pytest.mark.parametrize("metric", [metric for metric in FORMULAS if NEEDS[metric] <= engine.GIVES])
+@pytest.mark.parametrize("metric", [metric for metric in METRICS if METRICS[metric].needs <= engine.GIVES])
 def test_every_score_of_every_weight_is_the_definition(model, sequences, metric):
     naive = naive_sensitivities(model, sequences)
-    everywhere = NEEDS[metric] <= whole_model.GIVES
+    everywhere = METRICS[metric].needs <= whole_model.GIVES
     names = [name for name, weight in naive.weight.items() if everywhere or weight.ndim == 2]
-    _, stream = (whole_model if everywhere else engine).sensitivities(model, sequences, names, NEEDS[metric])
-    found = {sensitivity.name: FORMULAS[metric](sensitivity) for sensitivity in stream}
+    _, stream = (whole_model if everywhere else engine).sensitivities(model, sequences, names, METRICS[metric].needs)
+    found = {sensitivity.name: METRICS[metric].score(sensitivity) for sensitivity in stream}
     assert sorted(found) == sorted(names)
     for name, scores in found.items():
         assert scores.shape == naive.weight[name].shape
@@ -45,18 +45,22 @@ def test_scores_by_hand():
         "wanda": [10.0, 6.0],
         "hutchinson_diag": [1.0, 5.0],
     }
-    assert {metric: FORMULAS[metric](sensitivity).tolist() for metric in FORMULAS} == expected
+    assert {metric: METRICS[metric].score(sensitivity).tolist() for metric in METRICS} == expected
 
 
-def test_each_metric_has_a_formula_and_its_needs():
-    assert FORMULAS.keys() == NEEDS.keys()
+def test_each_metric_says_what_it_is():
+    assert [name for name, metric in METRICS.items() if metric.baseline] == ["magnitude"]
+    for name, metric in METRICS.items():
+        assert metric.name == name
+        assert set(metric.definition()) == {"formula", "unit", "source", "baseline"}
+        assert metric.formula
 
 
-@pytest.mark.parametrize("metric", FORMULAS)
+@pytest.mark.parametrize("metric", METRICS)
 def test_scores_of_narrow_weights_are_computed_wide(metric):
     weight = torch.tensor([1.0 + 2**-7], dtype=torch.bfloat16)
-    wide = {need: torch.tensor([1.0 + 2**-20]) for need in NEEDS[metric]}
-    score = FORMULAS[metric](Sensitivity("w", weight, **wide))
+    wide = {need: torch.tensor([1.0 + 2**-20]) for need in METRICS[metric].needs}
+    score = METRICS[metric].score(Sensitivity("w", weight, **wide))
     assert score.dtype == torch.float32
     g = h = 1 + 2**-20
     theta = 1 + 2**-7

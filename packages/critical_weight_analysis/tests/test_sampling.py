@@ -7,13 +7,13 @@ import torch
 from bridge.exchange.tables import SAMPLED_WEIGHTS, Table, read_table, write_table
 from critical_weight_analysis import whole_model
 from critical_weight_analysis.discovery import discover, engine_for
-from critical_weight_analysis.metrics import FORMULAS, NEEDS, Sensitivity
+from critical_weight_analysis.metrics import METRICS, Sensitivity
 from critical_weight_analysis.ranking import top_indices
 from critical_weight_analysis.sampling import N_HEAD, N_STRATUM, Sample
 from llm_perturb.evaluation.parameters import in_scope
 from reference import naive_score, naive_sensitivities, naive_top
 
-METRICS = [metric for metric in FORMULAS if NEEDS[metric] <= whole_model.GIVES]
+NAMES = [metric for metric in METRICS if METRICS[metric].needs <= whole_model.GIVES]
 
 
 def places(frame):
@@ -25,20 +25,20 @@ def sampled(weights: dict[str, torch.Tensor], metrics=("magnitude",), order=None
     sample = Sample({name: tuple(weight.shape) for name, weight in weights.items()}, metrics)
     for name in order or weights:
         sensitivity = Sensitivity(name, weights[name])
-        sample.update(sensitivity, [top_indices(FORMULAS[metric](sensitivity), N_HEAD) for metric in metrics])
+        sample.update(sensitivity, [top_indices(METRICS[metric].score(sensitivity), N_HEAD) for metric in metrics])
     return sample.table()
 
 
 @pytest.mark.parametrize("scope", ["matrices", "all"])
 def test_tops_of_every_metric_with_the_scores_of_all(model, sequences, scope):
     parameters = in_scope(model, scope)
-    found = discover(engine_for(model), model, sequences, parameters, METRICS, 5).sampled
+    found = discover(engine_for(model), model, sequences, parameters, NAMES, 5).sampled
     naive = naive_sensitivities(model, sequences)
-    scores = {metric: {name: naive_score(metric, naive, name) for name in parameters} for metric in METRICS}
+    scores = {metric: {name: naive_score(metric, naive, name) for name in parameters} for metric in NAMES}
     here = places(found)
     assert len(set(here)) == len(here)
     assert here == sorted(here, key=lambda place: (list(parameters).index(place[0]), place[1], place[2] or 0))
-    for metric in METRICS:
+    for metric in NAMES:
         tops = [naive_top({name: s}, 2) for name, s in scores[metric].items()] + [naive_top(scores[metric], 9)]
         assert {line[:3] for top in tops for line in top} <= set(here)
         expected = [scores[metric][name][row if col is None else (row, col)].item() for name, row, col in here]
@@ -46,8 +46,8 @@ def test_tops_of_every_metric_with_the_scores_of_all(model, sequences, scope):
     per_parameter = found["parameter"].value_counts()
     assert set(per_parameter.index) == set(parameters)
     n = sum(parameter.numel() for parameter in parameters.values())
-    assert len(found) <= len(parameters) * (2 * len(METRICS) + 2) + N_STRATUM * len(METRICS) * (2 * log10(n) + 1)
-    for metric in METRICS:
+    assert len(found) <= len(parameters) * (2 * len(NAMES) + 2) + N_STRATUM * len(NAMES) * (2 * log10(n) + 1)
+    for metric in NAMES:
         ranks = [line[:3] for line in naive_top(scores[metric], n)]
         shares = {place: (at + 1) / n for at, place in enumerate(ranks)}
         expected = pd.Series([shares[place] for place in here])
@@ -62,9 +62,9 @@ def test_tops_of_every_metric_with_the_scores_of_all(model, sequences, scope):
 
 def test_scores_are_those_of_the_ranking_bit_for_bit(tiny_model, sequences):
     model = tiny_model("neox", torch.float32)
-    found = discover(engine_for(model), model, sequences, in_scope(model), METRICS, 2)
+    found = discover(engine_for(model), model, sequences, in_scope(model), NAMES, 2)
     keys = ["parameter", "row", "col"]
-    for metric in METRICS:
+    for metric in NAMES:
         top = found.rankings[metric].top_per_layer(2)
         both = top.merge(found.sampled, on=keys, suffixes=("", "_sampled"))
         assert len(both) == len(top)

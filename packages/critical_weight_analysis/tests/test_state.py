@@ -7,12 +7,12 @@ import torch
 from critical_weight_analysis.control_lists import Controls
 from critical_weight_analysis.layer_summary import Summary
 from critical_weight_analysis.layerwise.saved_state import StateError, nested, read_state, within, write_state
-from critical_weight_analysis.metrics import FORMULAS, Sensitivity
+from critical_weight_analysis.metrics import METRICS, Sensitivity
 from critical_weight_analysis.ranking import Ranking, top_indices
 from critical_weight_analysis.sampling import N_HEAD, Sample
 
 SHAPES = {"a.weight": (6, 5), "b.weight": (4,), "c.weight": (7, 3), "d.weight": (1, 1)}
-METRICS = ["magnitude", "grad_x_weight"]
+NAMES = ["magnitude", "grad_x_weight"]
 K = 9
 
 
@@ -25,7 +25,7 @@ def sensitivity(name):
 class Collected:
     """All collectors, filled parameter by parameter as a pass does it."""
 
-    def __init__(self, per_layer=True, shapes=SHAPES, metrics=METRICS, seed=0):
+    def __init__(self, per_layer=True, shapes=SHAPES, metrics=NAMES, seed=0):
         self.metrics = metrics
         self.rankings = {metric: Ranking(shapes, K, per_layer) for metric in metrics}
         self.summaries = {metric: Summary(list(shapes)) for metric in metrics}
@@ -37,11 +37,11 @@ class Collected:
         for name in names:
             here = sensitivity(name)
             for metric in self.metrics:
-                scores = FORMULAS[metric](here)
+                scores = METRICS[metric].score(here)
                 self.rankings[metric].update(name, here.weight, scores)
                 self.summaries[metric].update(name, scores)
                 self.controls.update(metric, here, scores)
-            self.sample.update(here, [top_indices(FORMULAS[metric](here), N_HEAD) for metric in self.metrics])
+            self.sample.update(here, [top_indices(METRICS[metric].score(here), N_HEAD) for metric in self.metrics])
         return self
 
     def tables(self):

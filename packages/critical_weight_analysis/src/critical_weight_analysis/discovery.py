@@ -17,7 +17,7 @@ from critical_weight_analysis.layerwise import engine
 from critical_weight_analysis.layerwise.parallel import on_cores
 from critical_weight_analysis.layerwise.pass_settings import Settings
 from critical_weight_analysis.layerwise.saved_state import nested
-from critical_weight_analysis.metrics import FORMULAS, NEEDS, Sensitivity
+from critical_weight_analysis.metrics import METRICS, Sensitivity
 from critical_weight_analysis.ranking import Ranking, top_indices
 from critical_weight_analysis.sampling import N_HEAD, Sample
 
@@ -66,11 +66,11 @@ def needs_of(metrics: Sequence[str], engine: ModuleType, settings: Settings = Se
         RequestError: the engine does not give one of them, or not with these settings.
     """
     for metric in metrics:
-        if "hessian" in NEEDS[metric] and settings.checkpoint:
+        if "hessian" in METRICS[metric].needs and settings.checkpoint:
             raise RequestError(f"--metric {metric} needs all weights in memory: --weights resident")
-        if not NEEDS[metric] <= engine.GIVES | BEFORE:
+        if not METRICS[metric].needs <= engine.GIVES | BEFORE:
             raise RequestError(f"--metric {metric} needs a model that can be run layer by layer, which this one cannot")
-    return frozenset().union(*(NEEDS[metric] for metric in metrics))
+    return frozenset().union(*(METRICS[metric].needs for metric in metrics))
 
 
 def scores_of(metric: str, sensitivity: Sensitivity) -> Tensor:
@@ -79,7 +79,7 @@ def scores_of(metric: str, sensitivity: Sensitivity) -> Tensor:
     Raises:
         RunError: a score is not finite; names the parameter.
     """
-    scores = FORMULAS[metric](sensitivity)
+    scores = METRICS[metric].score(sensitivity)
     if not scores.amax().isfinite():  # no score is below 0, and amax passes NaN on
         n_bad = scores.numel() - int(scores.isfinite().sum())
         raise RunError(

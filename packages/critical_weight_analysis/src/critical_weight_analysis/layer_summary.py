@@ -2,6 +2,7 @@
 
 import pandas as pd
 import torch
+from bridge.exchange.layout import in_top_column
 from llm_perturb.evaluation.parameters import layer_of
 from torch import Tensor
 
@@ -76,5 +77,5 @@ class Summary:
         frame = pd.DataFrame([self._rows[name] for name in self._names])
         for k, top in tops.items():
             counts = top["parameter"].value_counts()
-            frame[f"in_top_{k}"] = frame["parameter"].map(counts).fillna(0).astype("int64")
+            frame[in_top_column(k)] = frame["parameter"].map(counts).fillna(0).astype("int64")
         return frame

@@ -5,6 +5,7 @@ tokens of the corpus, n its number of sequences, L the mean loss over all tokens
 mean and S_i the sum of the losses of sequence i.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 class Sensitivity:
     """What the metrics need to know of one parameter. Every tensor has the parameter's stored shape.
 
-    All sums are float32 or wider. A field that no chosen metric needs (see ``NEEDS``) is None.
+    All sums are float32 or wider. A field that no chosen metric needs (``Metric.needs``) is None.
 
     Attributes:
         name: the parameter's full name.
@@ -38,19 +39,66 @@ class Sensitivity:
     hessian: Tensor | None = None
 
 
-NEEDS: dict[str, frozenset[str]] = {
-    "grad_x_weight": frozenset({"grad"}),
-    "grad_squared": frozenset({"fisher"}),
-    "grad_squared_batch": frozenset({"grad"}),
-    "grad_squared_token": frozenset({"tokens"}),
-    "obd": frozenset({"curvature"}),
-    "taylor2": frozenset({"grad", "curvature"}),
-    "magnitude": frozenset(),
-    "wanda": frozenset({"inputs"}),
-    "hutchinson_diag": frozenset({"hessian"}),
-}
+Formula = Callable[[Sensitivity], Tensor]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """A sensitivity metric: the one place that says what it is.
+
+    Attributes:
+        name: as ``--metric`` takes it.
+        score: the formula; from the sums of one parameter to scores of its stored shape.
+        needs: the fields of ``Sensitivity`` that the formula reads.
+        formula: for readers of the report.
+        unit: of a score.
+        source: who proposed it.
+        baseline: whether it is the one that every other must beat.
+    """
+
+    name: str
+    score: Formula
+    needs: frozenset[str]
+    formula: str
+    unit: str = ""
+    source: str = ""
+    baseline: bool = False
+
+    def definition(self) -> dict[str, str | bool]:
+        """What a manifest says of it, for whoever reads the scores."""
+        return {"formula": self.formula, "unit": self.unit, "source": self.source, "baseline": self.baseline}
+
+
+METRICS: dict[str, Metric] = {}
+
+
+def metric(
+    *needs: str, formula: str, unit: str = "", source: str = "", baseline: bool = False
+) -> Callable[[Formula], Formula]:
+    """Declare a formula as the metric of its own name."""
+
+    def declare(score: Formula) -> Formula:
+        name = score.__name__
+        METRICS[name] = Metric(
+            name=name,
+            score=score,
+            needs=frozenset(needs),
+            formula=formula,
+            unit=unit,
+            source=source,
+            baseline=baseline,
+        )
+        return score
+
+    return declare
+
+
+@metric(
+    "grad",
+    formula="|θ · ∂L/∂θ|: first-order estimate of the change of loss at θ = 0",
+    unit="nats per token",
+    source="Molchanov et al. 2019",
+)
 def grad_x_weight(sensitivity: Sensitivity) -> Tensor:
     """|θ dL/dθ|: first-order estimate of the change of L when θ is set to 0 (nats per token).
 
@@ -59,16 +107,23 @@ def grad_x_weight(sensitivity: Sensitivity) -> Tensor:
     return (sensitivity.grad * sensitivity.weight.to(sensitivity.grad.dtype)).abs_()
 
 
+@metric(
+    "fisher",
+    formula="mean over sequences of (∂L_i/∂θ)²: diagonal of the empirical Fisher",
+    source="SqueezeLLM, Kim et al. 2024",
+)
 def grad_squared(sensitivity: Sensitivity) -> Tensor:
     """(1/n) Σ_i (dL_i/dθ)²: the diagonal of the empirical Fisher over sequences (SqueezeLLM, Kim et al. 2024)."""
     return sensitivity.fisher
 
 
+@metric("grad", formula="(∂L/∂θ)²: the square of the mean gradient, the corpus taken as one batch")
 def grad_squared_batch(sensitivity: Sensitivity) -> Tensor:
     """(dL/dθ)²: the square of the mean gradient, the corpus taken as one batch."""
     return sensitivity.grad.square()
 
 
+@metric("tokens", formula="mean over predicted tokens of the squared contribution of each position to ∂S_i/∂θ")
 def grad_squared_token(sensitivity: Sensitivity) -> Tensor:
     """(1/N) Σ_i Σ_t G_it²: grad_squared with the position as its unit, no two of which can cancel.
 
@@ -78,6 +133,12 @@ def grad_squared_token(sensitivity: Sensitivity) -> Tensor:
     return sensitivity.tokens
 
 
+@metric(
+    "curvature",
+    formula="½ θ² h, h the per-token empirical Fisher: second-order estimate of the same change",
+    unit="nats per token",
+    source="LeCun et al. 1990",
+)
 def obd(sensitivity: Sensitivity) -> Tensor:
     """½ θ² h: second-order estimate of the change of L when θ is set to 0 (nats per token).
 
@@ -86,16 +147,19 @@ def obd(sensitivity: Sensitivity) -> Tensor:
     return sensitivity.weight.to(sensitivity.curvature.dtype).square().mul_(sensitivity.curvature).mul_(0.5)
 
 
+@metric("grad", "curvature", formula="|−θ ∂L/∂θ + ½ θ² h|: both terms of the Taylor series", unit="nats per token")
 def taylor2(sensitivity: Sensitivity) -> Tensor:
     """|-θ dL/dθ + ½ θ² h|: both terms of the Taylor series (nats per token)."""
     return obd(sensitivity).addcmul_(sensitivity.weight.to(sensitivity.grad.dtype), sensitivity.grad, value=-1).abs_()
 
 
+@metric(formula="|θ|: the baseline that a metric must beat", baseline=True)
 def magnitude(sensitivity: Sensitivity) -> Tensor:
     """|θ|: the baseline that a metric must beat."""
     return sensitivity.weight.to(torch.promote_types(sensitivity.weight.dtype, torch.float32)).abs()
 
 
+@metric("inputs", formula="|θ| times the norm of its input feature", source="Sun et al. 2024")
 def wanda(sensitivity: Sensitivity) -> Tensor:
     """|θ| ‖x‖₂: x is the input feature that θ is multiplied with, over all positions of the corpus (Sun et al. 2024).
 
@@ -105,19 +169,7 @@ def wanda(sensitivity: Sensitivity) -> Tensor:
     return magnitude(sensitivity).mul_(sensitivity.inputs.sqrt())
 
 
+@metric("hessian", formula="|diagonal of the Hessian|, estimated with Rademacher vectors", source="Hutchinson 1990")
 def hutchinson_diag(sensitivity: Sensitivity) -> Tensor:
     """|d²L/dθ²|, the diagonal of the Hessian as Hutchinson (1990) estimates it from Rademacher vectors."""
     return sensitivity.hessian.abs()
-
-
-FORMULAS = {
-    "grad_x_weight": grad_x_weight,
-    "grad_squared": grad_squared,
-    "grad_squared_batch": grad_squared_batch,
-    "grad_squared_token": grad_squared_token,
-    "obd": obd,
-    "taylor2": taylor2,
-    "magnitude": magnitude,
-    "wanda": wanda,
-    "hutchinson_diag": hutchinson_diag,
-}

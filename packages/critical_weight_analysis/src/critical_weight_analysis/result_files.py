@@ -5,6 +5,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
+from bridge.exchange.layout import (
+    PLOTS_FOLDER,
+    SAMPLED_WEIGHTS_FILE,
+    SCORE_BY_RANK_PLOT,
+    STABILITY_FILE,
+    STABILITY_PLOT,
+    layer_summary_file,
+    top_by_layer_plot,
+    weights_file,
+)
 from bridge.exchange.printable import say
 from bridge.exchange.tables import LAYER_SUMMARY, SAMPLED_WEIGHTS, STABILITY, TOP_WEIGHTS, write_table
 
@@ -17,49 +27,50 @@ _ROWS_SHOWN = 5
 _log = logging.getLogger("critical_weight_analysis")
 
 
-def write_tables(found: Discovery, tops: Tops, mode: Sequence[str], folder: Path) -> None:
+def write_tables(discovery: Discovery, tops: Tops, mode: Sequence[str], folder: Path) -> None:
     """The rankings, with what they are to be compared with, the summaries and the sample."""
     for metric, by_k in tops.items():
         for k, top in by_k.items():
             if "global" in mode:
-                write_table(folder / f"top_{k}_weights_{metric}.csv", top, TOP_WEIGHTS)
+                write_table(folder / weights_file("top", k, "weights", metric), top, TOP_WEIGHTS)
             if "per_layer" in mode:
-                within = found.rankings[metric].top_per_layer(k)
-                write_table(folder / f"top_{k}_per_layer_{metric}.csv", within, TOP_WEIGHTS)
-        summary = found.summaries[metric].table(by_k)
-        write_table(folder / f"layer_summary_{metric}.csv", summary, LAYER_SUMMARY)
+                within = discovery.rankings[metric].top_per_layer(k)
+                write_table(folder / weights_file("top", k, "per_layer", metric), within, TOP_WEIGHTS)
+        summary = discovery.summaries[metric].table(by_k)
+        write_table(folder / layer_summary_file(metric), summary, LAYER_SUMMARY)
         _log.info("%s: tables of the top %s written", metric, ", ".join(map(str, by_k)))
         for k in by_k if "global" in mode else ():
-            bottom = found.controls.bottom(metric, k)
-            write_table(folder / f"bottom_{k}_weights_{metric}.csv", bottom, TOP_WEIGHTS)
+            bottom = discovery.controls.bottom(metric, k)
+            write_table(folder / weights_file("bottom", k, "weights", metric), bottom, TOP_WEIGHTS)
     for k in next(iter(tops.values())) if "global" in mode else ():
-        random = found.controls.random(k, found.rankings.values())
+        random = discovery.controls.random(k, discovery.rankings.values())
+        path = folder / weights_file("random", k, "weights")
         if len(random) < k:
-            _log.warning("only %d weights lie outside of every top-K for random_%d_weights.csv", len(random), k)
+            _log.warning("only %d weights lie outside of every top-K for %s", len(random), path.name)
         if len(random):
-            write_table(folder / f"random_{k}_weights.csv", random, TOP_WEIGHTS)
-    write_table(folder / "sampled_weights.csv", found.sampled, SAMPLED_WEIGHTS)
+            write_table(path, random, TOP_WEIGHTS)
+    write_table(folder / SAMPLED_WEIGHTS_FILE, discovery.sampled, SAMPLED_WEIGHTS)
 
 
-def write_plots(found: Discovery, tops: Tops, folder: Path) -> None:
+def write_plots(discovery: Discovery, tops: Tops, folder: Path) -> None:
     """Where the top-K lie, and how their scores fall off."""
     folder.mkdir(exist_ok=True)
     for metric, by_k in tops.items():
-        summary = found.summaries[metric].table(by_k)
+        summary = discovery.summaries[metric].table(by_k)
         for k in by_k:
-            plots.plot_heat_map(summary, k, metric, folder / f"top_{k}_by_layer_{metric}.png")
-    plots.plot_scores_by_rank({metric: by_k[max(by_k)] for metric, by_k in tops.items()}, folder / "score_by_rank.png")
+            plots.plot_heat_map(summary, k, metric, folder / top_by_layer_plot(k, metric))
+    plots.plot_scores_by_rank({metric: by_k[max(by_k)] for metric, by_k in tops.items()}, folder / SCORE_BY_RANK_PLOT)
 
 
 def write_stability(table: pd.DataFrame, folder: Path, with_plot: bool) -> None:
     """The rows of STABILITY as a file, in words, and as a plot."""
-    write_table(folder / "stability.csv", table, STABILITY)
+    write_table(folder / STABILITY_FILE, table, STABILITY)
     for (metric, k), rows in table[table["kind"] == "halves"].groupby(["metric", "k"], sort=False):
         words = metric, k, rows["jaccard"].mean(), rows["jaccard_chance"].iloc[0]
         _log.info("stability: %s, top %d: mean Jaccard overlap of two halves %.3f (chance %.2g)", *words)
     if with_plot:
-        (folder / "plots").mkdir(exist_ok=True)
-        plots.plot_stability(table, folder / "plots" / "stability.png")
+        (folder / PLOTS_FOLDER).mkdir(exist_ok=True)
+        plots.plot_stability(table, folder / PLOTS_FOLDER / STABILITY_PLOT)
 
 
 def show(folder: Path, tops: Tops) -> None:

@@ -12,6 +12,7 @@ import torch
 from accelerate.utils import find_executable_batch_size
 from bridge.exchange import run_folder
 from bridge.exchange.errors import RequestError
+from bridge.exchange.layout import ANALYSIS_LOG, BASELINE_FILE, DISCOVERY, PLOTS_FOLDER
 from bridge.exchange.tables import write_json
 from llm_perturb.evaluation import models
 from llm_perturb.evaluation.corpus import Corpus, CorpusOptions, read_texts, tokenize
@@ -27,16 +28,15 @@ from critical_weight_analysis.discovery import Discovery, discover, engine_for
 from critical_weight_analysis.layerwise.backward_checkpoints import Resume
 from critical_weight_analysis.layerwise.batches import first_batch_size
 from critical_weight_analysis.layerwise.pass_settings import Settings
-from critical_weight_analysis.metrics import FORMULAS
+from critical_weight_analysis.metrics import METRICS
 
-Metric = Literal[*FORMULAS]
+Metric = Literal[*METRICS]
 DType = Literal[*models.DTYPES]
 Packing = Literal["documents", "windows"]
 Scope = Literal["matrices", "all"]
 Weights = models.Weights
 Mode = Literal["global", "per_layer"]
 
-KIND = "critical_analysis"
 _NOT_IDENTITY = {"batch_size", "weights", "device", "output", "baseline", "experiment_id", "save_plots"}
 _log = logging.getLogger("critical_weight_analysis")
 
@@ -161,7 +161,7 @@ def run(options: Options) -> None:
         if opened:
             result_files.write_tables(found, tops, request.options.mode, folder)
             if request.options.save_plots:
-                result_files.write_plots(found, tops, folder / "plots")
+                result_files.write_plots(found, tops, folder / PLOTS_FOLDER)
             if splits:
                 agreement = stability.table(found.rankings, splits, request.options.topk, request.n_weights)
                 result_files.write_stability(agreement, folder, request.options.save_plots)
@@ -254,8 +254,9 @@ def _open_run(request: Request, engine: str, world_size: int) -> run_folder.Run:
         "world_size": world_size,
         "weights": "streamed" if loaded.checkpoint else "resident",
         "seed": options.seed,
+        "metrics": {metric: METRICS[metric].definition() for metric in options.metric},
     }
-    return run_folder.open_run(request.output, KIND, identity, options.experiment_id, facts, loaded.fingerprint)
+    return run_folder.open_run(request.output, DISCOVERY, identity, options.experiment_id, facts, loaded.fingerprint)
 
 
 @contextmanager
@@ -271,7 +272,7 @@ def _kept(opened: run_folder.Run | None) -> Iterator[None]:
 @contextmanager
 def _logged(folder: Path) -> Iterator[None]:
     """While open, the log goes to ``analysis.log``."""
-    handler = logging.FileHandler(folder / "analysis.log", encoding="utf-8")
+    handler = logging.FileHandler(folder / ANALYSIS_LOG, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     _log.addHandler(handler)
     _log.setLevel(logging.INFO)
@@ -292,7 +293,7 @@ def _check_baseline(request: Request, losses: Tensor, opened: run_folder.Run | N
     if request.expected:
         baseline.check_same(request.expected, found, request.options.baseline)
     if opened:
-        write_json(opened.folder / "baseline.json", found)
+        write_json(opened.folder / BASELINE_FILE, found)
 
 
 def _halves(engine: ModuleType, request: Request, settings: Settings) -> Iterator[stability.Halves]:

@@ -10,7 +10,7 @@ from llm_perturb.evaluation.parameters import layer_of
 from torch import Tensor
 
 from critical_weight_analysis.layerwise.saved_state import State, StateError, columns_of, rows_by_parameter
-from critical_weight_analysis.metrics import FORMULAS, Sensitivity
+from critical_weight_analysis.metrics import METRICS, Sensitivity
 
 N_TOP = 2  # of each parameter, by each metric
 N_DRAWN = 2  # of each parameter, uniformly at random
@@ -73,7 +73,7 @@ class Sample:
         certain = torch.cat([*(index[:N_TOP] for index in highest), drawn]).unique()
         index = torch.cat([*highest, drawn, uniform]).unique()
         here = _at(sensitivity, index)
-        scores = torch.stack([FORMULAS[metric](here).double().cpu() for metric in self._metrics], dim=1)
+        scores = torch.stack([METRICS[metric].score(here).double().cpu() for metric in self._metrics], dim=1)
         self._parts[sensitivity.name] = _Part(
             index.numpy(),
             here.weight.double().cpu().numpy(),
