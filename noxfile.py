@@ -154,8 +154,8 @@ def lint(session: nox.Session) -> None:
     session.run(python, "-m", "ruff", "check", ".", external=True)
     session.run(python, "-m", "ruff", "format", "--check", ".", external=True)
     session.run(python, "-m", "mypy", *SOURCES, external=True)
-    schema = ["--builtin-schema", "vendor.github-workflows"]
-    session.run(tool("critical_weight_analysis", "check-jsonschema"), *schema, ".github/workflows/ci.yml", external=True)
+    check_schema = [tool("critical_weight_analysis", "check-jsonschema"), "--builtin-schema", "vendor.github-workflows"]
+    session.run(*check_schema, ".github/workflows/ci.yml", external=True)
 
 
 @nox.session(venv_backend="none", requires=[*ENVIRONMENTS, "lint"])
