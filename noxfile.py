@@ -195,9 +195,9 @@ def step(session: nox.Session, package: str, program: str, *arguments: str) -> N
 @nox.session
 def docs(session: nox.Session) -> None:
     """Build the site in site/: a dead link, or a public name without a docstring, is an error."""
-    session.install("mkdocs-material", "mkdocstrings[python]", "ruff", "-c", str(CONSTRAINTS))
+    session.install("zensical", "mkdocstrings[python]", "ruff", "-c", str(CONSTRAINTS))
     session.run("ruff", "check", "--select", "D1", *SOURCES)
-    session.run("mkdocs", "build", "--strict", *session.posargs)
+    session.run("zensical", "build", "--clean", "--strict")
 
 
 @nox.session(name="build")

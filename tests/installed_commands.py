@@ -52,7 +52,7 @@ def run(line: str, folder: Path) -> str:
     done = subprocess.run(
         [str(PROGRAMS / program), *words],
         cwd=folder,
-        env=away | {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"},
+        env=away | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"},
         stdout=subprocess.PIPE,
         stdin=subprocess.DEVNULL,
         text=True,
