@@ -203,10 +203,11 @@ def docs(session: nox.Session) -> None:
 @nox.session(name="build")
 def build_wheels(session: nox.Session) -> None:
     """Build the sdist and the wheel of each package in dist/, each wheel from its sdist."""
-    session.install("build", "-c", str(CONSTRAINTS))
+    session.install("build", "setuptools>=77", "-c", str(CONSTRAINTS))
     shutil.rmtree(ROOT / "dist", ignore_errors=True)
     for package in NEEDS:
-        session.run("python", "-m", "build", "--outdir", str(ROOT / "dist"), str(package_folder(package)), silent=True)
+        command = ["python", "-m", "build", "--no-isolation", "--outdir", str(ROOT / "dist")]
+        session.run(*command, str(package_folder(package)), silent=True)
 
 
 @nox.session(requires=["build"], reuse_venv=False)

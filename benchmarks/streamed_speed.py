@@ -29,11 +29,11 @@ from bridge import argv
 from critical_weight_analysis.batches import first_batch_size
 from critical_weight_analysis.discovery import discover, engine_for
 from critical_weight_analysis.settings import Settings
-from llm_perturb.checkpoint import open_streamed
+from llm_perturb.loading import load_model
 from llm_perturb.models import DTYPES
 from llm_perturb.weights import in_scope
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, GPTNeoXConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig
 
 SIZES = {  # hidden size, layers, heads, inner size, vocabulary, stored dtype
     "pythia-160m": (768, 12, 12, 3072, 50304, "float16"),
@@ -96,9 +96,9 @@ def product_rate(hidden: int, inner: int) -> float:
 def measure(shape: str, folder: str, n_sequences: int, n_tokens: int) -> None:
     """The pass, in this process; prints its figures as JSON in the last line."""
     rate = product_rate(SIZES[shape][0], SIZES[shape][3])
-    options = {"revision": None, "trust_remote_code": False}
-    model, checkpoint = open_streamed(folder, torch.float32, torch.device("cpu"), options)
-    model.eval()
+    config = AutoConfig.from_pretrained(folder)
+    loaded = load_model(folder, config, torch.float32, torch.device("cpu"), lambda model, obstacle: True, {})
+    model, checkpoint = loaded.model, loaded.checkpoint
     generator = torch.Generator().manual_seed(1)
     sequences = [torch.randint(SIZES[shape][4], (n_tokens + 1,), generator=generator) for _ in range(n_sequences)]
     settings = Settings(batch_size=first_batch_size(sequences, model.device), progress=True, checkpoint=checkpoint)

@@ -111,6 +111,7 @@ def test_example_1_compares_models(shell, workspace):
     done = shell(COMPARISON_OF_LAYERS, workspace)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "MODEL: gpt2" in done.stdout
+    assert f"MODEL: hub id gpt2 at revision {0:040x}" in done.stdout
     assert "MODEL: EleutherAI/pythia-2.8b" in done.stdout
     assert done.stdout.count("\nTOPK_PERPLEXITY: ") == 2
 

@@ -39,6 +39,7 @@ def phase1(
     save_plots: bool = True,
     trust_remote_code: bool = False,
     weights: Weights = "auto",
+    allow_unused_weights: list[str] = (),
 ) -> None:
     """Score every weight and write the exact top-K.
 
@@ -71,6 +72,7 @@ def phase1(
         save_plots: whether to draw the plots; --no-save-plots for none.
         trust_remote_code: run the model's own code.
         weights: resident, in memory; streamed, read from the checkpoint one layer at a time; auto, by their size.
+        allow_unused_weights: name patterns of stored tensors that the model has no place for and may be left out.
     """
     run(Options(**locals()))
 

@@ -48,6 +48,7 @@ def run_topk_perturb(
     eval_limit: int | None = None,
     batch_size: int = 1,
     trust_remote_code: bool = False,
+    allow_unused_weights: list[str] = (),
 ) -> None:
     """Pretend to measure."""
     with Path(os.environ.get("FAKE_STARTS", os.devnull)).open("a") as stream:

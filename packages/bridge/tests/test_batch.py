@@ -33,14 +33,19 @@ def no_plots(monkeypatch):
     monkeypatch.setattr(validation, "write_report", plain_report)
 
 
+def stand_in(script: Path) -> Path:
+    """A script that hands its flags to fake_instrument.py, with its own path before them."""
+    begin = f"import runpy, sys\nsys.path.insert(0, {str(HERE)!r})\nsys.argv.insert(0, '')\n"
+    script.write_text(f"{begin}runpy.run_path({str(HERE / 'fake_instrument.py')!r}, run_name='__main__')\n")
+    return script
+
+
 @pytest.fixture
 def python(tmp_path, monkeypatch) -> str:
-    """A program that takes the place of llm_perturb's Python, and the script it is given."""
-    script = tmp_path / "run_topk_perturb.py"
-    script.touch()
-    monkeypatch.setattr(instrument, "SCRIPT", script)
+    """A Python that takes the place of llm_perturb's, beside a script that takes the place of the instrument's."""
+    monkeypatch.setattr(instrument, "SCRIPT", stand_in(tmp_path / "run_topk_perturb.py"))
     wrapper = tmp_path / "python"
-    wrapper.write_text(f'#!/bin/sh\nexec {sys.executable} {HERE / "fake_instrument.py"} "$@"\n')
+    wrapper.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
     wrapper.chmod(0o755)
     monkeypatch.setenv("FAKE_STARTS", str(tmp_path / "starts.jsonl"))
     return str(wrapper)
@@ -164,15 +169,60 @@ def test_numbers_of_the_perturbations_are_handed_on_and_make_another_validation(
     assert ready.identity != plain.identity
 
 
-def test_several_processes_are_started_by_the_launcher_from_the_shipped_configuration(output, python):
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """Say how many GPUs the instrument's torch finds, of a machine with three cores."""
+
+    def has(n_gpus: int) -> None:
+        body = f"def is_available(): return {n_gpus > 0}\ndef device_count(): return {n_gpus}"
+        (tmp_path / "torch").mkdir()
+        (tmp_path / "torch" / "__init__.py").write_text("print('a word of its own')\nfrom torch import cuda")
+        (tmp_path / "torch" / "cuda.py").write_text(body)
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 2, 5}, raising=False)
+    return has
+
+
+def test_several_processes_are_started_by_the_launcher_from_the_shipped_configuration(output, python, machine):
+    machine(0)
     one, three = (plan(options(output, python, num_processes=n)) for n in (1, 3))
     start = three.command[: -len(one.command) + 2]
     assert one.command[:2] == [python, str(instrument.SCRIPT)]
     assert three.command[len(start) :] == one.command[2:]
     config = HERE.parents[2] / "configs" / "accelerate_config.yaml"
     assert start[:5] == [python, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    assert start[5:] == ["--num_processes", "3", "-m", "bridge.worker", str(instrument.SCRIPT)]
+    assert start[5:7] == ["--log_dir", os.devnull]
+    assert start[7:] == ["--num_processes", "3", "-m", "bridge.worker", str(instrument.SCRIPT)]
     assert one.identity == three.identity  # the table does not depend on it
+
+
+@pytest.mark.parametrize(
+    ("n_gpus", "device", "message"),
+    [
+        (0, "auto", "--num-processes 9 is more than this machine has cores; give at most 3"),
+        (2, "auto", "--num-processes 9 is more than this machine has GPUs; give at most 2"),
+        (8, "cuda", "--num-processes 9 is more than this machine has GPUs; give at most 8"),
+        (9, "cpu", "--num-processes 9 is more than this machine has cores; give at most 3"),
+        (9, "auto", None),
+    ],
+)
+def test_more_processes_than_the_machine_has_room_for(tmp_path, output, python, machine, n_gpus, device, message):
+    machine(n_gpus)
+    chosen = options(output, python, num_processes=9, device=device)
+    if message is None:
+        assert plan(chosen).command[8] == "9"
+        return
+    before = snapshot(output)
+    with pytest.raises(RequestError, match=f"^{message}$"):
+        batch.validate(chosen)
+    assert snapshot(output) == before and starts(tmp_path) == []
+
+
+def test_environment_without_torch_cannot_say_how_many_processes_it_has_room_for(output, python):
+    message = "cannot say how many GPUs there are for --num-processes: ModuleNotFoundError: No module named 'torch'"
+    with pytest.raises(RequestError, match=message):
+        plan(options(output, python, num_processes=2))
 
 
 @pytest.mark.parametrize(
@@ -187,7 +237,9 @@ def test_what_a_worker_said_is_found_behind_what_the_launcher_adds(tmp_path, mon
     instrument.SCRIPT.write_text(f"import sys\n{script}")
     added = "import subprocess, sys\ncode = subprocess.call(sys.argv[1:])\n"
     added += "print('ChildFailedError:\\n  exitcode  :', code, '(pid: 7)', file=sys.stderr)\nsys.exit(1)"
-    command = [sys.executable, "-c", added, sys.executable, "-m", "bridge.worker", str(instrument.SCRIPT)]
+    (tmp_path / "launcher.py").write_text(added)
+    command = [sys.executable, str(tmp_path / "launcher.py")]
+    command += [sys.executable, "-m", "bridge.worker", str(instrument.SCRIPT)]
     with pytest.raises(error, match=message):
         instrument.measure(command, tmp_path, tmp_path / "log", tmp_path / "folder", lambda: None)
 
@@ -400,6 +452,15 @@ def test_code_of_the_model_runs_only_when_asked_for_here(tmp_path, python):
     assert "--trust-remote-code" in plan(options(tmp_path / "a", python, trust_remote_code=True)).command
 
 
+def test_weights_that_the_discovery_left_out_are_left_out_again(tmp_path, python):
+    make_discovery(tmp_path / "a", allow_unused_weights=["*.bias", "score.*"])
+    command = plan(options(tmp_path / "a", python)).command
+    at = command.index("--allow-unused-weights")
+    assert command[at + 1 : at + 3] == ["*.bias", "score.*"] and command[at + 3].startswith("--")
+    make_discovery(tmp_path / "b", allow_unused_weights=[])
+    assert "--allow-unused-weights" not in plan(options(tmp_path / "b", python)).command
+
+
 @pytest.mark.parametrize(
     ("mode", "error", "message"),
     [
@@ -566,9 +627,7 @@ def test_failure_of_the_last_target_is_a_failure(output, python, monkeypatch, no
 @pytest.fixture
 def merge(tmp_path, monkeypatch):
     """The script that puts shards together, and its stand-in behind the same Python."""
-    script = tmp_path / "merge_shards.py"
-    script.touch()
-    monkeypatch.setattr(instrument, "MERGE", script)
+    monkeypatch.setattr(instrument, "MERGE", stand_in(tmp_path / "merge_shards.py"))
 
 
 def test_shards_and_their_merge_make_the_tables_of_one_run(tmp_path, output, python, merge, no_plots):

@@ -9,6 +9,7 @@ from bridge.compare import compare, compare_folders, robustness
 from bridge.errors import RequestError
 from bridge.profiles import cosine, gini, profiles_of, rank_agreement, score_profiles
 from bridge.runs import read_manifest
+from discovery_folder import make_discovery
 
 METRIC = "grad_x_weight"
 
@@ -170,6 +171,13 @@ def test_folders_are_compared_and_the_tables_written(tmp_path, capsys):
     with pytest.raises(RequestError, match="is already complete"):
         compare_folders([tmp_path / "one", second], None, tmp_path / "out", "x")
     assert (folder / "comparison.csv").read_bytes() == before
+
+
+def test_the_name_of_a_model_cannot_speak_to_the_terminal(tmp_path, capsys):
+    folders = [make_discovery(tmp_path / name, model={"id": f"{name}\x1b[2J\nx"}) for name in "ab"]
+    compare_folders(folders, None, tmp_path)
+    out, err = capsys.readouterr()
+    assert "\x1b" not in out + err and "a\\x1b[2J\\nx" in out
 
 
 def test_different_texts_are_a_warning(tmp_path, capsys):

@@ -1,3 +1,4 @@
+import csv
 import math
 import struct
 
@@ -7,6 +8,7 @@ import pytest
 from bridge.errors import RequestError
 from bridge.records import TOP_WEIGHTS, Table, atomic_path, read_table, write_json, write_table, write_text
 
+HIDDEN = ["\x1b[31m", "\n", "\t", "\x00", "\x7f", "\x9b", "\u202e", "\u2066", "\u2028", "\u200b", "\ufeff"]
 TABLE = Table("things", {"name": "str", "n": "int", "seed": "int?", "x": "float"})
 
 
@@ -45,9 +47,27 @@ def test_nan_infinity_and_missing_numbers(tmp_path):
 
 
 def test_text_stays_text(tmp_path):
-    names = ["null", "NA", "007", "1e5", "", 'a,"b"\nc', "ünï"]
+    names = ["null", "NA", "007", "1e5", "", 'a,"b";$(c)', "ünï", "no\u00a0break", "می\u200cخواهم"]
     write_table(tmp_path / "t.csv", pd.DataFrame({"name": names, "n": 1, "seed": 0, "x": 0.0}), TABLE)
     assert read_table(tmp_path / "t.csv", TABLE)["name"].tolist() == names
+
+
+@pytest.mark.parametrize("hidden", HIDDEN)
+@pytest.mark.parametrize("column", ["name", "of no table"])
+def test_names_that_are_not_printable_are_refused(tmp_path, column, hidden):
+    frame = things(**{"of no table": ["x", "y"]})
+    frame[column] = ["plain", f"layer{hidden}.3"]
+    frame.to_csv(tmp_path / "{t}.csv", index=False, quoting=csv.QUOTE_ALL)
+    with pytest.raises(RequestError, match=r"line [34]: column (name|of no table) 'layer.*a character that") as refused:
+        read_table(tmp_path / "{t}.csv", TABLE)
+    assert str(refused.value).isprintable()
+    assert f"'layer{hidden.encode('unicode_escape').decode()}.3'" in str(refused.value)
+
+
+def test_the_name_of_a_column_is_printable_too(tmp_path):
+    write_table(tmp_path / "t.csv", things(**{"score_\x1b[2J": 1.0}), TABLE)
+    with pytest.raises(RequestError, match=r"column 'score_\\x1b\[2J' has a character that is not printable"):
+        read_table(tmp_path / "t.csv", TABLE)
 
 
 def test_columns_are_in_the_order_of_the_table_and_others_follow(tmp_path):

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import synthetic
 from bridge.correlation import correlate
+from bridge.printable import is_printable
 from bridge.report import markdown_text, write_report
 
 METRICS = ("grad_x_weight", "magnitude")
-HOSTILE = "<script>alert(1)</script>|`x`\n# [a](javascript:b) $y$ _z_ http://evil.example"
+HOSTILE = "<script>alert(1)</script>|`x`\n# [a](javascript:b) $y$ _z_ http://evil.example \x1b[2J\x9b\u202e\U000e0041"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 VOID = {"meta", "img", "source", "br", "link", "hr", "input"}
 
@@ -165,6 +166,13 @@ def test_hostile_names_stay_text_in_markdown(hostile):
     assert "http://" not in prose
     assert re.findall(r"(?<!\\)`", prose) == []
     assert [line for line in prose.splitlines() if line.startswith("# ")] == [prose.splitlines()[0]]
+
+
+@pytest.mark.parametrize("name", ["report.html", "report.md"])
+def test_reports_hold_no_character_that_a_terminal_obeys(hostile, name):
+    text = (hostile / name).read_text(encoding="utf-8")
+    assert all(is_printable(line) for line in text.split("\n"))
+    assert "\\x1b" in text
 
 
 def test_manifests_in_markdown_are_still_json(hostile):

@@ -79,6 +79,24 @@ def test_line_cut_short_by_a_kill_is_dropped_and_the_log_goes_on(tmp_path):
     assert second.records() == [{"row": 1, "name": "ü"}, {"row": 2}]
 
 
+@pytest.mark.parametrize("line", [b"cos\nsystem\n(S'x'\ntR.", b"\x80\x04\x95", b"[1]", b"{", b"[" * 10**5, b""])
+def test_damaged_line_of_the_log_is_refused(tmp_path, line):
+    run = open_run(tmp_path, "perturb", IDENTITY, "a")
+    run.append({"row": 1})
+    with (run.folder / "progress-0.jsonl").open("ab") as stream:
+        stream.write(line + b"\n")
+    with pytest.raises(RequestError, match=r"progress-0\.jsonl, line 2 is damaged: expected a JSON object"):
+        run.records()
+
+
+def test_warning_cannot_speak_to_the_terminal(tmp_path, capsys):
+    run = open_run(tmp_path, "perturb", IDENTITY, "a")
+    run.warn("odd\x1b[2J\nerror: \u202efine")
+    run.warn("odd\x1b[2J\nerror: \u202efine")
+    assert capsys.readouterr().err == 2 * "WARNING: odd\\x1b[2J\\nerror: \\u202efine\n"
+    assert read_manifest(run.folder)["warnings"] == ["odd\\x1b[2J\\nerror: \\u202efine"]
+
+
 def test_failed_run_is_resumed_and_complete_run_is_not(tmp_path):
     first = open_run(tmp_path, "perturb", IDENTITY)
     first.finish("failed")

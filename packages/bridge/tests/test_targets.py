@@ -1,12 +1,14 @@
+import subprocess
 from itertools import pairwise
 
 import pandas as pd
 import pytest
+from bridge import cli
 from bridge.discovery import choose_discovery
 from bridge.errors import RequestError
 from bridge.records import TARGETS
 from bridge.targets import choose_targets, render, spread, target_names
-from discovery_folder import make_discovery
+from discovery_folder import make_discovery, parameters
 
 
 def summary(scores, suffixes=None) -> pd.DataFrame:
@@ -97,6 +99,70 @@ def test_render():
     assert render(chosen, "env") == 'TARGET_LAYER="h.1,h.0"'
     assert render(chosen, "list") == "h.1\nh.0"
     assert render(chosen, "csv").splitlines()[1] == "h.1,top,2,2.0,2,2"
+
+
+HOSTILE = [
+    "h.$(touch marker).mlp",
+    "h.`touch marker`.mlp",
+    "h.';touch marker;'.mlp",
+    'h.";touch marker;".mlp',
+    "h.; touch marker #.mlp",
+    'h.\\"$(touch marker).mlp',
+    "h.${IFS}&touch${IFS}marker|.mlp",
+    "h.\u00fcn\u00ef *?[a] ~ !! <(touch marker) >marker.mlp",
+    "-h --help=$((1)).mlp",
+]
+
+
+def with_names(folder, layers):
+    """The folder's tables with other names for its first layers."""
+    names = dict(zip([name.removesuffix(".weight") for name in parameters()], layers, strict=False))
+    names |= {f"{layer}.weight": f"{other}.weight" for layer, other in names.items()}
+    for path in folder.glob("*.csv"):
+        pd.read_csv(path).replace(names).to_csv(path, index=False)
+    return folder
+
+
+def printed(monkeypatch, *words):
+    monkeypatch.setattr("sys.argv", ["bridge", "targets", *map(str, words)])
+    cli.main()
+
+
+@pytest.mark.parametrize("hostile", [*([name] for name in HOSTILE), HOSTILE])
+def test_evaluated_in_a_shell_the_names_are_what_they_were_and_nothing_runs(tmp_path, monkeypatch, capsys, hostile):
+    folder = with_names(make_discovery(tmp_path / "out"), hostile)
+    printed(monkeypatch, "--from", folder, "--top", 12)
+    assignment = capsys.readouterr().out.removesuffix("\n")
+    place = tmp_path / "empty"
+    place.mkdir()
+    for shell in ("bash", "sh"):
+        words = [shell, "-c", 'export TARGET_LAYER; eval "$1"; printenv TARGET_LAYER', shell, assignment]
+        done = subprocess.run(words, cwd=place, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert set(hostile) < set(done.stdout.removesuffix("\n").split(","))
+        assert len(done.stdout.split(",")) == 12
+        assert list(place.iterdir()) == []
+
+
+def test_plain_names_stay_between_double_quotes(tmp_path, monkeypatch, capsys):
+    folder = with_names(make_discovery(tmp_path), ["gpt_neox.layers.5.mlp.dense_h_to_4h"])
+    printed(monkeypatch, "--from", folder, "--top", 12)
+    out = capsys.readouterr().out
+    assert out.startswith('TARGET_LAYER="') and out.endswith('"\n') and out.count('"') == 2
+    assert "gpt_neox.layers.5.mlp.dense_h_to_4h" in out
+
+
+@pytest.mark.parametrize("file", ["top_5_weights_grad_x_weight.csv", "layer_summary_grad_x_weight.csv"])
+@pytest.mark.parametrize("hidden", ["\x1b]0;title\x07", "\n", "\u202e"])
+def test_names_that_a_terminal_would_obey_are_refused(tmp_path, monkeypatch, capsys, file, hidden):
+    folder = make_discovery(tmp_path)
+    table = pd.read_csv(folder / file)
+    table.replace(table["layer"][0], f"model.{hidden}.mlp").to_csv(folder / file, index=False)
+    with pytest.raises(SystemExit, match="2"):
+        printed(monkeypatch, "--from", folder)
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.removesuffix("\n").isprintable()
+    assert f"column layer 'model.{hidden.encode('unicode_escape').decode()}.mlp' has a character that is not" in err
 
 
 def test_the_count_is_that_of_pandas(tmp_path):

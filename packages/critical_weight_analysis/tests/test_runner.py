@@ -3,6 +3,7 @@ import inspect
 import json
 import math
 import random
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -22,6 +23,7 @@ from critical_weight_analysis.phase1 import Options
 from llm_perturb import models
 from llm_perturb.perplexity import sequence_losses
 from reference import naive_score, naive_sensitivities, naive_top
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -383,6 +385,19 @@ def test_wrong_requests_end_with_one_line_and_open_no_folder(checkpoint, texts, 
     assert not list(tmp_path.glob("out/critical_analysis_*"))
 
 
+def test_weights_that_the_model_has_no_place_for_are_left_out_only_when_told(checkpoint, texts, tmp_path, capsys):
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors") | {"score.weight": torch.zeros(2, 8)}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    words = flags(folder, texts, tmp_path, "--topk", 3, "--no-save-plots", "--experiment-id", "one")
+    assert phase1(*words) == 2
+    assert "no place for (1): score.weight" in capsys.readouterr().err
+    assert phase1(*words, "--allow-unused-weights", "score.*", "old.*") == 0
+    identity = read_manifest(tmp_path / "critical_analysis_one")["identity"]
+    assert identity["options"]["allow_unused_weights"] == ["score.*", "old.*"]
+    assert identity["model"]["unused_weights"] == ["score.weight"]
+
+
 def test_a_run_at_work_is_left_alone(checkpoint, texts, tmp_path, capsys):
     held = open_run(tmp_path, "critical_analysis", {}, "one")
     words = flags(checkpoint, texts, tmp_path, "--topk", 3, "--experiment-id", "one")
@@ -395,4 +410,4 @@ def test_the_script_hands_every_flag_on():
     parameters = inspect.signature(runner.phase1).parameters
     assert list(parameters) == [field.name for field in fields(Options)]
     assert all(f"        {name}: " in runner.phase1.__doc__ for name in parameters)
-    assert len(RUNNER.read_text().splitlines()) < 80
+    assert len(RUNNER.read_text().splitlines()) < 100

@@ -4,6 +4,7 @@ python scripts/merge_shards.py --from outputs/ --output merged/
 """
 
 from bridge import argv
+from bridge.printable import say
 from llm_perturb import shards
 
 
@@ -16,7 +17,7 @@ def merge(*, from_: list[str], output: str = "outputs/", experiment_id: str | No
         experiment_id: its name; default the time.
     """
     folder = shards.merge(from_, output, experiment_id)
-    print(f"merged into {folder / 'measurements.csv'}", flush=True)
+    say(f"merged into {folder / 'measurements.csv'}")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from typing import Literal
 
 from bridge import argv
 from bridge.errors import RequestError
+from bridge.printable import check_printable, say
 from llm_perturb import experiment, weights
 from llm_perturb.corpus import CorpusOptions, Packing
 from llm_perturb.models import DType
@@ -48,6 +49,7 @@ def perturb(
     dtype: DType = "float32",
     device: str = "auto",
     trust_remote_code: bool = False,
+    allow_unused_weights: list[str] = (),
     data_file: str | None = None,
     dataset: str | None = None,
     dataset_config: str | None = None,
@@ -88,6 +90,7 @@ def perturb(
         dtype: of the weights and the arithmetic.
         device: auto, cpu, cuda, cuda:1, mps.
         trust_remote_code: let a hub model run its own code.
+        allow_unused_weights: name patterns of stored tensors that the model has no place for and may be left out.
         data_file: one text a line; default the shipped passages.
         dataset: of the Hugging Face hub, or a local json, jsonl, csv, parquet or txt file.
         dataset_config: its configuration.
@@ -101,10 +104,10 @@ def perturb(
         experiment_id: its name; give that of a killed run to resume it.
     """
     targets = target_layer or os.environ.get("TARGET_LAYER", "").split(",")
-    targets = [part.strip() for part in targets if part.strip()]
-    options = experiment.ModelOptions(model, revision, dtype, device, trust_remote_code)
+    targets = [check_printable(part.strip(), "TARGET_LAYER") for part in targets if part.strip()]
+    options = experiment.ModelOptions(model, revision, dtype, device, trust_remote_code, list(allow_unused_weights))
     if list_layers:
-        print(weights.table(options.load(targets).model))
+        say(*weights.table(options.load(targets).model).split("\n"))
         return
     if min(k) < 1 or batch_size < 1:
         raise RequestError(f"--k and --batch-size must be at least 1, not {min(*k, batch_size)}")

@@ -405,6 +405,8 @@ WRONG = {
     "no target": ({"target_layer": None}, "no target"),
     "unknown target": ({"target_layer": "gpt_neox.layers.9.mlp"}, "names no parameter"),
     "one target of two unknown": ({"target_layer": [UP, "nothing"]}, "'nothing' names no parameter"),
+    "a target that is not printable": ({"target_layer": "ALL\x1b[2J"}, r"TARGET_LAYER 'ALL\\x1b\[2J' has a character"),
+    "targets on two lines": ({"target_layer": f"{UP}\n{DENSE}"}, rf"TARGET_LAYER '{UP}\\n{DENSE}' has a character"),
     "unknown flag": ({"metrics": "obd"}, "unknown flag '--metrics' .did you mean '--metric'"),
     "unknown metric": ({"metric": "wanda"}, "--metric 'wanda' is unknown"),
     "unknown perturbation": ({"perturbation": "prune"}, "--perturbation 'prune' is unknown"),
@@ -462,6 +464,14 @@ def test_a_wrong_request_is_one_line_and_leaves_nothing_behind(case, flags, capf
     assert pd.Series(complaints).str.contains(expected).all(), complaints[0]
     output = Path(flags["output"])
     assert not output.exists() or list(output.iterdir()) == []
+
+
+def test_a_target_of_the_environment_is_printable_too(flags, capfd, monkeypatch):
+    monkeypatch.setenv("TARGET_LAYER", f"{UP},\u202eweird")
+    code, _, complaints = call(capfd, flags)
+    assert code == 2
+    (line,) = complaints
+    assert line.startswith(f"{SCRIPT}: error: TARGET_LAYER '\\u202eweird' has a character that is not printable")
 
 
 def test_a_wrong_request_of_a_real_process(flags):

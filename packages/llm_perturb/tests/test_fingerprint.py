@@ -116,7 +116,7 @@ def test_total_does_not_depend_on_the_order():
 
 def save(model, folder, tokenizer=None, **options):
     model.save_pretrained(folder, **options)
-    (tokenizer or byte_tokenizer()).save_pretrained(folder)
+    (tokenizer or word_tokenizer("a few words")).save_pretrained(folder)
     return folder
 
 

@@ -4,8 +4,12 @@ import typing
 from pathlib import Path
 
 import pytest
+import torch
+from bridge.errors import RequestError
 from bridge.records import MEASUREMENTS
 from llm_perturb import perturbation, scores
+from safetensors.torch import load_file, save_file
+from tiny_models import save_checkpoint
 
 PACKAGE = Path(__file__).parents[1]
 
@@ -59,6 +63,19 @@ def test_the_choices_are_those_of_the_library():
 def test_the_defaults_lie_among_the_choices():
     for flag in ("metric", "perturbation", "selection"):
         assert set(flags(PERTURB)[flag].default) <= set(choices(PERTURB, flag))
+
+
+def test_both_scripts_leave_weights_out_only_when_told(tmp_path, capsys):
+    save_checkpoint(tmp_path, "neox", n_layers=1)
+    tensors = load_file(tmp_path / "model.safetensors") | {"score.weight": torch.zeros(2, 16)}
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "texts.txt").write_text("one text\nanother text\n")
+    baseline = {"data_file": str(tmp_path / "texts.txt"), "output": str(tmp_path / "out")}
+    for script, options in ((BASELINE, baseline), (PERTURB, {"list_layers": True})):
+        with pytest.raises(RequestError, match=r"no place for \(1\): score\.weight"):
+            script(model=str(tmp_path), device="cpu", **options)
+        script(model=str(tmp_path), device="cpu", allow_unused_weights=["score.*"], **options)
+        assert "UNUSED WEIGHTS: score.weight (--allow-unused-weights)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["run_baseline", "run_topk_perturb"])

@@ -221,6 +221,11 @@ def test_the_label_is_the_metric_of_the_file_name(name, label):
     assert csv_label(name) == label
 
 
+def test_a_label_is_printable():
+    with pytest.raises(RequestError, match=r"file of weights 'my\\x1b\[2J' has a character that is not printable"):
+        csv_label("lists/my\x1b[2J.csv")
+
+
 def test_the_hash_is_that_of_the_bytes(tmp_path):
     (tmp_path / "a").write_bytes(b"abc")
     assert hash_file(str(tmp_path / "a")) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"

@@ -25,6 +25,7 @@ import yaml
 from fire import helptext, trace
 
 from bridge.errors import RequestError, RunError
+from bridge.printable import escaped_logs, say
 
 Command = Callable[..., None]
 _TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
@@ -51,7 +52,8 @@ def run(command: Command | dict[str, Command], name: str | None = None, argv: Se
             _show_help(command, name)
             return
         values = parse(command, words)
-        fire.Fire(command, command=[f"--{key}={value!r}" for key, value in values.items()], name=name)
+        with escaped_logs():
+            fire.Fire(command, command=[f"--{key}={value!r}" for key, value in values.items()], name=name)
     except RequestError as error:
         raise SystemExit(_complain(name, error, 2)) from None
     except RunError as error:
@@ -67,11 +69,11 @@ def _show_help(command: Command | dict[str, Command], name: str) -> None:
     """Fire's help page on stdout, with the flags spelt as they are read here and without one-letter forms."""
     page = helptext.HelpText(command, trace=trace.FireTrace(command, name=name)).replace(shlex.quote(name), name)
     flag = re.compile(r"^(\W*)(?:-\w, )?--(\w+)=(\w+)", re.MULTILINE)
-    print(flag.sub(lambda found: f"{found[1]}{_flag(found[2])}={found[3].rstrip('_')}", page), flush=True)
+    say(*flag.sub(lambda found: f"{found[1]}{_flag(found[2])}={found[3].rstrip('_')}", page).split("\n"))
 
 
 def _complain(name: str, error: Exception, code: int) -> int:
-    print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    say(f"{name}: error: {' '.join(str(error).split())}", stream=sys.stderr)
     return code
 
 

@@ -10,6 +10,7 @@ from bridge import argv
 from bridge.discovery import choose_discovery
 from bridge.errors import RequestError
 from bridge.plan import Options
+from bridge.printable import say
 from bridge.runs import check_output
 from bridge.targets import choose_targets, render
 
@@ -29,7 +30,7 @@ def targets(
     """Print the most critical layers of a discovery, ready to be used as TARGET_LAYER.
 
     eval "$(bridge targets --from outputs/)" in a shell, after export TARGET_LAYER, hands them to
-    run_topk_perturb.py.
+    run_topk_perturb.py. Names that mean something to a shell are quoted.
 
     Args:
         from_: a folder that holds discovery runs (the newest complete one is taken), or one run's folder.
@@ -49,7 +50,7 @@ def targets(
     chosen = choose_targets(top_weights, discovery.summary(chosen_metric), top, controls, by)
     if chosen.empty:
         raise RequestError("no layer was asked for: --top 0 and --controls 0")
-    print(render(chosen, format), flush=True)
+    say(*render(chosen, format).split("\n"))
 
 
 def validate(
@@ -145,9 +146,9 @@ def validate(
         trust_remote_code=trust_remote_code,
     )
     try:
-        print("\n".join(measure_and_report(options)), flush=True)
+        say(*measure_and_report(options))
     except TargetsFailedError as error:
-        print("\n".join(error.lines), flush=True)
+        say(*error.lines)
         raise
 
 
@@ -161,7 +162,7 @@ def correlate(*, from_: list[str], seed: int = 0) -> None:
     from bridge.validation import choose_validation
 
     correlations = choose_validation(from_).write_correlations(seed)
-    print(correlations.to_string(index=False, na_rep="", float_format="{:.4g}".format), flush=True)
+    say(*correlations.to_string(index=False, na_rep="", float_format="{:.4g}".format).split("\n"))
 
 
 def report(*, from_: list[str]) -> None:
@@ -174,7 +175,7 @@ def report(*, from_: list[str]) -> None:
 
     validation = choose_validation(from_)
     lines = validation.write_report()
-    print("\n".join([f"report: {validation.folder / 'report.html'}", *lines]), flush=True)
+    say(f"report: {validation.folder / 'report.html'}", *lines)
 
 
 def compare(

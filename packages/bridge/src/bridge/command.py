@@ -1,5 +1,7 @@
 """The instrument's command line for a plan: the discovery's model and corpus, and what is to be measured."""
 
+import os
+import subprocess
 from pathlib import Path
 
 from bridge import instrument
@@ -9,13 +11,15 @@ from bridge.errors import RequestError
 CONFIG = Path(__file__).resolve().parents[4] / "configs" / "accelerate_config.yaml"
 
 
-def launcher(python: Path, num_processes: int) -> list[str]:
-    """What stands before the script's flags: the script itself, or the launcher of several processes of it.
+def launcher(python: Path, num_processes: int, device: str) -> list[str]:
+    """What stands before the script's flags: Python and the script, or the launcher of several processes of it.
 
-    The workers run the script through ``bridge.worker``, so that none outlives a launcher that was killed.
+    The launcher starts its processes, too, through ``bridge.worker``, so that none outlives it. It is given no folder
+    for logs: it would make a temporary one, which nobody reads, and leave it behind.
 
     Raises:
-        RequestError: fewer than one process, or the launcher's configuration is not where it should be.
+        RequestError: fewer than one process, more than the machine has GPUs or cores for, no torch to ask for the
+            GPUs, or the launcher's configuration is not where it should be.
     """
     if num_processes < 1:
         raise RequestError(f"--num-processes must be at least 1, not {num_processes}")
@@ -23,8 +27,29 @@ def launcher(python: Path, num_processes: int) -> list[str]:
         return [str(python), str(instrument.SCRIPT)]
     if not CONFIG.is_file():
         raise RequestError(f"{CONFIG} is missing: --num-processes {num_processes} starts the processes with it")
-    launch = [str(python), "-m", "accelerate.commands.launch", "--config_file", str(CONFIG)]
+    _check_fits(python, num_processes, device)
+    launch = [str(python), "-m", "accelerate.commands.launch", "--config_file", str(CONFIG), "--log_dir", os.devnull]
     return [*launch, "--num_processes", str(num_processes), "-m", "bridge.worker", str(instrument.SCRIPT)]
+
+
+def _check_fits(python: Path, num_processes: int, device: str) -> None:
+    """Refuse more processes than there are GPUs, each takes one; without GPUs, more than there are cores."""
+    n, unit = (0 if device == "cpu" else _count_gpus(python)), "GPUs"
+    if n == 0:
+        n, unit = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, "cores"
+    if num_processes > n:
+        raise RequestError(f"--num-processes {num_processes} is more than this machine has {unit}; give at most {n}")
+
+
+def _count_gpus(python: Path) -> int:
+    """How many GPUs torch finds in the instrument's environment; to ask takes seconds."""
+    command, environment = instrument.tied([str(python), "-m", "bridge.count_gpus"])
+    done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    number = (done.stdout.split() or [""])[-1]
+    if done.returncode != 0 or not number.isdecimal():
+        complaint = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise RequestError(f"{python} cannot say how many GPUs there are for --num-processes: {complaint}")
+    return int(number)
 
 
 def model_flags(discovery: Discovery, device: str, batch_size: int | None, trust_remote_code: bool) -> list[str]:
@@ -44,7 +69,9 @@ def model_flags(discovery: Discovery, device: str, batch_size: int | None, trust
             f"'{name}' was discovered with --trust-remote-code; give it here too if you still do trust it"
         )
     flags = _flags(model=name, revision=revision, dtype=model["dtype"], device=device, batch_size=batch_size)
-    return flags + ["--trust-remote-code"] * trust_remote_code
+    flags += ["--trust-remote-code"] * trust_remote_code
+    patterns = wanted.get("allow_unused_weights")
+    return [*flags, "--allow-unused-weights", *patterns] if patterns else flags
 
 
 def corpus_flags(discovery: Discovery) -> list[str]:

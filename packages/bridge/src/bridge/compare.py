@@ -13,6 +13,7 @@ from bridge.correlation import ALL
 from bridge.discovery import KIND, Discovery, open_discovery, read_sampled
 from bridge.errors import RequestError
 from bridge.placement import compared_profiles
+from bridge.printable import say
 from bridge.profiles import cosine, gini, profiles_of, rank_agreement, score_profiles, shares
 from bridge.records import MEASUREMENTS, atomic_path, read_table
 from bridge.runs import find_runs, open_run, read_manifest
@@ -247,6 +248,6 @@ def _print(comparison: Comparison, folder: Path) -> None:
     columns = ["metric", "model", "k", "baseline_ppl", "top_k_score_share", "top_fraction_score_share"]
     columns += ["gini_layers", "ppl_ratio", "equal_fraction", "ppl_ratio_at_equal_fraction"]
     shown = comparison.models.reindex(columns=columns).dropna(axis=1, how="all")
-    print(shown.to_string(index=False, na_rep="", float_format="{:.4g}".format))
-    print(comparison.pairs.to_string(index=False, na_rep="", float_format="{:.3f}".format))
-    print(f"comparison: {folder / 'comparison.csv'}", flush=True)
+    say(*shown.to_string(index=False, na_rep="", float_format="{:.4g}".format).split("\n"))
+    say(*comparison.pairs.to_string(index=False, na_rep="", float_format="{:.3f}".format).split("\n"))
+    say(f"comparison: {folder / 'comparison.csv'}")

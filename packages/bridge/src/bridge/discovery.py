@@ -15,6 +15,7 @@ import pandas as pd
 from bridge.argv import did_you_mean
 from bridge.errors import RequestError
 from bridge.fingerprint import Fingerprint, recorded_fingerprint
+from bridge.printable import say
 from bridge.records import LAYER_SUMMARY, SAMPLED_WEIGHTS, STABILITY, TOP_WEIGHTS, Table, read_table
 from bridge.runs import find_runs, read_manifest
 from bridge.single_weights import FILE, PLACE
@@ -166,7 +167,7 @@ def choose_discovery(places: Sequence[str]) -> Discovery:
         named = ", ".join(f"{run.folder.name} of {model}" for (model, _), run in by_model.items())
         raise RequestError(f"{place} holds runs of several models ({named}); name one run's folder with --from")
     if len(runs) > 1:
-        print(f"{place} holds {len(runs)} discovery runs; the newest is {runs[-1].folder.name}", file=sys.stderr)
+        say(f"{place} holds {len(runs)} discovery runs; the newest is {runs[-1].folder.name}", stream=sys.stderr)
     return runs[-1]
 
 

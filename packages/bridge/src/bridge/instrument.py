@@ -1,7 +1,6 @@
 """Start llm_perturb's measuring script in its own environment, show what it says, and end with it."""
 
 import codecs
-import ctypes
 import os
 import re
 import signal
@@ -12,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO
 
+from bridge import ancestors
 from bridge.errors import RequestError, RunError
 from bridge.runs import is_locked
 
@@ -22,8 +22,6 @@ PYTHON = _LLM_PERTURB / ".venv" / "bin" / "python"  # never resolved: through th
 _SECONDS_TO_END = 30.0
 _TAIL = 16_000  # characters: room for what the launcher adds after the instrument's own last line
 _REFUSED = re.compile(r"exitcode\s*: 2\b")
-_SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def find_python(perturb_python: str | None) -> Path:
@@ -44,17 +42,27 @@ def find_python(perturb_python: str | None) -> Path:
     return python
 
 
+def tied(command: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The command and environment that start a Python which ends with this process.
+
+    Args:
+        command: the Python and its arguments: a script, or ``-m`` and a module, and what they are given.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "TARGET_LAYER"}
+    environment[ancestors.VARIABLE] = ancestors.name_of_this()
+    return [command[0], "-m", "bridge.worker", *command[1:]], environment
+
+
 def measure(
     command: Sequence[str], cwd: Path, log: Path, folder: Path, watch: Callable[[], None], script: Path | None = None
 ) -> None:
     """Run the instrument to its end; its stderr goes to stderr and, with its stdout, to ``log``.
 
-    It never outlives this process: where the system can (Linux) the kernel ends it with us, and an exception
-    here, Ctrl-C included, ends it too. A run that was killed just before this one may still be ending, so
-    its folder is waited for.
+    It never outlives this process (see ``tied``), and an exception here, Ctrl-C included, ends it too. A run that
+    was killed just before this one may still be ending, so its folder is waited for.
 
     Args:
-        command: the program and its arguments.
+        command: as for ``tied``.
         cwd: where it runs.
         log: appended to.
         folder: the run folder that it will work in.
@@ -68,17 +76,15 @@ def measure(
     deadline = time.monotonic() + _SECONDS_TO_END
     while is_locked(folder) and time.monotonic() < deadline:
         time.sleep(0.1)
-    parent = os.getpid()
-    environment = {name: value for name, value in os.environ.items() if name != "TARGET_LAYER"}
+    words, environment = tied(command)
     with log.open("ab") as kept:
         child = subprocess.Popen(
-            command,
+            words,
             cwd=cwd,
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=kept,
             stderr=subprocess.PIPE,
-            preexec_fn=lambda: end_with(parent),
         )
         try:
             said = _relay(child.stderr, kept, watch)
@@ -97,14 +103,6 @@ def _failure(code: int, said: list[str], log: Path, name: str) -> RequestError |
         return RequestError(f"{name} refused: {complaint}")
     how = f"was ended by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"failed with exit code {code}"
     return RunError(f"{name} {how}: {complaint}; see {log}. The same command started again goes on from there")
-
-
-def end_with(parent: int) -> None:
-    """In a child: ask to be killed when the parent dies."""
-    if _LIBC is not None:
-        _LIBC.prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before the request was made
-            os._exit(1)
 
 
 def _relay(stream: IO[bytes], kept: IO[bytes], watch: Callable[[], None]) -> list[str]:

@@ -107,7 +107,7 @@ def plan(options: Options) -> Plan:
     flags = command.model_flags(discovery, options.device, options.batch_size, options.trust_remote_code)
     flags += command.corpus_flags(discovery) + command.measurement_flags(chosen)
     python = instrument.find_python(options.perturb_python)
-    words = command.launcher(python, options.num_processes) + flags
+    words = command.launcher(python, options.num_processes, options.device) + flags
     output = check_output(options.output or str(discovery.folder.parent))
     warnings += more_warnings + unknown
     return Plan(discovery, targets, single_weights, warnings, chosen, identity, weights, shard, python, words, output)

@@ -8,14 +8,16 @@ import csv
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 
 from bridge.errors import RequestError
+from bridge.printable import check_printable, is_printable
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,8 @@ def read_table(path: Path, table: Table) -> pd.DataFrame:
     """Read a table and check it.
 
     Raises:
-        RequestError: no such file, not a CSV, cut off, a column missing, a value of the wrong kind, or no rows.
+        RequestError: no such file, not a CSV, cut off, a column missing, a value of the wrong kind, a text with a
+            character that is not printable, or no rows.
     """
     path = Path(path)
     if not path.is_file():
@@ -157,7 +160,7 @@ def read_table(path: Path, table: Table) -> pd.DataFrame:
         lines = _rows(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, csv.Error) as error:
         raise RequestError(f"{path} cannot be read as a CSV of {table.name}: {error}") from None
-    header = lines[0][1] if lines else []
+    header = [check_printable(name, f"{path}: column") for name in lines[0][1]] if lines else []
     missing = [column for column in table.columns if column not in header]
     if missing:
         raise RequestError(f"{path} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)} of {table.name}")
@@ -167,9 +170,13 @@ def read_table(path: Path, table: Table) -> pd.DataFrame:
     columns = {}
     for place, name in enumerate(header):
         texts = [row[place] for _, row in lines[1:]]
-        kind = table.columns.get(name)
-        columns[name] = _parse(texts, kind, f"{path}, line {{}}: column {name}", numbers) if kind else _guess(texts)
+        kind, where = table.columns.get(name), partial(_where, path, numbers, name)
+        columns[name] = _parse(texts, kind, where) if kind else _guess(texts, where)
     return pd.DataFrame(columns)
+
+
+def _where(path: Path, lines: list[int], name: str, at: int) -> str:
+    return f"{path}, line {lines[at]}: column {name}"
 
 
 def _rows(text: str) -> list[tuple[int, list[str]]]:
@@ -187,17 +194,25 @@ def _rows(text: str) -> list[tuple[int, list[str]]]:
     return rows
 
 
-def _parse(texts: list[str], kind: str, place: str, lines: list[int]) -> pd.Series:
-    """A column of one kind; ``place`` says where, with ``{}`` for the line."""
+def _parse(texts: list[str], kind: str, where: Callable[[int], str]) -> pd.Series:
+    """A column of one kind; ``where`` names the cell of a row."""
     if kind == "str":
-        return pd.Series(texts, dtype="str")
+        return _names(texts, where)
     values = []
-    for line, text in zip(lines, texts, strict=True):
+    for at, text in enumerate(texts):
         try:
             values.append(_number(text, kind))
         except ValueError:
-            raise RequestError(f"{place.format(line)} should be a number, not '{text}'") from None
+            raise RequestError(f"{where(at)} should be a number, not '{text}'") from None
     return pd.Series(values, dtype={"int": "int64", "int?": "Int64", "float": "float64"}[kind])
+
+
+def _names(texts: list[str], where: Callable[[int], str]) -> pd.Series:
+    """A column of texts, none of which a terminal or a line of text would take for more than characters."""
+    for text in dict.fromkeys(texts):
+        if not is_printable(text):
+            check_printable(text, where(texts.index(text)))
+    return pd.Series(texts, dtype="str")
 
 
 def _number(text: str, kind: str) -> float | int | None:
@@ -215,9 +230,9 @@ def _number(text: str, kind: str) -> float | int | None:
         return int(number)
 
 
-def _guess(texts: list[str]) -> pd.Series:
+def _guess(texts: list[str], where: Callable[[int], str]) -> pd.Series:
     """A column that the table does not know: numbers if all of it can be read so."""
     try:
         return pd.to_numeric(pd.Series(texts, dtype="str"))
     except ValueError:
-        return pd.Series(texts, dtype="str")
+        return _names(texts, where)

@@ -1,6 +1,7 @@
 """The report of a validation: one self-contained HTML file, the same in Markdown, and its figures.
 
-Everything that comes from data is escaped, in the HTML by Jinja, in the Markdown by ``markdown_text``.
+Everything that comes from data is escaped, in the HTML by Jinja, in the Markdown by ``markdown_text``; in both an
+unprintable character is shown as an escape.
 """
 
 import base64
@@ -19,6 +20,7 @@ from bridge import placement, plots, tables
 from bridge.canvas import DARK
 from bridge.findings import Evidence, answer, identity, setup_facts, summary_lines
 from bridge.limits import limits
+from bridge.printable import escaped, is_printable
 from bridge.records import write_text
 from bridge.tables import TextTable
 
@@ -130,7 +132,8 @@ def write_report(
         "discovery_folder": str(discovery_folder),
         "manifests": [("validation", _json(validation_manifest)), ("discovery", _json(discovery_manifest))],
     }
-    write_text(folder / "report.html", _environment(autoescape=True).get_template("report.html.j2").render(content))
+    page = _environment(autoescape=True, finalize=_shown).get_template("report.html.j2").render(content)
+    write_text(folder / "report.html", page)
     markdown = _environment(autoescape=False, finalize=markdown_text).get_template("report.md.j2").render(content)
     write_text(folder / "report.md", re.sub(r"\n{3,}", "\n\n", markdown).strip() + "\n")
     return lines
@@ -148,6 +151,11 @@ def _environment(**options: object) -> jinja2.Environment:
     return environment
 
 
+def _shown(value: object) -> str:
+    """A value for the HTML, line breaks kept; Jinja escapes it afterwards."""
+    return "\n".join(map(escaped, str(value).split("\n")))
+
+
 def markdown_text(value: object) -> str:
     """A value as Markdown that shows it literally: no markup, no HTML, no new table cell, on one line.
 
@@ -155,7 +163,7 @@ def markdown_text(value: object) -> str:
     """
     if isinstance(value, Markup):
         return str(value)
-    text = " ".join(str(value).split())
+    text = escaped(" ".join(str(value).split()))
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     text = re.sub(r"([\\`*\[\]|~#!$])", r"\\\1", text)
     text = re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", text)
@@ -166,7 +174,8 @@ def markdown_text(value: object) -> str:
 
 def _json(manifest: dict) -> str:
     """A manifest as indented JSON: no line of it can close the Markdown fence that it stands in."""
-    return json.dumps(manifest, indent=2, ensure_ascii=False, default=str)
+    text = json.dumps(manifest, indent=2, ensure_ascii=False, default=str)
+    return "".join(c if c == "\n" or is_printable(c) else json.dumps(c)[1:-1] for c in text)
 
 
 def _definitions(found: Evidence) -> list[tuple[str, str]]:

@@ -20,6 +20,7 @@ from typing import IO
 
 from bridge.errors import RequestError
 from bridge.fingerprint import Fingerprint, difference, recorded_fingerprint, write_fingerprint
+from bridge.printable import escaped, say
 from bridge.records import write_json
 
 SCHEMA_VERSION = 1
@@ -69,7 +70,8 @@ class Run:
 
     def warn(self, message: str) -> None:
         """Say a warning on stderr and keep it in the manifest."""
-        print(f"WARNING: {message}", file=sys.stderr, flush=True)
+        message = escaped(message)
+        say(f"WARNING: {message}", stream=sys.stderr)
         if message not in self.manifest["warnings"]:
             self.update(warnings=[*self.manifest["warnings"], message])
 
@@ -100,15 +102,29 @@ class Run:
             os.fsync(stream.fileno())
 
     def records(self) -> list[dict]:
-        """All finished records, of all writers; a line cut short by a kill is dropped from its log."""
+        """All finished records, of all writers; a line cut short by a kill is dropped from its log.
+
+        Raises:
+            RequestError: a whole line is not a JSON object.
+        """
         found = []
         for log in sorted(self.folder.glob("progress-*.jsonl")):
             text = log.read_bytes()
             whole = text[: text.rfind(b"\n") + 1]
             if whole != text:
                 log.write_bytes(whole)
-            found += [json.loads(line) for line in whole.splitlines()]
+            found += [_record(line, f"{log}, line {n}") for n, line in enumerate(whole.splitlines(), start=1)]
         return found
+
+
+def _record(line: bytes, place: str) -> dict:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        record = None
+    if not isinstance(record, dict):
+        raise RequestError(f"{place} is damaged: expected a JSON object; remove the log to measure its part again")
+    return record
 
 
 def open_run(
@@ -212,7 +228,7 @@ def _read_manifest(folder: Path) -> dict | None:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise RequestError(f"{folder}/manifest.json is damaged: {error}") from None
     if not isinstance(manifest, dict):
         raise RequestError(f"{folder}/manifest.json is damaged: not a JSON object")

@@ -1,11 +1,15 @@
 """From the tables of a discovery run to the layers whose perturbation is worth measuring."""
 
+import re
+import shlex
 from typing import Literal
 
 import pandas as pd
 
 from bridge.errors import RequestError
 from bridge.records import TARGETS
+
+_PLAIN = re.compile(r"[\w.,]+", re.ASCII)  # means nothing to a shell between double quotes
 
 By = Literal["count", "score"]
 
@@ -77,8 +81,12 @@ def target_names(summary: pd.DataFrame) -> pd.Series:
 
 
 def render(targets: pd.DataFrame, form: Literal["env", "list", "csv"]) -> str:
-    """The targets as text: a shell assignment, one name a line, or a CSV with all columns."""
+    """The targets as text: a shell assignment, one name a line, or a CSV with all columns.
+
+    The assignment is safe to evaluate: all but letters, digits, ``_``, ``.`` and ``,`` is quoted for the shell.
+    """
     names = targets["target_layer"].tolist()
     if form == "env":
-        return f'TARGET_LAYER="{",".join(names)}"'
+        joined = ",".join(names)
+        return f'TARGET_LAYER="{joined}"' if _PLAIN.fullmatch(joined) else f"TARGET_LAYER={shlex.quote(joined)}"
     return "\n".join(names) if form == "list" else targets.to_csv(index=False).rstrip("\n")

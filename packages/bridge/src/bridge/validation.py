@@ -10,6 +10,7 @@ import pandas as pd
 from bridge.correlation import ALL, correlate
 from bridge.discovery import Discovery, one_place, open_discovery, read_sampled
 from bridge.errors import RequestError
+from bridge.printable import say
 from bridge.records import CORRELATIONS, MEASUREMENTS, TARGETS, read_table, write_table
 from bridge.report import write_report
 from bridge.runs import find_runs, read_manifest
@@ -80,7 +81,7 @@ def choose_validation(places: Sequence[str]) -> Validation:
     found = find_runs(place, KIND)
     folder = found[-1]
     if len(found) > 1:
-        print(f"{place} holds {len(found)} validations; the newest is {folder.name}", file=sys.stderr)
+        say(f"{place} holds {len(found)} validations; the newest is {folder.name}", stream=sys.stderr)
     manifest = read_manifest(folder)
     return Validation(folder, manifest, open_discovery(_discovery_folder(folder, manifest)))
 

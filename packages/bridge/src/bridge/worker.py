@@ -1,13 +1,21 @@
-"""Run a script as one of several processes that end with their launcher: ``python -m bridge.worker SCRIPT FLAGS``."""
+"""Run a script or a module as a process that ends with those that started it.
+
+python -m bridge.worker SCRIPT FLAGS
+python -m bridge.worker -m MODULE FLAGS
+"""
 
 import os
 import runpy
 import sys
 
-from bridge.instrument import end_with
+from bridge.ancestors import end_with_ancestors
 
 if __name__ == "__main__":
-    end_with(os.getppid())
+    end_with_ancestors()
     del sys.argv[0]
-    sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))  # noqa: PTH100, PTH120 - what Python itself puts there
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    if sys.argv[0] == "-m":
+        del sys.argv[0]
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))  # noqa: PTH100, PTH120 - what Python itself puts there
+        runpy.run_path(sys.argv[0], run_name="__main__")

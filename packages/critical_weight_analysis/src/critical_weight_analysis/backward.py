@@ -153,8 +153,8 @@ class _Pass:
             return
         resume = self.settings.resume
         if self.done:
-            for batch, gradient in zip(self.batches, resume.state["gradients"], strict=True):
-                batch.gradient = gradient
+            for batch, gradient in zip(self.batches, resume.take_gradients(), strict=True):
+                batch.gradient = gradient.to(self.device)
         after = [name for name in self.outside if name not in self.structure.before]
         yield from self._finish({name: self.outside.pop(name) for name in after}, hand_out=not self.done)
         for number, layer in enumerate(reversed(self.structure.layers)):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from critical_weight_analysis.metrics import Sensitivity
 from critical_weight_analysis.ranking import Entries, Ranking, gather, top_indices, where
+from critical_weight_analysis.state import State, StateError, nested, within
 
 PURPOSE = "random control list"
 
@@ -57,6 +58,24 @@ class Controls:
             here = (self._drawn.parameter == self._number[sensitivity.name]).nonzero()[:, 0]
             self._drawn.value[here] = gather(sensitivity.weight, self._drawn.index[here])
             self._drawn.score[here] = gather(scores, self._drawn.index[here])
+
+    def state(self) -> State:
+        """The bottom lists so far, and the drawn weights with what is known of them."""
+        lowest = {f"lowest/{metric}": ranking.state() for metric, ranking in self._lowest.items()}
+        return nested({"drawn": self._drawn.state(), **lowest})
+
+    def restore(self, state: State) -> None:
+        """Replace all of it by a state's.
+
+        Raises:
+            StateError: the state is of other parameters, metrics or draws.
+        """
+        drawn = Entries.of_state(within(state, "drawn"))
+        if not torch.equal(drawn.parameter, self._drawn.parameter) or not torch.equal(drawn.index, self._drawn.index):
+            raise StateError("other control weights were drawn then")
+        for metric, ranking in self._lowest.items():
+            ranking.restore(within(state, f"lowest/{metric}"))
+        self._drawn = drawn
 
     def bottom(self, metric: str, k: int) -> pd.DataFrame:
         """The K lowest of all weights, lowest first, as rows of TOP_WEIGHTS; ties by (parameter order, row, col)."""

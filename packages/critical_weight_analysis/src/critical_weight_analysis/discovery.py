@@ -17,6 +17,7 @@ from critical_weight_analysis.metrics import FORMULAS, NEEDS, Sensitivity
 from critical_weight_analysis.ranking import Ranking, top_indices
 from critical_weight_analysis.sample import N_HEAD, Sample
 from critical_weight_analysis.settings import Settings
+from critical_weight_analysis.state import nested
 from critical_weight_analysis.summary import Summary
 
 TOGETHER = 1 << 25  # weights of a parameter whose scores by several metrics may be in memory at the same time
@@ -123,15 +124,12 @@ def discover(
     """
     needs = needs_of(metrics, engine, settings)
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    found = (
-        {metric: Ranking(shapes, k, per_layer) for metric in metrics},
-        {metric: Summary(list(shapes)) for metric in metrics},
-        Controls(shapes, metrics, k, seed),
-        Sample(shapes, metrics),
-    )
+    rankings = {metric: Ranking(shapes, k, per_layer) for metric in metrics}
+    summaries = {metric: Summary(list(shapes)) for metric in metrics}
+    controls, sample = Controls(shapes, metrics, k, seed), Sample(shapes, metrics)
     if settings.resume:
-        settings.resume.found = found = settings.resume.found or found
-    rankings, summaries, controls, sample = found
+        by_metric = {"rankings": rankings, "summaries": summaries}
+        settings.resume.attach(nested(by_metric) | {"controls": controls, "sample": sample})
     hessian = {}
     if needs & BEFORE:
         on_losses(engine.sensitivities(model, sequences, [], frozenset(), settings)[0])  # before the long part

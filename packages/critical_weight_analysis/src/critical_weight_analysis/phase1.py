@@ -73,6 +73,7 @@ class Options:
     save_plots: bool
     trust_remote_code: bool
     weights: str
+    allow_unused_weights: list[str]
 
     def checked(self) -> "Options":
         """The same, lists without repetitions, the K ascending, the paths of texts independent of the current folder.
@@ -93,7 +94,8 @@ class Options:
                 "--stability repeats the pass over the corpus, of which --metric hutchinson_diag is no part; "
                 "leave one of the two out"
             )
-        unique = {name: list(dict.fromkeys(getattr(self, name))) for name in ("metric", "mode", "include", "exclude")}
+        lists = ("metric", "mode", "include", "exclude", "allow_unused_weights")
+        unique = {name: list(dict.fromkeys(getattr(self, name))) for name in lists}
         paths = {"data_file": self.data_file and str(Path(self.data_file).absolute())}
         if self.dataset and Path(self.dataset).exists():
             paths["dataset"] = str(Path(self.dataset).absolute())
@@ -132,7 +134,7 @@ def run(options: Options) -> None:
         RequestError: the options cannot be carried out; all but a different baseline loss is found beforehand.
         RunError: a loss or a score is not finite.
     """
-    processes = Processes()
+    processes = Processes(options.device)
     request = prepare(options.checked())
     loaded, expected = request.loaded, request.expected
     settings = Settings(progress=processes.first, checkpoint=loaded.checkpoint, processes=processes)
@@ -163,7 +165,7 @@ def run(options: Options) -> None:
             if splits:
                 agreement = stability.table(found.rankings, splits, request.options.topk, request.n_weights)
                 tables.write_stability(agreement, folder, request.options.save_plots)
-            tables.say(folder, tops)
+            tables.show(folder, tops)
         settings.resume.clear()
     processes.close()
 
@@ -174,8 +176,8 @@ def _discover(engine: ModuleType, request: Request, settings: Settings, opened: 
     used = []
 
     def with_batch_size(batch_size: int) -> Discovery:
-        identity = {"batch_size": batch_size, "world": settings.processes.world}
-        resume = Resume(settings.scratch, identity, settings.processes)
+        identity = {"engine": engine.__name__, "batch_size": batch_size, "world": settings.processes.world}
+        resume = Resume(settings.scratch, identity, settings.processes, warn=opened.warn if opened else _log.warning)
         used[:] = [replace(settings, batch_size=batch_size, resume=resume)]
         return discover(
             engine,
@@ -219,6 +221,7 @@ def prepare(options: Options) -> Request:
         device=options.device,
         trust_remote_code=options.trust_remote_code,
         weights=options.weights,
+        allow_unused_weights=options.allow_unused_weights,
     )
     corpus = tokenize(texts, loaded.tokenizer, options.corpus(), loaded.max_positions)
     parameters = in_scope(loaded.model, options.scope, options.include, options.exclude)

@@ -15,6 +15,9 @@ import torch
 from llm_perturb.weights import layer_of
 from torch import Tensor
 
+from critical_weight_analysis.state import State, columns_of, rows_by_parameter
+
+_COLUMNS = {"parameter": torch.int64, "index": torch.int64, "value": torch.float64, "score": torch.float64}
 _CHUNK = 1 << 22  # scores looked at together: bounds the memory of the selection, changes no result
 _SAMPLE = 1 << 12  # scores that stand for all while a percentile is looked for
 
@@ -145,6 +148,19 @@ class Entries:
         """Several entries in a row."""
         return Entries(*(torch.cat(columns) for columns in zip(*(part.columns() for part in parts), strict=True)))
 
+    def state(self) -> State:
+        """The four arrays by name."""
+        return dict(zip(_COLUMNS, self.columns(), strict=True))
+
+    @staticmethod
+    def of_state(state: State) -> "Entries":
+        """Entries from what ``state`` gave.
+
+        Raises:
+            StateError: they are not four arrays of one length.
+        """
+        return Entries(**columns_of(state, _COLUMNS))
+
 
 class Ranking:
     """The exact top-K of one metric, over all parameters and, if wanted, within each of them.
@@ -187,6 +203,25 @@ class Ranking:
         else:
             held = [self._parts[-1]] if self._parts else []
             self._parts = {-1: _highest(Entries.join([*held, part]), self.k)}
+
+    def state(self) -> State:
+        """The entries of all parts, one part after the other."""
+        nothing = Entries(*(torch.empty(0, dtype=dtype) for dtype in _COLUMNS.values()))
+        return Entries.join([nothing, *self._parts.values()]).state()
+
+    def restore(self, state: State) -> None:
+        """Replace all entries by those of a state.
+
+        Raises:
+            StateError: the state is of other parameters.
+        """
+        entries = Entries.of_state(state)
+        if self.per_layer:
+            rows = rows_by_parameter(entries.parameter, len(self._order))
+        else:
+            rows_by_parameter(entries.parameter.unique(), len(self._order))
+            rows = {-1: slice(None)} if len(entries) else {}
+        self._parts = {number: entries.take(place) for number, place in rows.items()}
 
     @property
     def bound(self) -> float:

@@ -10,6 +10,7 @@ from llm_perturb.weights import layer_of
 from torch import Tensor
 
 from critical_weight_analysis.metrics import FORMULAS, Sensitivity
+from critical_weight_analysis.state import State, StateError, columns_of, rows_by_parameter
 
 N_TOP = 2  # of each parameter, by each metric
 N_DRAWN = 2  # of each parameter, uniformly at random
@@ -17,6 +18,13 @@ N_HEAD = 100  # of all weights together, by each metric, of which the rank is kn
 N_STRATUM = 8  # of each half decade of rank among all weights, by each metric
 _N_UNIFORM = 1 << 17  # drawn of all weights together, from which lower ranks are estimated
 _SEED = 0
+_COLUMNS = {
+    "index": torch.int64,
+    "value": torch.float64,
+    "scores": torch.float64,
+    "certain": torch.bool,
+    "uniform": torch.bool,
+}
 
 
 @dataclass(frozen=True)
@@ -73,6 +81,33 @@ class Sample:
             torch.isin(index, certain).numpy(),
             torch.isin(index, uniform).numpy(),
         )
+
+    def state(self) -> State:
+        """The candidates of all parameters so far, one after the other, and which parameter each is of."""
+        number = {name: at for at, name in enumerate(self._shapes)}
+        nothing = _Part(*(torch.empty(0, dtype=dtype).numpy() for dtype in _COLUMNS.values()))
+        nothing = replace(nothing, scores=nothing.scores.reshape(0, len(self._metrics)))
+        parts = [nothing, *self._parts.values()]
+        columns = {name: torch.from_numpy(np.concatenate([getattr(part, name) for part in parts])) for name in _COLUMNS}
+        counts = [(number[name], len(part.index)) for name, part in self._parts.items()]
+        numbers, lengths = torch.tensor(counts, dtype=torch.int64).reshape(-1, 2).unbind(1)
+        return {"parameter": numbers.repeat_interleave(lengths), **columns}
+
+    def restore(self, state: State) -> None:
+        """Replace the candidates by those of a state.
+
+        Raises:
+            StateError: the state is of other parameters or metrics.
+        """
+        columns = columns_of(state, {"parameter": torch.int64, **_COLUMNS})
+        rows = rows_by_parameter(columns.pop("parameter"), len(self._shapes))
+        if columns["scores"].shape[1:] != (len(self._metrics),):
+            raise StateError("the scores of the sample are of other metrics")
+        names = list(self._shapes)
+        self._parts = {
+            names[number]: _Part(**{name: column[place].numpy() for name, column in columns.items()})
+            for number, place in rows.items()
+        }
 
     def table(self) -> pd.DataFrame:
         """The rows, in parameter order, then by row and col.

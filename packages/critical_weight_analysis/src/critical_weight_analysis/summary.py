@@ -6,6 +6,11 @@ from llm_perturb.weights import layer_of
 from torch import Tensor
 
 from critical_weight_analysis.ranking import kth_smallest
+from critical_weight_analysis.state import State, columns_of, rows_by_parameter
+
+_NUMBERS = {"n_weights": torch.int64} | dict.fromkeys(
+    ["score_sum", "score_mean", "score_max", "score_p99"], torch.float64
+)
 
 
 def p99(scores: Tensor) -> float:
@@ -40,6 +45,27 @@ class Summary:
             "score_max": scores.amax().item(),
             "score_p99": p99(scores),
         }
+
+    def state(self) -> State:
+        """The numbers of the rows so far, and which parameters they are of."""
+        rows = self._rows.values()
+        numbers = {key: torch.tensor([row[key] for row in rows], dtype=dtype) for key, dtype in _NUMBERS.items()}
+        order = {name: number for number, name in enumerate(self._names)}
+        return {"parameter": torch.tensor([order[name] for name in self._rows], dtype=torch.int64), **numbers}
+
+    def restore(self, state: State) -> None:
+        """Replace the rows by those of a state.
+
+        Raises:
+            StateError: the state is of other parameters.
+        """
+        columns = columns_of(state, {"parameter": torch.int64, **_NUMBERS})
+        rows_by_parameter(columns["parameter"], len(self._names))
+        rows = {}
+        for number, *values in zip(*(column.tolist() for column in columns.values()), strict=True):
+            name = self._names[number]
+            rows[name] = {"layer": layer_of(name), "parameter": name, **dict(zip(_NUMBERS, values, strict=True))}
+        self._rows = rows
 
     def table(self, tops: dict[int, pd.DataFrame]) -> pd.DataFrame:
         """The rows, each with the number of its weights that every global top-K holds.

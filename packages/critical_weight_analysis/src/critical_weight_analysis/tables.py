@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
+from bridge.printable import say
 from bridge.records import LAYER_SUMMARY, SAMPLED_WEIGHTS, STABILITY, TOP_WEIGHTS, write_table
 
 from critical_weight_analysis import plots
@@ -61,10 +62,10 @@ def write_stability(table: pd.DataFrame, folder: Path, with_plot: bool) -> None:
         plots.plot_stability(table, folder / "plots" / "stability.png")
 
 
-def say(folder: Path, tops: Tops) -> None:
+def show(folder: Path, tops: Tops) -> None:
     """The first of each ranking, and where the files are."""
     for metric, by_k in tops.items():
         for k, top in by_k.items():
-            print(f"\nTop {k} by {metric}, the first {min(k, _ROWS_SHOWN)}:")
-            print(top.head(_ROWS_SHOWN).drop(columns="layer").to_string(index=False))
-    print(f"\nwritten to {folder}")
+            rows = top.head(_ROWS_SHOWN).drop(columns="layer").to_string(index=False)
+            say("", f"Top {k} by {metric}, the first {min(k, _ROWS_SHOWN)}:", *rows.split("\n"))
+    say("", f"written to {folder}")

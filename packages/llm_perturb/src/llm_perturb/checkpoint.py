@@ -2,45 +2,138 @@
 
 The modules are built without memory for their parameters: each parameter is one element that is seen as many. For a
 while it can be given the real values; module, name and identity of the parameter stay the same.
+
+Which tensors of the files make a parameter, and how, is transformers' own rule: its renamings, and the conversions by
+which it merges experts, splits fused projections and so on. They are applied to one parameter at a time.
 """
 
 import ctypes
-import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from accelerate import init_empty_weights
-from bridge.errors import RequestError
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-from transformers.utils import cached_file
+from transformers import PreTrainedModel
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+    dot_natural_key,
+    rename_source_key,
+)
+from transformers.modeling_utils import load_state_dict
 
 from llm_perturb.fingerprint import parameter_digest
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+Get = Callable[[str], Tensor]
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of a stored tensor: the file, and shape and dtype as a tensor without memory."""
+
+    file: Path
+    tensor: Tensor
+
+
+@dataclass(frozen=True)
+class Source:
+    """How transformers makes a parameter, or several at once, of tensors of the files.
+
+    Attributes:
+        name: of the parameter or buffer; the first, where one conversion makes several.
+        transform: transformers' renaming or conversion, still without tensors.
+        keys: the tensors in the files that go into it, each with the pattern of ``transform`` that it matches.
+    """
+
+    name: str
+    transform: WeightTransform
+    keys: list[tuple[str, str]] = field(default_factory=list)
+
+    def make(self, model: PreTrainedModel, get: Get) -> dict[str, Tensor]:
+        """The parameters and buffers by name, of the tensors that ``get`` returns for the keys.
+
+        Each tensor is brought to the dtype of the parameter before it is converted, as transformers does.
+        """
+        transform, dtype = deepcopy(self.transform), model.get_parameter_or_buffer(self.name).dtype
+        for pattern, key in self.keys:
+            transform.add_tensor(self.name, key, pattern, lambda key=key: get(key).to(dtype))
+        made = transform.convert(self.name, model=model, config=model.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+    def names(self, model: PreTrainedModel, headers: dict[str, Header]) -> list[str]:
+        """The names of all parameters and buffers that are made, found with tensors without memory."""
+        return list(self.make(model, lambda key: headers[key].tensor))
+
+
+def read_headers(files: Iterable[str]) -> dict[str, Header]:
+    """What weight files say of their tensors, by key; as in transformers, a later file wins."""
+    return {
+        key: Header(Path(file), tensor)
+        for file in files
+        for key, tensor in load_state_dict(file, map_location="meta").items()
+    }
+
+
+def find_sources(
+    model: PreTrainedModel, keys: Iterable[str], mapping: Iterable[WeightTransform]
+) -> tuple[list[Source], dict[str, str]]:
+    """What is made of the tensors of a checkpoint.
+
+    The rule is that of ``transformers.core_model_loading.convert_and_load_state_dict_in_model``.
+
+    Args:
+        model: as transformers has built it, before it reads the weights.
+        keys: the names of the stored tensors.
+        mapping: transformers' renamings and conversions for this model.
+
+    Returns:
+        The sources of the model's parameters and buffers, and the keys that the model has no place for, each by the
+        name that transformers gives it.
+    """
+    mapping = deepcopy(list(mapping))  # a renaming may remember which keys it has seen
+    renamings = [change for change in mapping if isinstance(change, WeightRenaming)]
+    converters = [change for change in mapping if isinstance(change, WeightConverter)]
+    by_pattern = {pattern: change for change in converters for pattern in change.source_patterns}
+    prefix, expected = model.base_model_prefix, model.state_dict()
+    sources: dict[str, Source] = {}
+    unused: dict[str, str] = {}
+    for key in sorted(keys, key=dot_natural_key):
+        name, pattern = rename_source_key(key, renamings, converters, prefix, expected)
+        if name not in expected and key in expected:
+            name, pattern = rename_source_key(key, [], [], prefix, expected)
+        if name not in expected:
+            unused[name] = key
+            continue
+        transform = by_pattern[pattern] if pattern else WeightRenaming(key, name)
+        sources.setdefault(name, Source(name, transform)).keys.append((pattern or key, key))
+    return list(sources.values()), unused
 
 
 class Checkpoint:
     """Where the parameters of a model are, and which of them are there now.
 
     Args:
-        model: with parameters that have no memory, see ``open_streamed``.
-        places: by a parameter's first name, the file and the key of its tensor.
-        dtype: what the values are converted to.
-        device: where they are brought.
+        model: with parameters that have no memory, see ``drop_parameters``.
+        sources: how its parameters are made.
+        headers: of the tensors in the safetensors files, by key.
     """
 
-    def __init__(
-        self, model: nn.Module, places: dict[str, tuple[Path, str]], dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, sources: Iterable[Source], headers: dict[str, Header]) -> None:
+        self._model, self._headers = model, headers
         self._parameters = dict(model.named_parameters())
-        self._places, self._dtype, self._device = places, dtype, device
+        first = {id(parameter): name for name, parameter in self._parameters.items()}
+        self._first = {name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
+        by_name = {name: source for source in sources for name in source.names(model, headers)}
+        self._sources: dict[str, Source] = {}
+        for name, first_name in self._first.items():
+            if name in by_name:
+                self._sources.setdefault(first_name, by_name[name])
         self._absent = {name: parameter.data for name, parameter in self._parameters.items()}
         self._holders = dict.fromkeys(self._parameters, 0)
         self._digests: dict[str, str] = {}
@@ -49,16 +142,9 @@ class Checkpoint:
     def present(self, names: Iterable[str]) -> Iterator[None]:
         """These parameters have their values while this is open; it can be opened within itself."""
         names = list(names)
-        with ExitStack() as stack:
-            files: dict[Path, object] = {}
-            for name in names:
-                if self._holders[name] == 0:
-                    path, key = self._places[name]
-                    if path not in files:
-                        files[path] = stack.enter_context(safe_open(path, "pt"))
-                    self._set(name, self._noted(name, files[path].get_tensor(key).to(self._device, self._dtype)))
-                self._holders[name] += 1
-            files.clear()
+        self._read([name for name in names if self._holders[name] == 0])
+        for name in names:
+            self._holders[name] += 1
         try:
             yield
         finally:
@@ -86,6 +172,15 @@ class Checkpoint:
         with torch._C.DisableTorchFunction():  # whoever watches torch's calls would take this for a use
             self._parameters[name].data = value
 
+    def _read(self, names: list[str]) -> None:
+        sources = {id(source): source for source in (self._sources[name] for name in names)}
+        with torch._C.DisableTorchFunction(), torch.no_grad(), ExitStack() as stack:
+            get = opened(self._headers, stack, self._model.device)
+            for source in sources.values():
+                for name, value in source.make(self._model, get).items():
+                    if self._first.get(name) in names:
+                        self._set(self._first[name], self._noted(self._first[name], value))
+
     @contextmanager
     def present_during(self, module: nn.Module) -> Iterator[None]:
         """While this is open, the parameters of a module have their values whenever it is called."""
@@ -108,101 +203,32 @@ class Checkpoint:
                 handle.remove()
 
 
+def opened(headers: dict[str, Header], stack: ExitStack, device: torch.device | str = "cpu") -> Get:
+    """A function that reads a tensor by its key; each file is opened once, and closed with the stack."""
+    pointers: dict[Path, object] = {}
+    stack.callback(pointers.clear)
+
+    def get(key: str) -> Tensor:
+        path = headers[key].file
+        if path not in pointers:
+            pointers[path] = stack.enter_context(safe_open(path, "pt"))
+        return pointers[path].get_tensor(key).to(device)
+
+    return get
+
+
+def drop_parameters(model: nn.Module, device: torch.device) -> None:
+    """Make every parameter one element that is seen as many; one that several modules share stays one."""
+    new: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, old in module._parameters.items():
+            if old is not None:
+                empty = torch.zeros((), dtype=old.dtype, device=device).expand(old.shape)
+                module._parameters[name] = new.setdefault(id(old), nn.Parameter(empty, requires_grad=False))
+
+
 def _give_back() -> None:
     """Return freed memory to the system, which glibc keeps where small things lie above it; elsewhere nothing."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim:
         trim(0)
-
-
-def stored_bytes(source: str, options: dict, dtype: torch.dtype) -> int | None:
-    """What the weights of a safetensors checkpoint would take in a dtype; None if it is not of such files."""
-    try:
-        files = _files(source, options)
-    except RequestError:
-        return None
-    total = 0
-    for path in files:
-        with safe_open(path, "pt") as opened:
-            total += sum(torch.Size(opened.get_slice(key).get_shape()).numel() for key in opened.keys())  # noqa: SIM118 - no dict
-    return total * dtype.itemsize
-
-
-def open_streamed(
-    source: str, dtype: torch.dtype, device: torch.device, options: dict
-) -> tuple[PreTrainedModel, Checkpoint]:
-    """A model without weights, and the checkpoint that they are to be read from.
-
-    Args:
-        source: hub id or local folder.
-        dtype: of the weights once they are read, and of the arithmetic.
-        device: where they are brought.
-        options: ``revision`` and ``trust_remote_code``.
-
-    Raises:
-        RequestError: no safetensors files, or tensors that are not named and shaped as the model's parameters.
-    """
-    config = AutoConfig.from_pretrained(source, **options)
-    with init_empty_weights(include_buffers=False):
-        trusted = {"trust_remote_code": options["trust_remote_code"]}
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **trusted)
-    model.tie_weights()
-    _replace_parameters(model, dtype, device)
-    return model, Checkpoint(model, _places(model, source, options), dtype, device)
-
-
-def _replace_parameters(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    """Parameters of one element that is seen as many; one that several modules share stays one."""
-    new: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for name, old in module._parameters.items():
-            if old is not None:
-                empty = torch.zeros((), dtype=dtype, device=device).expand(old.shape)
-                module._parameters[name] = new.setdefault(id(old), nn.Parameter(empty, requires_grad=False))
-
-
-def _places(model: PreTrainedModel, source: str, options: dict) -> dict[str, tuple[Path, str]]:
-    """File and key of every parameter, as transformers would find them; none may have to be converted.
-
-    Raises:
-        RequestError: a parameter is not in the files as it is.
-    """
-    changes = get_model_conversion_mapping(model)
-    renamings = [change for change in changes if isinstance(change, WeightRenaming)]
-    converters = [change for change in changes if isinstance(change, WeightConverter)]
-    parameters, found = dict(model.named_parameters()), {}
-    for path in _files(source, options):
-        with safe_open(path, "pt") as opened:
-            for key in opened.keys():  # noqa: SIM118 - no dict
-                name, converted = rename_source_key(
-                    key, renamings, converters, model.base_model_prefix, model.state_dict()
-                )
-                shape = tuple(opened.get_slice(key).get_shape())
-                if converted is None and name in parameters and shape == tuple(parameters[name].shape):
-                    found[name] = path, key
-    missing = [name for name in parameters if name not in found]
-    if missing:
-        raise RequestError(
-            f"the checkpoint of '{source}' does not hold {missing[0]} {tuple(parameters[missing[0]].shape)} as it is; "
-            "its weights cannot be read one layer at a time: --weights resident"
-        )
-    return found
-
-
-def _files(source: str, options: dict) -> Sequence[Path]:
-    """The safetensors files of a checkpoint, fetched if they are of the hub.
-
-    Raises:
-        RequestError: there are none.
-    """
-
-    def fetch(name: str) -> Path | None:
-        found = cached_file(source, name, revision=options["revision"], _raise_exceptions_for_missing_entries=False)
-        return Path(found) if found else None
-
-    index = fetch(INDEX)
-    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())) if index else [SINGLE]
-    paths = [fetch(name) for name in names]
-    if None in paths:
-        raise RequestError(f"'{source}' has no safetensors files, from which weights could be read one layer at a time")
-    return paths

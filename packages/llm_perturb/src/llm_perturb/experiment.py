@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from bridge.errors import RequestError, RunError
+from bridge.printable import escaped, say
 from bridge.records import write_json
 from bridge.runs import Run, check_output, open_run
 from tqdm import tqdm
@@ -38,6 +39,7 @@ class ModelOptions:
     dtype: str = "float32"
     device: str = "auto"
     trust_remote_code: bool = False
+    allow_unused_weights: list[str] = field(default_factory=list)
 
     def load(self, target_layers: Sequence[str] = ()) -> LoadedModel:
         """Load it."""
@@ -66,7 +68,7 @@ def measure_baseline(
     model_options: ModelOptions, corpus_options: CorpusOptions, batch_size: int, output: str, experiment_id: str | None
 ) -> None:
     """Measure the unperturbed model and write ``baseline.json``."""
-    processes = Processes()
+    processes = Processes(model_options.device)
     place = check_output(output)
     texts = read_texts(corpus_options)
     loaded = model_options.load()
@@ -77,7 +79,7 @@ def measure_baseline(
         with run.recorded():
             losses = sequence_losses(loaded.model, corpus.sequences, batch_size, "baseline")
             _write_baseline(run, loaded, corpus, summarize(losses, corpus))
-        print(f"baseline written to {run.folder / 'baseline.json'}", flush=True)
+        say(f"baseline written to {run.folder / 'baseline.json'}")
     processes.close()
 
 
@@ -91,7 +93,7 @@ def measure_perturbations(
     shard: Shard | None = None,
 ) -> None:
     """Measure every condition of a request, or of a shard of it, and write the table; a killed run goes on."""
-    processes = Processes()
+    processes = Processes(model_options.device)
     place = check_output(output)
     texts = read_texts(corpus_options)
     loaded = model_options.load(request.target_layers)
@@ -173,10 +175,9 @@ def _write_baseline(run: Run, loaded: LoadedModel, corpus: Corpus, perplexity: P
     facts |= loaded.fingerprint.totals
     facts |= {"corpus_sha256": corpus.facts["corpus_sha256"], **perplexity.as_dict()}
     write_json(run.folder / "baseline.json", facts)
-    print(
+    say(
         f"BASELINE_PERPLEXITY: {perplexity.ppl:.6g}  ({perplexity.nll:.6f} nats per token, "
-        f"{perplexity.n_tokens} tokens, {perplexity.n_sequences} sequences)",
-        flush=True,
+        f"{perplexity.n_tokens} tokens, {perplexity.n_sequences} sequences)"
     )
 
 
@@ -212,7 +213,7 @@ def _run(
     for outcome in bar:
         bar.set_postfix_str(outcome.condition.target.layer)
         if outcome.failure:
-            bar.write(f"error: {outcome.failure}; going on with the other targets", sys.stderr)
+            bar.write(escaped(f"error: {outcome.failure}; going on with the other targets"), sys.stderr)
         run.append(record_of(outcome, baseline, perplexity, corpus, loaded.facts["id"]), processes.rank)
     processes.gather(len(todo))
     if processes.first:

@@ -24,14 +24,34 @@ def _share_cores(world: int) -> None:
     torch.set_num_threads(max(1, cores // world))
 
 
-class Processes:
-    """This process among those that the launcher started; alone when there was no launcher."""
+def _check_gpus() -> None:
+    """Refuse more processes on this machine than it has GPUs: the last ones would find none to take."""
+    here, n_gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if here > n_gpus:
+        raise RequestError(
+            f"{here} processes were started on a machine with {n_gpus} GPUs, and each needs its own; "
+            f"start {n_gpus}, or give --device cpu"
+        )
 
-    def __init__(self) -> None:
-        self._state = PartialState(cpu=not torch.cuda.is_available())
+
+class Processes:
+    """This process among those that the launcher started; alone when there was no launcher.
+
+    Args:
+        device: what the models of the processes are on, as ``--device`` has it; all but ``cpu`` takes GPUs, if any.
+
+    Raises:
+        RequestError: the machine has fewer GPUs than processes.
+    """
+
+    def __init__(self, device: str = "auto") -> None:
+        on_gpus = device != "cpu" and torch.cuda.is_available()
+        if on_gpus:
+            _check_gpus()
+        self._state = PartialState(cpu=not on_gpus)
         self.rank, self.world = self._state.process_index, self._state.num_processes
         self.device = self._state.device
-        if not torch.cuda.is_available():
+        if not on_gpus:
             _share_cores(self.world)
 
     @property

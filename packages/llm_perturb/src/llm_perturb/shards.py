@@ -106,8 +106,11 @@ def _write(folder: Path, shards: list[Path], rows: list[list[int]]) -> None:
     losses: dict[int, pd.DataFrame] = {}
     header = ""
     for shard, places in zip(shards, rows, strict=True):
-        header, *own = (shard / "measurements.csv").read_text(encoding="utf-8").splitlines(keepends=True)
-        frame = pd.read_parquet(shard / "sequence_losses.parquet")
+        try:
+            header, *own = (shard / "measurements.csv").read_text(encoding="utf-8").splitlines(keepends=True)
+            frame = pd.read_parquet(shard / "sequence_losses.parquet")
+        except (OSError, ValueError) as error:
+            raise RequestError(f"{shard} is damaged: {error}; measure it again") from None
         if len(own) != len(places) or len(frame) % max(1, len(own)):
             raise RequestError(f"{shard} holds {len(own)} rows, and its manifest speaks of {len(places)}")
         lines |= dict(zip(places, own, strict=True))

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from bridge.printable import say
 from bridge.records import MEASUREMENTS, atomic_path, read_table, write_table, write_text
 from bridge.runs import Run
 
@@ -93,7 +94,7 @@ def write_records(run: Run, records: list[dict], baseline: Measured, corpus: Cor
     _print_rows(frame)
     if comparisons:
         write_comparisons(run.folder)
-    print(f"{len(frame)} measurements written to {run.folder / 'measurements.csv'}", flush=True)
+    say(f"{len(frame)} measurements written to {run.folder / 'measurements.csv'}")
 
 
 def write_comparisons(folder: Path) -> None:
@@ -112,10 +113,9 @@ def write_comparisons(folder: Path) -> None:
 
 def _print_comparison(row: tuple) -> None:
     interval = f" ({row.note})" if np.isnan(row.ci_low) else f", 95 % interval {row.ci_low:+.6f} to {row.ci_high:+.6f}"
-    print(
+    say(
         f"{row.selection.upper()} AGAINST {row.control.upper()}: {row.target_layer}, {row.perturbation}, k={row.k}: "
-        f"{row.difference:+.6f} nats per token more than {row.n_draws} draws{interval}, p = {row.p_value:.3g}",
-        flush=True,
+        f"{row.difference:+.6f} nats per token more than {row.n_draws} draws{interval}, p = {row.p_value:.3g}"
     )
 
 
@@ -158,8 +158,7 @@ def _print_rows(frame: pd.DataFrame) -> None:
         seed = "" if pd.isna(row.seed) else f" seed {row.seed}"
         place = "" if pd.isna(row.row) and pd.isna(row.col) else f"[{row.row}, {row.col}]".replace("<NA>", ":")
         interval = "" if pd.isna(row.ci_low) else f", 95 % interval {row.ci_low:+.6f} to {row.ci_high:+.6f}"
-        print(
+        say(
             f"{names.get(kind, kind.upper())}_PERPLEXITY: {row.perturbed_ppl:.6g}  ({row.target_layer}{place}, "
-            f"{row.selection}{seed}, {row.perturbation}, k={row.k}: delta_nll {row.delta_nll:+.6f}{interval})",
-            flush=True,
+            f"{row.selection}{seed}, {row.perturbation}, k={row.k}: delta_nll {row.delta_nll:+.6f}{interval})"
         )

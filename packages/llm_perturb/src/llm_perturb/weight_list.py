@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from bridge.errors import RequestError
 from bridge.fingerprint import Fingerprint, difference, read_fingerprint
+from bridge.printable import check_printable
 from bridge.records import TOP_WEIGHTS, read_table
 from torch.nn import Parameter
 
@@ -20,9 +21,13 @@ _CONTROL = re.compile(r"^(?:bottom|random)_\d+_weights")  # a discovery's lists 
 
 
 def csv_label(path: str) -> str:
-    """What the weights of a CSV are called: the metric in the name of a discovery's top-K, else the file's own name."""
+    """What the weights of a CSV are called: the metric in the name of a discovery's top-K, else the file's own name.
+
+    Raises:
+        RequestError: the file's own name has a character that is not printable.
+    """
     found = _FILE_NAME.search(Path(path).name)
-    return found.group(1) if found else Path(path).stem
+    return check_printable(found.group(1) if found else Path(path).stem, "the name of the file of weights")
 
 
 def hash_file(path: str) -> str:

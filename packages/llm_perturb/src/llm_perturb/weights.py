@@ -5,6 +5,7 @@ import fnmatch
 from collections.abc import Sequence
 
 from bridge.errors import RequestError
+from bridge.printable import check_printable
 from torch import nn
 from torch.nn import Parameter
 from transformers.pytorch_utils import Conv1D
@@ -21,6 +22,16 @@ def all_names(model: nn.Module) -> dict[str, str]:
     """Every name of every parameter, also those of tied tensors, to the name that stands for it."""
     first = {id(parameter): name for name, parameter in model.named_parameters()}
     return {name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
+
+
+def check_names(model: nn.Module) -> None:
+    """See that every name of every parameter can be printed, written to a table and given as a TARGET_LAYER.
+
+    Raises:
+        RequestError: a name has a character that is not printable.
+    """
+    for name in all_names(model):
+        check_printable(name, "the model's parameter")
 
 
 def tied_groups(model: nn.Module) -> list[list[str]]:
