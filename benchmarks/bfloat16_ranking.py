@@ -11,14 +11,14 @@ their Jaccard overlap |A ∩ B| / |A ∪ B|, and Spearman's rho of the ranks of 
 import time
 
 import torch
-from bridge import argv
+from bridge.exchange import flags
 from critical_weight_analysis import stability
 from critical_weight_analysis.discovery import Discovery, discover, engine_for
+from critical_weight_analysis.layerwise.pass_settings import Settings
 from critical_weight_analysis.metrics import FORMULAS, NEEDS
-from critical_weight_analysis.settings import Settings
-from llm_perturb import models
-from llm_perturb.corpus import CorpusOptions, count_tokens, read_texts, tokenize
-from llm_perturb.weights import in_scope
+from llm_perturb.evaluation import models
+from llm_perturb.evaluation.corpus import CorpusOptions, count_tokens, read_texts, tokenize
+from llm_perturb.evaluation.parameters import in_scope
 
 KS = (100, 500)
 
@@ -71,4 +71,4 @@ def main(*, texts: int = 20, max_length: int = 512, batch_size: int = 1) -> None
 
 
 if __name__ == "__main__":
-    argv.run(main)
+    flags.run(main)

@@ -21,20 +21,20 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads must not count as work; read when torch loads
-
 import torch
-from bridge import argv
+from bridge.exchange import flags
 from critical_weight_analysis import discovery as scoring
-from critical_weight_analysis.batches import first_batch_size
 from critical_weight_analysis.discovery import discover, engine_for
+from critical_weight_analysis.layerwise.batches import first_batch_size
+from critical_weight_analysis.layerwise.pass_settings import Settings
 from critical_weight_analysis.ranking import Ranking
-from critical_weight_analysis.settings import Settings
-from llm_perturb import models
-from llm_perturb.corpus import CorpusOptions, read_texts, tokenize
-from llm_perturb.models import LoadedModel
-from llm_perturb.weights import in_scope
+from llm_perturb.evaluation import models
+from llm_perturb.evaluation.corpus import CorpusOptions, read_texts, tokenize
+from llm_perturb.evaluation.models import LoadedModel
+from llm_perturb.evaluation.parameters import in_scope
 from torch import Tensor
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads must not count as work; read when torch loads
 
 N_SEQUENCES, N_TOKENS, K = 8, 256, 500
 TWO = ["grad_x_weight", "grad_squared"]
@@ -153,4 +153,4 @@ def main(*, repeats: int = 2, only: str | None = None) -> None:
 
 
 if __name__ == "__main__":
-    argv.run(main)
+    flags.run(main)

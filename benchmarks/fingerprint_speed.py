@@ -11,11 +11,11 @@ import time
 from collections.abc import Callable
 
 import torch
-from bridge import argv
-from llm_perturb import models
-from llm_perturb.fingerprint import parameter_digests, tokenizer_digest
-from llm_perturb.models import LoadedModel
-from llm_perturb.weights import named_parameters
+from bridge.exchange import flags
+from llm_perturb.evaluation import models
+from llm_perturb.evaluation.fingerprint import parameter_digests, tokenizer_digest
+from llm_perturb.evaluation.models import LoadedModel
+from llm_perturb.evaluation.parameters import named_parameters
 
 
 def seconds(action: Callable[[], object]) -> float:
@@ -55,4 +55,4 @@ def measure(*, model: str | None = None) -> None:
 
 
 if __name__ == "__main__":
-    argv.run(measure)
+    flags.run(measure)

@@ -28,29 +28,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads must not count as work; read when torch loads
-
 import torch
-from bridge import argv
-from llm_perturb import models
-from llm_perturb.condition import Condition
-from llm_perturb.copies import group, linear_maps
-from llm_perturb.corpus import Corpus, CorpusOptions, read_texts, tokenize
-from llm_perturb.perplexity import measure
+from bridge.exchange import flags
+from llm_perturb.batched_single_weights import group, linear_maps
+from llm_perturb.evaluation import models
+from llm_perturb.evaluation.corpus import Corpus, CorpusOptions, read_texts, tokenize
+from llm_perturb.evaluation.parameters import layer_of, named_parameters
+from llm_perturb.evaluation.perplexity import measure
+from llm_perturb.measurement import Condition
+from llm_perturb.measurement_plan import Plan, choose_weights
 from llm_perturb.perturbation import Perturbation
-from llm_perturb.plan import Plan, choose_weights
-from llm_perturb.restart import decoder_layers
 from llm_perturb.selection import Target, draw
+from llm_perturb.suffix_forward import decoder_layers
 from llm_perturb.sweep import sweep
-from llm_perturb.weights import layer_of, named_parameters
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads must not count as work; read when torch loads
 
 Figure = Literal["sweep", "processes", "single-weights", "loss", "two-processes"]
 PACKAGE = Path(__file__).parents[1] / "packages" / "llm_perturb"
 ZERO = Perturbation("zero")
 ONE_LAYER = """
 import sys, torch
-from llm_perturb import models
-from llm_perturb.corpus import CorpusOptions, read_texts, tokenize
+from llm_perturb.evaluation import models
+from llm_perturb.evaluation.corpus import CorpusOptions, read_texts, tokenize
 loaded = models.load()
 options = CorpusOptions(packing="windows", max_length={length}, eval_limit={number})
 ids = torch.stack(tokenize(read_texts(options), loaded.tokenizer, options).sequences)
@@ -293,4 +293,4 @@ def main(
 
 
 if __name__ == "__main__":
-    argv.run(main)
+    flags.run(main)

@@ -19,20 +19,20 @@ import os
 import time
 from collections.abc import Callable, Iterator
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads must not count as work; read when torch loads
-
 import numpy as np
 import torch
-from bridge import argv
-from critical_weight_analysis.batches import first_batch_size
+from bridge.exchange import flags
 from critical_weight_analysis.discovery import discover, engine_for
-from critical_weight_analysis.settings import Settings
-from llm_perturb import models
-from llm_perturb.corpus import CorpusOptions, count_tokens, read_texts, tokenize
-from llm_perturb.models import LoadedModel
-from llm_perturb.weights import in_scope
+from critical_weight_analysis.layerwise.batches import first_batch_size
+from critical_weight_analysis.layerwise.pass_settings import Settings
+from llm_perturb.evaluation import models
+from llm_perturb.evaluation.corpus import CorpusOptions, count_tokens, read_texts, tokenize
+from llm_perturb.evaluation.models import LoadedModel
+from llm_perturb.evaluation.parameters import in_scope
 from torch import Tensor
 from torch.nn import Parameter
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads must not count as work; read when torch loads
 
 METRICS = {"grad_x_weight": lambda w: (w * w.grad).abs(), "grad_squared": lambda w: w.grad.square()}
 K = 100
@@ -120,4 +120,4 @@ def main(*, texts: int = 50, max_length: int = 32, batch_size: int | None = None
 
 
 if __name__ == "__main__":
-    argv.run(main)
+    flags.run(main)

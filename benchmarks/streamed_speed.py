@@ -22,18 +22,18 @@ import time
 from pathlib import Path
 from typing import Literal
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 import torch
-from bridge import argv
-from critical_weight_analysis.batches import first_batch_size
+from bridge.exchange import flags
 from critical_weight_analysis.discovery import discover, engine_for
-from critical_weight_analysis.settings import Settings
-from llm_perturb.loading import load_model
-from llm_perturb.models import DTYPES
-from llm_perturb.weights import in_scope
+from critical_weight_analysis.layerwise.batches import first_batch_size
+from critical_weight_analysis.layerwise.pass_settings import Settings
+from llm_perturb.evaluation.loading import load_model
+from llm_perturb.evaluation.models import DTYPES
+from llm_perturb.evaluation.parameters import in_scope
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 SIZES = {  # hidden size, layers, heads, inner size, vocabulary, stored dtype
     "pythia-160m": (768, 12, 12, 3072, 50304, "float16"),
@@ -160,4 +160,4 @@ def main(
 
 
 if __name__ == "__main__":
-    argv.run(main)
+    flags.run(main)

@@ -5,7 +5,8 @@ import inspect
 
 import pytest
 import yaml
-from bridge import argv, cli
+from bridge import cli
+from bridge.exchange import flags
 from conftest import PACKAGES, ROOT
 
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml"))
@@ -39,5 +40,5 @@ def test_config_fits_its_command(config):
         assert config.name == "models.yaml" or {"distributed_type", "num_processes"} <= content.keys()
         return
     needed = ["--from", "somewhere"] if "from_" in inspect.signature(command).parameters else []
-    values = argv.parse(command, ["--config", str(config), *needed])
+    values = flags.parse(command, ["--config", str(config), *needed])
     assert len(values) == len(content) + bool(needed)

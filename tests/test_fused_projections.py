@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from bridge.components import QUERY_KEY_VALUE, component_of_weight, conv1d_qkv_shape, interleaved_head_dim
-from llm_perturb.models import _heads
+from bridge.analysis.components import QUERY_KEY_VALUE, component_of_weight, conv1d_qkv_shape, interleaved_head_dim
+from llm_perturb.evaluation.models import _heads
 from tiny_models import build
 from transformers.models.gpt2 import modeling_gpt2
 from transformers.models.gpt_neox import modeling_gpt_neox

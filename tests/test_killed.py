@@ -111,7 +111,9 @@ def kill_launcher(output, environment, n_processes, mark):
     """Kill what starts the processes as soon as it has started them: a failed run, of which nothing is left."""
     process = start(output, environment, f"--num-processes={n_processes}")
     deadline = time.monotonic() + 120
-    while len([pid for pid, words in marked(mark).items() if " -u -m bridge.worker " in words]) < n_processes:
+    while (
+        len([pid for pid, words in marked(mark).items() if " -u -m bridge.instrument.worker " in words]) < n_processes
+    ):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.02)
     (launcher,) = [pid for pid, words in marked(mark).items() if " -m accelerate.commands.launch " in words]

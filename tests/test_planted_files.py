@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from bridge import argv, cli
-from bridge.errors import RequestError
+from bridge import cli
+from bridge.exchange import flags
+from bridge.exchange.errors import RequestError
 from conftest import PACKAGES
-from llm_perturb import models
-from llm_perturb.corpus import CorpusOptions, read_texts
+from llm_perturb.evaluation import models
+from llm_perturb.evaluation.corpus import CorpusOptions, read_texts
 from tiny_models import save_checkpoint
 
 SCRIPTS = {
@@ -62,7 +63,7 @@ def run(command, *words):
         spec.loader.exec_module(module)
         function, name = getattr(module, command), SCRIPTS[command].name
     try:
-        argv.run(function, name, list(map(str, words)))
+        flags.run(function, name, list(map(str, words)))
     except SystemExit as stop:
         return stop.code
     return 0

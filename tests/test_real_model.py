@@ -3,7 +3,7 @@
 import pytest
 import torch
 from critical_weight_analysis.discovery import discover, engine_for
-from llm_perturb import corpus, models, perplexity, weights
+from llm_perturb.evaluation import corpus, models, parameters, perplexity
 
 pytestmark = pytest.mark.real_model
 CRITICAL = ("model.layers.11.mlp.down_proj.weight", 507, 1229)
@@ -22,9 +22,9 @@ def passages(loaded):
 
 @pytest.fixture(scope="module")
 def ranking(loaded, passages):
-    parameters = weights.in_scope(loaded.model)
+    scope = parameters.in_scope(loaded.model)
     found = discover(
-        engine_for(loaded.model), loaded.model, passages.sequences, parameters, ["grad_x_weight"], 100, per_layer=False
+        engine_for(loaded.model), loaded.model, passages.sequences, scope, ["grad_x_weight"], 100, per_layer=False
     )
     return found.rankings["grad_x_weight"].top(100)
 
@@ -57,7 +57,7 @@ def test_the_global_top_100_destroys_the_model_and_100_random_weights_do_not(loa
     top = [(row.parameter, row.row, row.col) for row in ranking.itertuples()]
     assert perplexity.exp(nll_with_zeros(top) - baseline) > 1000
     generator = torch.Generator().manual_seed(0)
-    matrices = [(name, p) for name, p in weights.in_scope(loaded.model).items()]
+    matrices = [(name, p) for name, p in parameters.in_scope(loaded.model).items()]
     sizes = torch.tensor([p.numel() for _, p in matrices], dtype=torch.float64)
     names = [matrices[i] for i in torch.multinomial(sizes, 100, replacement=True, generator=generator)]
     drawn = [(name, *(int(torch.randint(size, (), generator=generator)) for size in p.shape)) for name, p in names]

@@ -5,8 +5,8 @@ python phase1_runner.py --model pythia-2.8b --metric grad_x_weight grad_squared 
 python phase1_runner.py --eval-limit 20        # the embedded model, without a network
 """
 
-from bridge import argv
-from critical_weight_analysis.phase1 import DType, Metric, Mode, Options, Packing, Scope, Weights, run
+from bridge.exchange import flags
+from critical_weight_analysis.run import DType, Metric, Mode, Options, Packing, Scope, Weights, run
 
 
 def phase1(
@@ -78,4 +78,4 @@ def phase1(
 
 
 if __name__ == "__main__":
-    argv.run(phase1)
+    flags.run(phase1)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from bridge.fingerprint import Fingerprint, write_fingerprint
+from bridge.exchange.fingerprint import Fingerprint, write_fingerprint
 
 MODEL = {"id": "tiny", "revision": "abc", "dtype": "float32", "n_parameters": 480, "tied_groups": []}
 CORPUS = {"source": "shipped passages", "n_tokens": 90, "n_sequences": 3, "corpus_sha256": "c" * 64}

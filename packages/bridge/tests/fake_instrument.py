@@ -16,10 +16,10 @@ import time
 from pathlib import Path
 
 import pandas as pd
-from bridge import argv
-from bridge.errors import RequestError, RunError
-from bridge.records import MEASUREMENTS, TOP_WEIGHTS, read_table, write_json, write_table
-from bridge.runs import find_runs, open_run, read_manifest
+from bridge.exchange import flags
+from bridge.exchange.errors import RequestError, RunError
+from bridge.exchange.run_folder import find_runs, open_run, read_manifest
+from bridge.exchange.tables import MEASUREMENTS, TOP_WEIGHTS, read_table, write_json, write_table
 from discovery_folder import CORPUS, MODEL, fingerprint, parameters
 
 MODE = os.environ.get("FAKE", "")
@@ -170,4 +170,4 @@ def merge_shards(*, from_: list[str], output: str, experiment_id: str) -> None:
 if __name__ == "__main__":
     script = Path(sys.argv[1]).name
     command = {"merge_shards.py": merge_shards}.get(script, run_topk_perturb)
-    argv.run(command, name=script, argv=sys.argv[2:])
+    flags.run(command, name=script, argv=sys.argv[2:])

@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from bridge import ancestors, instrument
-from bridge.errors import RunError
+from bridge.exchange.errors import RunError
+from bridge.instrument import ancestors, process
 from survivors import MARK, marked, survivors
 
 SCRIPT = """
@@ -52,7 +52,7 @@ def command(place, n_processes) -> list[str]:
     if n_processes == 1:
         return [sys.executable, script]
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(n_processes)]
-    return [*launch, "-m", "bridge.worker", script]
+    return [*launch, "-m", "bridge.instrument.worker", script]
 
 
 def start(place, n_processes) -> subprocess.Popen:
@@ -114,7 +114,7 @@ def test_killed_launcher_takes_its_workers_along_and_is_a_failed_run(place, numb
                 os.kill(pid, number)
 
     with pytest.raises(RunError, match=f"was ended by signal {number.value} .*The same command started again goes on"):
-        instrument.measure(command(place, 2), place, place / "log", place / "folder", kill_launcher)
+        process.measure(command(place, 2), place, place / "log", place / "folder", kill_launcher)
     assert survivors(os.environ[MARK]) == {}
 
 
@@ -130,7 +130,7 @@ def ended() -> subprocess.Popen:
 
 def worker(place, names) -> subprocess.CompletedProcess:
     (place / "script.py").write_text("import os\nprint(os.environ['BRIDGE_ANCESTORS'])")
-    words = [sys.executable, "-m", "bridge.worker", str(place / "script.py")]
+    words = [sys.executable, "-m", "bridge.instrument.worker", str(place / "script.py")]
     return subprocess.run(words, env=os.environ | {ancestors.VARIABLE: names}, capture_output=True, text=True)
 
 
@@ -157,10 +157,10 @@ def test_worker_that_comes_too_late_does_nothing(place, ended, which):
 @pytest.mark.parametrize("change", ["ancestors._LIBC = None", ""], ids=["no prctl", "a shell between the two"])
 def test_what_the_kernel_does_not_end_ends_within_seconds(place, change):
     """Without prctl, and where a program stands between that outlives the one that is killed."""
-    body = f"import sys, time\nfrom bridge import ancestors\n{change}\nancestors.end_with_ancestors()\n"
+    body = f"import sys, time\nfrom bridge.instrument import ancestors\n{change}\nancestors.end_with_ancestors()\n"
     (place / "child.py").write_text(body + "print('at work', file=sys.stderr, flush=True)\ntime.sleep(60)\n")
     shell = [] if change else ["/bin/sh", "-c", '"$@"; sleep 0.1', "sh"]
-    code = "import os, subprocess, sys\nfrom bridge import ancestors\n"
+    code = "import os, subprocess, sys\nfrom bridge.instrument import ancestors\n"
     code += "os.environ[ancestors.VARIABLE] = ancestors.name_of_this()\nsubprocess.run(sys.argv[1:])"
     words = [sys.executable, "-c", code, *shell, sys.executable, str(place / "child.py")]
     with subprocess.Popen(words, stderr=subprocess.PIPE) as process:

@@ -3,10 +3,10 @@ import sys
 
 import pandas as pd
 import pytest
-from bridge import batch, cli, validation
-from bridge.records import CORRELATIONS
+from bridge import cli, validate, validation_run
+from bridge.exchange.tables import CORRELATIONS
 from discovery_folder import make_discovery, snapshot
-from test_batch import no_plots, options, output, python  # noqa: F401 (fixtures)
+from test_validate import no_plots, options, output, python  # noqa: F401 (fixtures)
 
 
 def bridge(monkeypatch, capsys, *words) -> tuple[int, str, str]:
@@ -72,7 +72,7 @@ def test_every_flag_is_described():
 
 
 def test_correlate_and_report_rewrite_only_what_they_derive(output, python, no_plots, monkeypatch, capsys):  # noqa: F811
-    batch.validate(options(output, python))
+    validate.validate(options(output, python))
     folder = output / "validation_v"
     before = snapshot(output)
     (folder / "correlations.csv").write_text("damaged")
@@ -88,19 +88,21 @@ def test_correlate_and_report_rewrite_only_what_they_derive(output, python, no_p
 
 
 def test_correlate_and_report_find_the_single_weights_again(output, python, no_plots, monkeypatch, capsys):  # noqa: F811
-    batch.validate(options(output, python, single_weights=9))
+    validate.validate(options(output, python, single_weights=9))
     before = snapshot(output)
     (output / "validation_v" / "correlations.csv").unlink()
     assert "weights" in bridge(monkeypatch, capsys, "correlate", f"--from={output}")[1]
     given = []
-    monkeypatch.setattr(validation, "write_report", lambda folder, **content: given.append(content["sampled"]) or [])
+    monkeypatch.setattr(
+        validation_run, "write_report", lambda folder, **content: given.append(content["sampled"]) or []
+    )
     assert bridge(monkeypatch, capsys, "report", f"--from={output}")[0] == 0
     assert {"score_grad_x_weight", "score_magnitude"} <= set(given[0])
     assert snapshot(output) == before
 
 
 def test_moved_folders_are_found_and_a_lost_discovery_is_named(tmp_path, output, python, no_plots, monkeypatch, capsys):  # noqa: F811
-    batch.validate(options(output, python))
+    validate.validate(options(output, python))
     moved = output.rename(tmp_path / "elsewhere")
     assert bridge(monkeypatch, capsys, "report", "--from", moved)[0] == 0
     (moved / "critical_analysis_1").rename(moved / "hidden")

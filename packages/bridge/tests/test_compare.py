@@ -5,10 +5,10 @@ import pandas as pd
 import pytest
 import reference
 import synthetic
+from bridge.analysis.profiles import cosine, gini, profiles_of, rank_agreement, score_profiles
 from bridge.compare import compare, compare_folders, robustness
-from bridge.errors import RequestError
-from bridge.profiles import cosine, gini, profiles_of, rank_agreement, score_profiles
-from bridge.runs import read_manifest
+from bridge.exchange.errors import RequestError
+from bridge.exchange.run_folder import read_manifest
 from discovery_folder import make_discovery
 
 METRIC = "grad_x_weight"

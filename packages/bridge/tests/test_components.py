@@ -1,5 +1,5 @@
 import pytest
-from bridge.components import (
+from bridge.analysis.components import (
     COMPONENTS,
     Layout,
     component_of_weight,

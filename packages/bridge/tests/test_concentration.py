@@ -1,7 +1,7 @@
 import numpy as np
 import pandas as pd
 import pytest
-from bridge.concentration import at_equal_fraction, global_curve, top_score_share
+from bridge.analysis.concentration import at_equal_fraction, global_curve, top_score_share
 
 N = 2_000_000
 

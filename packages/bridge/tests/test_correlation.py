@@ -3,14 +3,14 @@ import pandas as pd
 import pytest
 import reference
 import synthetic
-from bridge.correlation import (
+from bridge.analysis.correlation import (
     ablation_curves,
     correlate,
     is_restricted,
     top_against_random,
 )
-from bridge.records import CORRELATIONS, MEASUREMENTS, read_table, write_table
-from bridge.single_weights import weight_effects
+from bridge.analysis.single_weights import weight_effects
+from bridge.exchange.tables import CORRELATIONS, MEASUREMENTS, read_table, write_table
 
 
 @pytest.fixture(scope="module")

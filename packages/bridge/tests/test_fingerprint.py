@@ -1,8 +1,8 @@
 import json
 
 import pytest
-from bridge.errors import RequestError
-from bridge.fingerprint import (
+from bridge.exchange.errors import RequestError
+from bridge.exchange.fingerprint import (
     FILE,
     Fingerprint,
     difference,

@@ -4,9 +4,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from bridge import argv
-from bridge.errors import RequestError, RunError
-from bridge.printable import check_printable, escaped, is_printable, say
+from bridge.exchange import flags
+from bridge.exchange.errors import RequestError, RunError
+from bridge.exchange.printable import check_printable, escaped, is_printable, say
 
 PACKAGES = Path(__file__).parents[2]
 C0_AND_C1 = [*range(0x20), *range(0x7F, 0xA0)]
@@ -47,7 +47,7 @@ def test_error_messages_are_escaped(capsys, error):
         raise error("no layer 'a\x1b]0;owned\x07\u202eb'\n\x9b31mat all")
 
     with pytest.raises(SystemExit):
-        argv.run(thing, "thing", [])
+        flags.run(thing, "thing", [])
     assert capsys.readouterr().err == "thing: error: no layer 'a\\x1b]0;owned\\x07\\u202eb' \\x9b31mat all\n"
 
 
@@ -55,7 +55,7 @@ def test_what_a_library_logs_is_escaped_while_a_command_runs(caplog):
     def thing() -> None:
         logging.getLogger("some.library").warning("unexpected %s\nnext line", "key\x1b]0;owned\x07")
 
-    argv.run(thing, "thing", [])
+    flags.run(thing, "thing", [])
     assert caplog.messages == ["unexpected key\\x1b]0;owned\\x07\nnext line"]
     thing()
     assert "\x1b" in caplog.messages[1]
@@ -67,7 +67,7 @@ def test_what_a_person_typed_is_escaped_too(capsys, words):
         pass
 
     with pytest.raises(SystemExit):
-        argv.run(thing, "thing", words)
+        flags.run(thing, "thing", words)
     assert "\\x1b[2J" in capsys.readouterr().err
 
 

@@ -2,8 +2,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import synthetic
-from bridge.records import TOP_WEIGHTS
-from bridge.single_weights import choose_weights, sampled_metrics
+from bridge.analysis.single_weights import choose_weights, sampled_metrics
+from bridge.exchange.tables import TOP_WEIGHTS
 
 
 def test_metrics_are_those_of_the_columns():

@@ -4,10 +4,10 @@ from itertools import pairwise
 import pandas as pd
 import pytest
 from bridge import cli
-from bridge.discovery import choose_discovery
-from bridge.errors import RequestError
-from bridge.records import TARGETS
-from bridge.targets import choose_targets, render, spread, target_names
+from bridge.analysis.targets import choose_targets, render, spread, target_names
+from bridge.exchange.discovery_run import choose_discovery
+from bridge.exchange.errors import RequestError
+from bridge.exchange.tables import TARGETS
 from discovery_folder import make_discovery, parameters
 
 

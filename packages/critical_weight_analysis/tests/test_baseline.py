@@ -2,8 +2,8 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from bridge.errors import RequestError
-from bridge.fingerprint import Fingerprint, write_fingerprint
+from bridge.exchange.errors import RequestError
+from bridge.exchange.fingerprint import Fingerprint, write_fingerprint
 from critical_weight_analysis import baseline
 
 FOUND = {"model": "gpt2", "revision": "abc", "dtype": "float32", "corpus_sha256": "1f", "nll": 3.0, "ppl": 20.1}

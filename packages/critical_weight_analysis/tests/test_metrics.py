@@ -2,19 +2,20 @@ import math
 
 import pytest
 import torch
-from critical_weight_analysis import autograd, backward
+from critical_weight_analysis import whole_model
+from critical_weight_analysis.layerwise import engine
 from critical_weight_analysis.metrics import FORMULAS, NEEDS, Sensitivity
 from reference import naive_score, naive_sensitivities
 
 EVERYTHING = frozenset().union(*NEEDS.values())
 
 
-@pytest.mark.parametrize("metric", [metric for metric in FORMULAS if NEEDS[metric] <= backward.GIVES])
+@pytest.mark.parametrize("metric", [metric for metric in FORMULAS if NEEDS[metric] <= engine.GIVES])
 def test_every_score_of_every_weight_is_the_definition(model, sequences, metric):
     naive = naive_sensitivities(model, sequences)
-    everywhere = NEEDS[metric] <= autograd.GIVES
+    everywhere = NEEDS[metric] <= whole_model.GIVES
     names = [name for name, weight in naive.weight.items() if everywhere or weight.ndim == 2]
-    _, stream = (autograd if everywhere else backward).sensitivities(model, sequences, names, NEEDS[metric])
+    _, stream = (whole_model if everywhere else engine).sensitivities(model, sequences, names, NEEDS[metric])
     found = {sensitivity.name: FORMULAS[metric](sensitivity) for sensitivity in stream}
     assert sorted(found) == sorted(names)
     for name, scores in found.items():

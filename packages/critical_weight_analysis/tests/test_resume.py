@@ -4,12 +4,12 @@ import struct
 
 import pytest
 import torch
-from critical_weight_analysis import backward
 from critical_weight_analysis.discovery import discover
-from critical_weight_analysis.resume import Resume
-from critical_weight_analysis.settings import Settings
-from critical_weight_analysis.state import StateError, read_state, write_state
-from llm_perturb.weights import in_scope
+from critical_weight_analysis.layerwise import engine
+from critical_weight_analysis.layerwise.backward_checkpoints import Resume
+from critical_weight_analysis.layerwise.pass_settings import Settings
+from critical_weight_analysis.layerwise.saved_state import StateError, read_state, write_state
+from llm_perturb.evaluation.parameters import in_scope
 
 METRICS = ["grad_x_weight", "grad_squared", "wanda", "obd"]
 IDENTITY = {"batch_size": 2}
@@ -60,7 +60,7 @@ def restored(folder, processes=None, name="word"):
 
 def tables(model, sequences, resume=None):
     settings = Settings(batch_size=2, resume=resume)
-    found = discover(backward, model, sequences, in_scope(model), METRICS, 20, settings=settings)
+    found = discover(engine, model, sequences, in_scope(model), METRICS, 20, settings=settings)
     frames = [found.sampled, *(ranking.top(20) for ranking in found.rankings.values())]
     frames += [ranking.top_per_layer(5) for ranking in found.rankings.values()]
     frames += [summary.table({}) for summary in found.summaries.values()]
@@ -72,14 +72,14 @@ def killed_after(monkeypatch, model, sequences, folder, n_parameters):
     """Run until the sums of that many parameters are known, then die."""
     known = []
 
-    def finish(self, original=backward.Sums.finish):
+    def finish(self, original=engine.Sums.finish):
         if len(known) == n_parameters:
             raise KilledError
         known.append(self.name)
         return original(self)
 
     with monkeypatch.context() as patch, pytest.raises(KilledError):
-        patch.setattr(backward.Sums, "finish", finish)
+        patch.setattr(engine.Sums, "finish", finish)
         tables(model, sequences, Resume(folder, IDENTITY))
 
 
@@ -93,13 +93,13 @@ def test_killed_pass_goes_on_and_finds_the_same(model, sequences, monkeypatch, t
     in_last = [name for name in in_scope(model) if ".2." in name]
     after = [name for name in in_scope(model) if name == "lm_head.weight"]
     assert (resume.layers > 0) == (n_parameters >= len(after) + len(in_last))
-    computed, original = [], backward._Pass._layer
+    computed, original = [], engine._Pass._layer
 
     def counted(self, layer, sums):
         computed.append(layer)
         return original(self, layer, sums)
 
-    monkeypatch.setattr(backward._Pass, "_layer", counted)
+    monkeypatch.setattr(engine._Pass, "_layer", counted)
     for one, other in zip(tables(model, sequences, resume), truth, strict=True):
         assert one.equals(other)
     assert len(computed) == 3 - resume.layers

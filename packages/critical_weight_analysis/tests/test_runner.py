@@ -12,16 +12,16 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from bridge import argv
-from bridge.errors import RunError
-from bridge.fingerprint import read_fingerprint
-from bridge.records import LAYER_SUMMARY, SAMPLED_WEIGHTS, STABILITY, TOP_WEIGHTS, read_table
-from bridge.runs import open_run, read_manifest
-from critical_weight_analysis import phase1 as phase1_module
+from bridge.exchange import flags as flag_reader
+from bridge.exchange.errors import RunError
+from bridge.exchange.fingerprint import read_fingerprint
+from bridge.exchange.run_folder import open_run, read_manifest
+from bridge.exchange.tables import LAYER_SUMMARY, SAMPLED_WEIGHTS, STABILITY, TOP_WEIGHTS, read_table
+from critical_weight_analysis import run as phase1_module
 from critical_weight_analysis.hutchinson import hessian_diagonal
-from critical_weight_analysis.phase1 import Options
-from llm_perturb import models
-from llm_perturb.perplexity import sequence_losses
+from critical_weight_analysis.run import Options
+from llm_perturb.evaluation import models
+from llm_perturb.evaluation.perplexity import sequence_losses
 from reference import naive_score, naive_sensitivities, naive_top
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
@@ -79,7 +79,7 @@ def flags(checkpoint, texts, output, *more):
 def phase1(*words):
     """Run the command in this process; returns its exit code."""
     try:
-        argv.run(runner.phase1, "phase1_runner.py", list(map(str, words)))
+        flag_reader.run(runner.phase1, "phase1_runner.py", list(map(str, words)))
     except SystemExit as stop:
         return stop.code
     return 0

@@ -7,7 +7,7 @@ import torch
 from critical_weight_analysis import stability
 from critical_weight_analysis.discovery import discover, engine_for
 from critical_weight_analysis.plots import plot_stability
-from llm_perturb.weights import in_scope
+from llm_perturb.evaluation.parameters import in_scope
 from reference import naive_score, naive_sensitivities, naive_top
 
 METRICS = ["grad_x_weight", "obd", "magnitude"]

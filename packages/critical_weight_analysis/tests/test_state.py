@@ -4,12 +4,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from critical_weight_analysis.controls import Controls
+from critical_weight_analysis.control_lists import Controls
+from critical_weight_analysis.layer_summary import Summary
+from critical_weight_analysis.layerwise.saved_state import StateError, nested, read_state, within, write_state
 from critical_weight_analysis.metrics import FORMULAS, Sensitivity
 from critical_weight_analysis.ranking import Ranking, top_indices
-from critical_weight_analysis.sample import N_HEAD, Sample
-from critical_weight_analysis.state import StateError, nested, read_state, within, write_state
-from critical_weight_analysis.summary import Summary
+from critical_weight_analysis.sampling import N_HEAD, Sample
 
 SHAPES = {"a.weight": (6, 5), "b.weight": (4,), "c.weight": (7, 3), "d.weight": (1, 1)}
 METRICS = ["magnitude", "grad_x_weight"]

@@ -4,13 +4,13 @@ from contextlib import ExitStack
 
 import pytest
 import torch
-from bridge.errors import RequestError
-from critical_weight_analysis import backward
+from bridge.exchange.errors import RequestError
 from critical_weight_analysis.discovery import discover, engine_for
-from critical_weight_analysis.recorder import Recorder
-from critical_weight_analysis.settings import Settings
-from llm_perturb import models
-from llm_perturb.weights import in_scope
+from critical_weight_analysis.layerwise import engine
+from critical_weight_analysis.layerwise.parameter_uses import Recorder
+from critical_weight_analysis.layerwise.pass_settings import Settings
+from llm_perturb.evaluation import models
+from llm_perturb.evaluation.parameters import in_scope
 from safetensors.torch import load_file, save_file
 from tiny_models import build, word_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -38,10 +38,10 @@ def test_streamed_weights_give_the_same_bits(folder, sequences, dtype):
     assert resident.checkpoint is None
     assert streamed.facts == resident.facts
     settings = Settings(batch_size=2, checkpoint=streamed.checkpoint)
-    assert engine_for(streamed.model, settings) is backward
+    assert engine_for(streamed.model, settings) is engine
     names = [name for name, _ in resident.model.named_parameters()]
-    losses, stream = backward.sensitivities(resident.model, sequences, names, NEEDS, Settings(batch_size=2))
-    others, again = backward.sensitivities(streamed.model, sequences, names, NEEDS, settings)
+    losses, stream = engine.sensitivities(resident.model, sequences, names, NEEDS, Settings(batch_size=2))
+    others, again = engine.sensitivities(streamed.model, sequences, names, NEEDS, settings)
     assert torch.equal(losses, others)
     for one, other in zip(stream, again, strict=True):
         assert one.name == other.name
@@ -63,7 +63,7 @@ def tables(folder, sequences, weights, metrics=("grad_x_weight", "wanda", "magni
     loaded = models.load(str(folder), weights=weights)
     settings = Settings(checkpoint=loaded.checkpoint)
     engine = engine_for(loaded.model, settings)
-    assert engine is backward
+    assert engine is engine
     found = discover(engine, loaded.model, sequences, in_scope(loaded.model), list(metrics), 20, settings=settings)
     return [found.sampled, *(found.rankings[metric].top(20) for metric in metrics)]
 
@@ -129,7 +129,7 @@ def test_tensors_without_the_base_models_name(tmp_path, sequences):
     resident = models.load(str(tmp_path), dtype="float64")
     names = ["transformer.h.1.mlp.c_fc.weight"]
     found = [
-        next(backward.sensitivities(m.model, sequences, names, NEEDS, Settings(checkpoint=m.checkpoint))[1]).grad
+        next(engine.sensitivities(m.model, sequences, names, NEEDS, Settings(checkpoint=m.checkpoint))[1]).grad
         for m in (loaded, resident)
     ]
     assert torch.equal(*found)

@@ -3,8 +3,8 @@
 python scripts/merge_shards.py --from outputs/ --output merged/
 """
 
-from bridge import argv
-from bridge.printable import say
+from bridge.exchange import flags
+from bridge.exchange.printable import say
 from llm_perturb import shards
 
 
@@ -21,4 +21,4 @@ def merge(*, from_: list[str], output: str = "outputs/", experiment_id: str | No
 
 
 if __name__ == "__main__":
-    argv.run(merge)
+    flags.run(merge)

@@ -3,11 +3,11 @@
 accelerate launch --config_file configs/accelerate_config.yaml scripts/run_baseline.py --model gpt2
 """
 
-from bridge import argv
-from bridge.errors import RequestError
+from bridge.exchange import flags
+from bridge.exchange.errors import RequestError
 from llm_perturb import experiment
-from llm_perturb.corpus import CorpusOptions, Packing
-from llm_perturb.models import DType
+from llm_perturb.evaluation.corpus import CorpusOptions, Packing
+from llm_perturb.evaluation.models import DType
 
 
 def baseline(
@@ -59,4 +59,4 @@ def baseline(
 
 
 if __name__ == "__main__":
-    argv.run(baseline)
+    flags.run(baseline)

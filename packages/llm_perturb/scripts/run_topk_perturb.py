@@ -14,15 +14,16 @@ r"""Perturb the top-K, random and bottom-K weights of a layer and measure what e
 import os
 from typing import Literal
 
-from bridge import argv
-from bridge.errors import RequestError
-from bridge.printable import check_printable, say
-from llm_perturb import experiment, weights
-from llm_perturb.corpus import CorpusOptions, Packing
-from llm_perturb.models import DType
+from bridge.exchange import flags
+from bridge.exchange.errors import RequestError
+from bridge.exchange.printable import check_printable, say
+from llm_perturb import experiment
+from llm_perturb.evaluation import parameters
+from llm_perturb.evaluation.corpus import CorpusOptions, Packing
+from llm_perturb.evaluation.models import DType
 from llm_perturb.perturbation import Kind, Perturbation
-from llm_perturb.scores import Metric
 from llm_perturb.shards import read_shard
+from llm_perturb.target_scores import Metric
 
 
 def perturb(
@@ -107,7 +108,7 @@ def perturb(
     targets = [check_printable(part.strip(), "TARGET_LAYER") for part in targets if part.strip()]
     options = experiment.ModelOptions(model, revision, dtype, device, trust_remote_code, list(allow_unused_weights))
     if list_layers:
-        say(*weights.table(options.load(targets).model).split("\n"))
+        say(*parameters.table(options.load(targets).model).split("\n"))
         return
     if min(k) < 1 or batch_size < 1:
         raise RequestError(f"--k and --batch-size must be at least 1, not {min(*k, batch_size)}")
@@ -122,4 +123,4 @@ def perturb(
 
 
 if __name__ == "__main__":
-    argv.run(perturb)
+    flags.run(perturb)

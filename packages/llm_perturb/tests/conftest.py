@@ -3,9 +3,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from bridge.records import TOP_WEIGHTS
+from bridge.exchange.tables import TOP_WEIGHTS
 from llm_perturb import experiment
-from llm_perturb.corpus import CorpusOptions
+from llm_perturb.evaluation.corpus import CorpusOptions
 from llm_perturb.shards import read_shard
 from safetensors.torch import load_file
 from tiny_models import BUILDERS, build, random_sequences, save_checkpoint

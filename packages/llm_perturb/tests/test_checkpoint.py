@@ -5,8 +5,8 @@ The references are the models in float64 that were saved: what they compute has 
 
 import pytest
 import torch
-from bridge.errors import RequestError
-from llm_perturb import models
+from bridge.exchange.errors import RequestError
+from llm_perturb.evaluation import models
 from safetensors.torch import load_file, save_file
 from saved_models import FAMILIES, save
 from tiny_models import random_sequences

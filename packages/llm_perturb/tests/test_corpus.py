@@ -3,8 +3,8 @@ import json
 import pandas as pd
 import pytest
 import torch
-from bridge.errors import RequestError
-from llm_perturb.corpus import Corpus, CorpusOptions, Texts, hash_sequences, read_texts, tokenize
+from bridge.exchange.errors import RequestError
+from llm_perturb.evaluation.corpus import Corpus, CorpusOptions, Texts, hash_sequences, read_texts, tokenize
 from tiny_models import byte_tokenizer
 from tokenizers.processors import TemplateProcessing
 

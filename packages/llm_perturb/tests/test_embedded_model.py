@@ -2,15 +2,15 @@
 
 import pytest
 import torch
-from llm_perturb import models
-from llm_perturb.condition import Condition
-from llm_perturb.copies import group
-from llm_perturb.corpus import CorpusOptions, read_texts, tokenize
-from llm_perturb.perplexity import sequence_losses, summarize
+from llm_perturb.batched_single_weights import group
+from llm_perturb.evaluation import models
+from llm_perturb.evaluation.corpus import CorpusOptions, read_texts, tokenize
+from llm_perturb.evaluation.parameters import match, named_parameters
+from llm_perturb.evaluation.perplexity import sequence_losses, summarize
+from llm_perturb.measurement import Condition
 from llm_perturb.perturbation import Perturbation
 from llm_perturb.selection import Target, draw
 from llm_perturb.sweep import sweep
-from llm_perturb.weights import match, named_parameters
 
 pytestmark = pytest.mark.real_model
 

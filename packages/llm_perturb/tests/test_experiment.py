@@ -16,10 +16,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from bridge import argv
-from bridge.fingerprint import read_fingerprint, write_fingerprint
-from bridge.records import MEASUREMENTS, TOP_WEIGHTS, read_table
-from llm_perturb import experiment, models
+from bridge.exchange import flags as flag_reader
+from bridge.exchange.fingerprint import read_fingerprint, write_fingerprint
+from bridge.exchange.tables import MEASUREMENTS, TOP_WEIGHTS, read_table
+from llm_perturb import experiment
+from llm_perturb.evaluation import models
 from reference import naive_highest, naive_loss, naive_losses, naive_lowest, naive_score, rewritten, zeroed
 from safetensors.torch import load_file, save_file
 from tiny_models import byte_tokenizer, save_checkpoint
@@ -82,7 +83,7 @@ def load_command(script):
 def call(capfd, flags, script=SCRIPT):
     """Run a command in this process: exit code, stdout, the lines of stderr that are the command's own."""
     try:
-        argv.run(load_command(script), script, words_of(flags))
+        flag_reader.run(load_command(script), script, words_of(flags))
         code = 0
     except SystemExit as stopped:
         code = stopped.code

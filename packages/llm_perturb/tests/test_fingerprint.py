@@ -4,10 +4,10 @@ import struct
 
 import pytest
 import torch
-from bridge.errors import RunError
-from bridge.fingerprint import Fingerprint, difference
-from llm_perturb import models
-from llm_perturb.fingerprint import (
+from bridge.exchange.errors import RunError
+from bridge.exchange.fingerprint import Fingerprint, difference
+from llm_perturb.evaluation import models
+from llm_perturb.evaluation.fingerprint import (
     check_agreement,
     parameter_digest,
     parameter_digests,
@@ -15,7 +15,7 @@ from llm_perturb.fingerprint import (
     tokenizer_digest,
     total_digest,
 )
-from llm_perturb.weights import named_parameters
+from llm_perturb.evaluation.parameters import named_parameters
 from safetensors.torch import load_file, save_file
 from tiny_models import build, byte_tokenizer, word_tokenizer
 from transformers import CTRLTokenizer

@@ -4,8 +4,8 @@ import json
 from itertools import pairwise
 
 import pytest
-from bridge.errors import RequestError
-from llm_perturb.load_errors import reason_of, refuse_damaged
+from bridge.exchange.errors import RequestError
+from llm_perturb.evaluation.load_errors import reason_of, refuse_damaged
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:5e\nsize 538090408\n"
 

@@ -3,8 +3,8 @@ import shutil
 
 import pytest
 import torch
-from bridge.errors import RequestError
-from llm_perturb import models
+from bridge.exchange.errors import RequestError
+from llm_perturb.evaluation import models
 from safetensors.torch import load_file, save_file
 from tiny_models import save_checkpoint
 from transformers import AutoTokenizer

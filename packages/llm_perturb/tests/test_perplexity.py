@@ -3,11 +3,11 @@ import math
 
 import pytest
 import torch
-from bridge.errors import RunError
-from llm_perturb import perplexity
-from llm_perturb.corpus import Corpus
-from llm_perturb.perplexity import Perplexity, measure, reference_of, sequence_losses, summarize
-from llm_perturb.restart import Restart
+from bridge.exchange.errors import RunError
+from llm_perturb.evaluation import perplexity
+from llm_perturb.evaluation.corpus import Corpus
+from llm_perturb.evaluation.perplexity import Perplexity, measure, reference_of, sequence_losses, summarize
+from llm_perturb.suffix_forward import Restart
 from reference import naive_losses
 from tiny_models import build
 

@@ -3,9 +3,9 @@ import struct
 import numpy as np
 import pytest
 import torch
-from bridge.errors import RunError
+from bridge.exchange.errors import RunError
+from llm_perturb.evaluation.parameters import named_parameters, stored_transposed
 from llm_perturb.perturbation import Perturbation, bits, flip_bit, perturbed, round_to_grid
-from llm_perturb.weights import named_parameters, stored_transposed
 from reference import every_bit
 from tiny_models import build
 from torch.nn import Parameter

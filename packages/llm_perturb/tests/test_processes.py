@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from bridge.errors import RequestError
-from llm_perturb import processes
+from bridge.exchange.errors import RequestError
+from llm_perturb.evaluation import processes
 
 
 @pytest.fixture

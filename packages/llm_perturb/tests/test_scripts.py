@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from bridge.errors import RequestError
-from bridge.records import MEASUREMENTS
-from llm_perturb import perturbation, scores
+from bridge.exchange.errors import RequestError
+from bridge.exchange.tables import MEASUREMENTS
+from llm_perturb import perturbation, target_scores
 from safetensors.torch import load_file, save_file
 from tiny_models import save_checkpoint
 
@@ -54,7 +54,7 @@ def test_every_flag_is_a_keyword_with_a_default_and_a_line_of_help(command):
 def test_the_choices_are_those_of_the_library():
     metrics = ("grad_x_weight", "grad_squared", "obd", "taylor2", "magnitude")
     kinds = ("zero", "sign_flip", "scale", "gaussian_noise", "bit_flip", "quantize")
-    assert choices(PERTURB, "metric") == typing.get_args(scores.Metric) == metrics
+    assert choices(PERTURB, "metric") == typing.get_args(target_scores.Metric) == metrics
     assert choices(PERTURB, "perturbation") == typing.get_args(perturbation.Kind) == kinds
     assert choices(PERTURB, "packing") == ("documents", "windows")
     assert choices(PERTURB, "dtype") == ("float32", "bfloat16", "float16", "float64")

@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 import torch
-from bridge.errors import RequestError
+from bridge.exchange.errors import RequestError
 from llm_perturb.selection import Target, draw, generator, highest, lowest
 from reference import naive_highest, naive_lowest
 from torch.nn import Parameter

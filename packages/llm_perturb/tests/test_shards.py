@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from bridge import argv
-from bridge.errors import RequestError
-from bridge.fingerprint import read_fingerprint, write_fingerprint
+from bridge.exchange import flags
+from bridge.exchange.errors import RequestError
+from bridge.exchange.fingerprint import read_fingerprint, write_fingerprint
 from llm_perturb.shards import Shard, merge, read_shard
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "merge_shards.py"
@@ -153,10 +153,10 @@ def test_the_command_says_where_the_table_is(split, parts, tmp_path, capsys):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     words = ["--from", str(parts), "--output", str(tmp_path / "merged"), "--experiment-id", "y"]
-    argv.run(module.merge, "merge_shards.py", words)
+    flags.run(module.merge, "merge_shards.py", words)
     path = tmp_path / "merged/perturb_y/measurements.csv"
     assert f"merged into {path}" in capsys.readouterr().out
     assert path.read_bytes() == (split[0] / "measurements.csv").read_bytes()
     with pytest.raises(SystemExit, match="2"):
-        argv.run(module.merge, "merge_shards.py", words)
+        flags.run(module.merge, "merge_shards.py", words)
     assert "is already complete" in capsys.readouterr().err

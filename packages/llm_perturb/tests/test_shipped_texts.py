@@ -4,7 +4,7 @@ from collections import Counter
 from importlib import resources
 
 import pytest
-from llm_perturb.corpus import CorpusOptions, read_texts
+from llm_perturb.evaluation.corpus import CorpusOptions, read_texts
 
 FOLDER = resources.files("llm_perturb") / "data"
 RUN = 8  # words in a row that two independent passages never share

@@ -3,14 +3,14 @@ import math
 
 import pytest
 import torch
-from bridge.errors import RunError
-from llm_perturb.condition import Condition
-from llm_perturb.corpus import Corpus
-from llm_perturb.perplexity import sequence_losses
+from bridge.exchange.errors import RunError
+from llm_perturb.evaluation.corpus import Corpus
+from llm_perturb.evaluation.parameters import match, named_parameters
+from llm_perturb.evaluation.perplexity import sequence_losses
+from llm_perturb.measurement import Condition
 from llm_perturb.perturbation import Perturbation
 from llm_perturb.selection import Target
 from llm_perturb.sweep import sweep
-from llm_perturb.weights import match, named_parameters
 from reference import every_bit, naive_losses, rewritten, zeroed
 from tiny_models import BUILDERS, build
 

@@ -6,13 +6,13 @@ What brings scipy and matplotlib along is imported by the commands that need it:
 from pathlib import Path
 from typing import Literal
 
-from bridge import argv
-from bridge.discovery import choose_discovery
-from bridge.errors import RequestError
-from bridge.plan import Options
-from bridge.printable import say
-from bridge.runs import check_output
-from bridge.targets import choose_targets, render
+from bridge.analysis.targets import choose_targets, render
+from bridge.exchange import flags
+from bridge.exchange.discovery_run import choose_discovery
+from bridge.exchange.errors import RequestError
+from bridge.exchange.printable import say
+from bridge.exchange.run_folder import check_output
+from bridge.instrument.plan import Options
 
 Perturbation = Literal["zero", "sign_flip", "scale", "gaussian_noise", "bit_flip", "quantize"]
 
@@ -115,8 +115,8 @@ def validate(
         batch_size: sequences at once.
         trust_remote_code: run code that comes with the model, if the discovery did.
     """
-    from bridge.batch import TargetsFailedError
-    from bridge.batch import validate as measure_and_report
+    from bridge.validate import TargetsFailedError
+    from bridge.validate import validate as measure_and_report
 
     options = Options(
         places=from_,
@@ -159,7 +159,7 @@ def correlate(*, from_: list[str], seed: int = 0) -> None:
         from_: a folder that holds validations (the newest complete one is taken), or one validation's folder.
         seed: of the bootstrap and the permutations.
     """
-    from bridge.validation import choose_validation
+    from bridge.validation_run import choose_validation
 
     correlations = choose_validation(from_).write_correlations(seed)
     say(*correlations.to_string(index=False, na_rep="", float_format="{:.4g}".format).split("\n"))
@@ -171,7 +171,7 @@ def report(*, from_: list[str]) -> None:
     Args:
         from_: a folder that holds validations (the newest complete one is taken), or one validation's folder.
     """
-    from bridge.validation import choose_validation
+    from bridge.validation_run import choose_validation
 
     validation = choose_validation(from_)
     lines = validation.write_report()
@@ -205,4 +205,4 @@ def main() -> None:
         "report": report,
         "compare": compare,
     }
-    argv.run(commands, name="bridge")
+    flags.run(commands, name="bridge")

@@ -8,16 +8,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from bridge.concentration import at_equal_fraction, global_curve, top_score_share
-from bridge.correlation import ALL
-from bridge.discovery import KIND, Discovery, open_discovery, read_sampled
-from bridge.errors import RequestError
-from bridge.placement import compared_profiles
-from bridge.printable import say
-from bridge.profiles import cosine, gini, profiles_of, rank_agreement, score_profiles, shares
-from bridge.records import MEASUREMENTS, atomic_path, read_table
-from bridge.runs import find_runs, open_run, read_manifest
-from bridge.single_weights import FILE
+from bridge.analysis.concentration import at_equal_fraction, global_curve, top_score_share
+from bridge.analysis.correlation import ALL
+from bridge.analysis.profiles import cosine, gini, profiles_of, rank_agreement, score_profiles, shares
+from bridge.analysis.single_weights import FILE
+from bridge.exchange.discovery_run import KIND, Discovery, open_discovery, read_sampled
+from bridge.exchange.errors import RequestError
+from bridge.exchange.printable import say
+from bridge.exchange.run_folder import find_runs, open_run, read_manifest
+from bridge.exchange.tables import MEASUREMENTS, atomic_path, read_table
+from bridge.report.placement_figures import compared_profiles
 
 COMPARISON = "comparison"
 RunFacts = tuple[str, dict, dict[str, pd.DataFrame], dict[str, pd.DataFrame]]

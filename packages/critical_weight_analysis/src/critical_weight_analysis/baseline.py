@@ -2,11 +2,11 @@
 
 import math
 
-from bridge.baseline import SAME, TOLERANCE, compare_models, read
-from bridge.errors import RequestError
-from llm_perturb.corpus import Corpus
-from llm_perturb.models import LoadedModel
-from llm_perturb.perplexity import summarize
+from bridge.exchange.baseline_file import SAME, TOLERANCE, compare_models, read
+from bridge.exchange.errors import RequestError
+from llm_perturb.evaluation.corpus import Corpus
+from llm_perturb.evaluation.models import LoadedModel
+from llm_perturb.evaluation.perplexity import summarize
 from torch import Tensor
 
 __all__ = ["check_model", "check_same", "measured", "read", "setup"]

@@ -5,20 +5,21 @@ from dataclasses import dataclass, replace
 from types import ModuleType
 
 import pandas as pd
-from bridge.errors import RequestError, RunError
+from bridge.exchange.errors import RequestError, RunError
 from torch import Tensor
 from torch.nn import Parameter
 from transformers import PreTrainedModel
 
-from critical_weight_analysis import autograd, backward, hutchinson
-from critical_weight_analysis.controls import Controls
-from critical_weight_analysis.cores import on_cores
+from critical_weight_analysis import hutchinson, whole_model
+from critical_weight_analysis.control_lists import Controls
+from critical_weight_analysis.layer_summary import Summary
+from critical_weight_analysis.layerwise import engine
+from critical_weight_analysis.layerwise.parallel import on_cores
+from critical_weight_analysis.layerwise.pass_settings import Settings
+from critical_weight_analysis.layerwise.saved_state import nested
 from critical_weight_analysis.metrics import FORMULAS, NEEDS, Sensitivity
 from critical_weight_analysis.ranking import Ranking, top_indices
-from critical_weight_analysis.sample import N_HEAD, Sample
-from critical_weight_analysis.settings import Settings
-from critical_weight_analysis.state import nested
-from critical_weight_analysis.summary import Summary
+from critical_weight_analysis.sampling import N_HEAD, Sample
 
 TOGETHER = 1 << 25  # weights of a parameter whose scores by several metrics may be in memory at the same time
 BEFORE = frozenset({"hessian"})  # what no engine gives, because it is computed before the pass
@@ -49,13 +50,13 @@ def engine_for(model: PreTrainedModel, settings: Settings = Settings()) -> Modul
     Raises:
         RequestError: it can only be measured whole, and its weights are not to be held whole.
     """
-    if backward.supports(model, settings):
-        return backward
+    if engine.supports(model, settings):
+        return engine
     if settings.checkpoint:
         raise RequestError(
             "this model cannot be run layer by layer, so all its weights must be in memory: --weights resident"
         )
-    return autograd
+    return whole_model
 
 
 def needs_of(metrics: Sequence[str], engine: ModuleType, settings: Settings = Settings()) -> frozenset[str]:  # noqa: B008 - frozen

@@ -10,16 +10,16 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from bridge.errors import RunError
-from llm_perturb.corpus import count_tokens
-from llm_perturb.head import exact_nats
-from llm_perturb.weights import named_parameters
+from bridge.exchange.errors import RunError
+from llm_perturb.evaluation.corpus import count_tokens
+from llm_perturb.evaluation.lm_loss import exact_nats
+from llm_perturb.evaluation.parameters import named_parameters
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from critical_weight_analysis.settings import Settings
+from critical_weight_analysis.layerwise.pass_settings import Settings
 
 PURPOSE = "signs of the Hessian's diagonal"
 _NOT_TWICE = ("is not implemented", "differentiate twice")  # how torch says that there is no second derivative

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
-from llm_perturb.weights import layer_of
+from llm_perturb.evaluation.parameters import layer_of
 from torch import Tensor
 
-from critical_weight_analysis.state import State, columns_of, rows_by_parameter
+from critical_weight_analysis.layerwise.saved_state import State, columns_of, rows_by_parameter
 
 _COLUMNS = {"parameter": torch.int64, "index": torch.int64, "value": torch.float64, "score": torch.float64}
 _CHUNK = 1 << 22  # scores looked at together: bounds the memory of the selection, changes no result

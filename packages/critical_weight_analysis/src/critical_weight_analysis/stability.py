@@ -15,15 +15,15 @@ from types import ModuleType
 import numpy as np
 import pandas as pd
 import torch
-from bridge.records import STABILITY
+from bridge.exchange.tables import STABILITY
 from scipy import stats
 from torch import Tensor
 from torch.nn import Parameter
 from transformers import PreTrainedModel
 
 from critical_weight_analysis.discovery import needs_of, scores_of
+from critical_weight_analysis.layerwise.pass_settings import Settings
 from critical_weight_analysis.ranking import Ranking
-from critical_weight_analysis.settings import Settings
 
 MIN_SEQUENCES = 4  # two in each half
 MIN_COMMON = 3  # two weights are always in the same or the opposite order

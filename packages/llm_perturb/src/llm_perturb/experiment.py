@@ -6,28 +6,28 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from bridge.errors import RequestError, RunError
-from bridge.printable import escaped, say
-from bridge.records import write_json
-from bridge.runs import Run, check_output, open_run
+from bridge.exchange.errors import RequestError, RunError
+from bridge.exchange.printable import escaped, say
+from bridge.exchange.run_folder import Run, check_output, open_run
+from bridge.exchange.tables import write_json
 from tqdm import tqdm
 
-from llm_perturb import models, weights
-from llm_perturb.copies import Copies, Unit, group
-from llm_perturb.corpus import Corpus, CorpusOptions, read_texts, tokenize
-from llm_perturb.fingerprint import check_agreement
-from llm_perturb.head import is_plain
+from llm_perturb.batched_single_weights import Copies, Unit, group
+from llm_perturb.evaluation import models, parameters
+from llm_perturb.evaluation.corpus import Corpus, CorpusOptions, read_texts, tokenize
+from llm_perturb.evaluation.fingerprint import check_agreement
+from llm_perturb.evaluation.lm_loss import is_plain
+from llm_perturb.evaluation.models import LoadedModel
+from llm_perturb.evaluation.perplexity import Perplexity, measure, reference_of, sequence_losses, summarize
+from llm_perturb.evaluation.processes import Processes
 from llm_perturb.intervals import MIN_SEQUENCES
-from llm_perturb.models import LoadedModel
-from llm_perturb.perplexity import Perplexity, measure, reference_of, sequence_losses, summarize
+from llm_perturb.measurement_plan import Plan, choose_weights, lines, share, single_weights
+from llm_perturb.measurements_table import failures, record_of, write_records
 from llm_perturb.perturbation import Perturbation
-from llm_perturb.plan import Plan, choose_weights, lines, share, single_weights
-from llm_perturb.processes import Processes
 from llm_perturb.selection import Target
 from llm_perturb.shards import KIND, Shard
 from llm_perturb.sweep import sweep
-from llm_perturb.table import failures, record_of, write_records
-from llm_perturb.weight_list import check_model, hash_file, read_weight_list
+from llm_perturb.weights_csv import check_model, hash_file, read_weight_list
 
 
 @dataclass(frozen=True)
@@ -134,9 +134,9 @@ def _make_plan(request: Request, loaded: LoadedModel) -> Plan:
     """Check the request against the model, before anything is measured."""
     if not request.target_layers and not request.per_weight:
         raise RequestError("no target: set TARGET_LAYER or --target-layer; --list-layers shows what there is")
-    named = weights.named_parameters(loaded.model)
+    named = parameters.named_parameters(loaded.model)
     targets = [
-        Target(layer, {name: named[name] for name in weights.match(loaded.model, layer)})
+        Target(layer, {name: named[name] for name in parameters.match(loaded.model, layer)})
         for layer in dict.fromkeys(request.target_layers)
     ]
     if request.kl and not is_plain(loaded.model):

@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from bridge.errors import RequestError, RunError
+from bridge.exchange.errors import RequestError, RunError
 from torch import Tensor
 from torch.nn import Parameter
 

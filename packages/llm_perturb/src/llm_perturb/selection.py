@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from bridge.errors import RequestError
+from bridge.exchange.errors import RequestError
 from torch import Tensor
 from torch.nn import Parameter
 

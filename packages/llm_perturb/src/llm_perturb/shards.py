@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-from bridge.errors import RequestError
-from bridge.fingerprint import MISSING, Fingerprint, difference, recorded_fingerprint
-from bridge.records import atomic_path, write_text
-from bridge.runs import check_output, find_runs, open_run, read_manifest
+from bridge.exchange.errors import RequestError
+from bridge.exchange.fingerprint import MISSING, Fingerprint, difference, recorded_fingerprint
+from bridge.exchange.run_folder import check_output, find_runs, open_run, read_manifest
+from bridge.exchange.tables import atomic_path, write_text
 
-from llm_perturb.table import write_comparisons
+from llm_perturb.measurements_table import write_comparisons
 
 KIND = "shard"
 FILES = ("measurements.csv", "sequence_losses.parquet", "baseline.json")

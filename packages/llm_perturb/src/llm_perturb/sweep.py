@@ -8,17 +8,17 @@ saved bits after every restore, and copies are compared with a model that was re
 from collections.abc import Iterator, Sequence
 
 import torch
-from bridge.errors import RunError
+from bridge.exchange.errors import RunError
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llm_perturb.condition import Condition, Outcome, new_values
-from llm_perturb.copies import TOLERANCE, Change, Copies, Unit, change_of, measure_copies, unchanged
-from llm_perturb.corpus import Corpus
-from llm_perturb.perplexity import Reference
+from llm_perturb.batched_single_weights import TOLERANCE, Change, Copies, Unit, change_of, measure_copies, unchanged
+from llm_perturb.evaluation.corpus import Corpus
+from llm_perturb.evaluation.perplexity import Reference
+from llm_perturb.measurement import Condition, Outcome, new_values
 from llm_perturb.perturbation import perturbed
-from llm_perturb.restart import Restart
 from llm_perturb.selection import Target
+from llm_perturb.suffix_forward import Restart
 
 
 def sweep(

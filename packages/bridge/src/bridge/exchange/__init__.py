@@ -1,0 +1,1 @@
+"""What passes between the packages: errors, flags, tables, run folders. All that the others may import of bridge."""

@@ -1,0 +1,100 @@
+"""The fingerprint of a measured model: one hash of its values, one of its tokenizer, and a digest of each parameter.
+
+``llm_perturb.fingerprint`` computes it. Each run folder holds it as ``fingerprint.json``; its two hashes also stand in
+the identity of the run's manifest and in ``baseline.json``. Here it is written, read and compared.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from bridge.exchange.errors import RequestError
+from bridge.exchange.tables import write_json
+
+FILE = "fingerprint.json"
+MISSING = "has no fingerprint (an earlier version made it), so the values of the models could not be compared"
+_NAMED = 3  # parameters that a message names before it counts the others
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What a model was, to the bit.
+
+    Attributes:
+        parameters_xxh3: hash of all parameters and persistent buffers: name, shape, dtype and values as used.
+        tokenizer_xxh3: hash of the tokenizer.
+        dtype: what the parameters were converted to, None if unknown. Digests of two dtypes always differ.
+        digests: hash of each parameter by name, in model order; empty where only the totals are known.
+    """
+
+    parameters_xxh3: str
+    tokenizer_xxh3: str
+    dtype: str | None
+    digests: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def totals(self) -> dict[str, str]:
+        """The two hashes, by the names that they have in ``baseline.json`` and in a manifest."""
+        return {"parameters_xxh3": self.parameters_xxh3, "tokenizer_xxh3": self.tokenizer_xxh3}
+
+
+def write_fingerprint(folder: Path, fingerprint: Fingerprint) -> None:
+    """Write ``fingerprint.json`` into a run folder."""
+    write_json(folder / FILE, asdict(fingerprint))
+
+
+def read_fingerprint(folder: Path) -> Fingerprint | None:
+    """The fingerprint of a run folder, None where there is no such file: versions before it wrote none.
+
+    Raises:
+        RequestError: the file is damaged.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        return None
+    try:
+        found = Fingerprint(**json.loads(path.read_text(encoding="utf-8")))
+        words = [*found.totals.values(), found.dtype or "", *found.digests, *found.digests.values()]
+        if not all(isinstance(word, str) for word in words):
+            raise ValueError("a hash is not a string")
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise RequestError(f"{path} is damaged: {error}; restore it, or make the run again") from None
+    return found
+
+
+def recorded_fingerprint(content: Mapping[str, object], folder: Path) -> Fingerprint | None:
+    """The fingerprint that a ``baseline.json`` or a manifest's identity has, with the digests that lie beside it.
+
+    Args:
+        content: with the two totals, or without them where an earlier version wrote it.
+        folder: where ``fingerprint.json`` may be; one with other totals is not of this run.
+
+    Returns:
+        None without the totals.
+
+    Raises:
+        RequestError: ``fingerprint.json`` is damaged.
+    """
+    parameters, tokenizer = content.get("parameters_xxh3"), content.get("tokenizer_xxh3")
+    if not parameters or not tokenizer:
+        return None
+    known = Fingerprint(str(parameters), str(tokenizer), content.get("dtype"))
+    beside = read_fingerprint(folder)
+    return beside if beside and beside.totals == known.totals else known
+
+
+def difference(one: Fingerprint, other: Fingerprint) -> str:
+    """What two fingerprints differ in: the tokenizer, and the first parameters by name. Empty if in nothing."""
+    words = ["the tokenizer"] * (one.tokenizer_xxh3 != other.tokenizer_xxh3)
+    if one.parameters_xxh3 != other.parameters_xxh3:
+        words += _differing_parameters(one.digests, other.digests)
+    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
+
+
+def _differing_parameters(one: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
+    names = [name for name in {**one, **other} if one.get(name) != other.get(name)]
+    if not one or not other or not names:
+        return ["the values of the parameters"]
+    more = len(names) - _NAMED
+    return names[:_NAMED] + [f"{more} more parameters" if more > 1 else "1 more parameter"] * (more > 0)

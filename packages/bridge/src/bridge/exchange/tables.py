@@ -1,0 +1,238 @@
+"""The tables that pass between the packages: their columns, reading with checks, writing without loss.
+
+Each table is a CSV that a spreadsheet opens. Floats are written in full, so that reading gives the same
+bits back; a file appears under its name only once it is complete.
+"""
+
+import csv
+import io
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+
+from bridge.exchange.errors import RequestError
+from bridge.exchange.printable import check_printable, is_printable
+
+
+@dataclass(frozen=True)
+class Table:
+    """A kind of table: its name in messages, and for each column 'str', 'int', 'float' or 'int?' (may be empty)."""
+
+    name: str
+    columns: dict[str, str]
+
+
+TOP_WEIGHTS = Table(
+    "weights",
+    {
+        "rank": "int",  # from 1; ties broken by (parameter order, row, col)
+        "layer": "str",  # module path, usable as TARGET_LAYER
+        "parameter": "str",  # full parameter name
+        "row": "int",
+        "col": "int?",  # empty for a one-dimensional tensor
+        "value": "float",  # the weight itself
+        "score": "float",
+    },
+)
+SAMPLED_WEIGHTS = Table(
+    "sampled weights",
+    {"layer": "str", "parameter": "str", "row": "int", "col": "int?", "value": "float"},
+)  # followed by score_<metric> and share_<metric> columns, one of each for each metric of the run
+LAYER_SUMMARY = Table(
+    "layer summary",
+    {"layer": "str", "parameter": "str", "n_weights": "int"}
+    | dict.fromkeys(["score_sum", "score_mean", "score_max", "score_p99"], "float"),
+)  # followed by in_top_<k> columns: how many of each global top-K this parameter holds
+MEASUREMENTS = Table(
+    "measurements",
+    {
+        "target_layer": "str",
+        "parameter": "str",  # the parameters perturbed, joined by commas; ALL where they are many
+        "selection": "str",  # top_<metric>, bottom_<metric>, random, weight (one weight alone)
+        "perturbation": "str",
+        "k": "int",
+        "seed": "int?",
+        "n_weights": "int",  # weights really perturbed
+        "score_sum": "float",  # the prediction: the metric's scores of these weights added; empty for random
+        "baseline_nll": "float",  # nats per token
+        "perturbed_nll": "float",
+        "delta_nll": "float",
+        "ci_low": "float",  # of delta_nll
+        "ci_high": "float",
+        "baseline_ppl": "float",
+        "perturbed_ppl": "float",
+        "delta_ppl": "float",
+        "n_tokens": "int",
+        "n_sequences": "int",
+        "corpus_sha256": "str",
+        "model": "str",
+    },
+)  # followed by row and col: the place of a weight that was perturbed alone, else empty
+TARGETS = Table(
+    "targets",
+    {
+        "target_layer": "str",
+        "role": "str",  # top, control
+        "n_top": "int",
+        "score_sum": "float",
+        "score_rank": "int",
+        "n_layers": "int",  # from which the targets were chosen
+    },
+)
+CORRELATIONS = Table(
+    "correlations",
+    {"unit": "str", "metric": "str", "perturbation": "str", "k": "int", "n": "int"}
+    | dict.fromkeys(["spearman", "ci_low", "ci_high", "p_value", "p_adjusted"], "float")
+    | dict.fromkeys(["above_magnitude", "above_low", "above_high"], "float")  # rho minus magnitude's, and its interval
+    | dict.fromkeys(["kendall_tau_b", "weighted_tau", "rbo"], "float")
+    | {"top_n": "int", "precision_at_n": "float", "note": "str"},
+)
+STABILITY = Table(
+    "stability",
+    {
+        "kind": "str",  # halves: of one corpus; seeds: first halves of two splits; metrics: on the whole corpus
+        "metric": "str",
+        "other": "str",  # the other metric; the same one but for kind metrics
+        "k": "int",
+        "seed": "int?",  # the split's number from 0; empty for kind metrics
+        "other_seed": "int?",
+        "jaccard": "float",
+        "jaccard_chance": "float",  # expected of two random sets of K
+        "n_common": "int",
+        "rank_correlation": "float",  # empty where it cannot be had
+    },
+)
+
+_EMPTY = {"", "NA", "nan", "NaN"}
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path`` that takes its name when the block ends without an exception."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as stream:
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write JSON, indented, whole or not at all."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_table(path: Path, frame: pd.DataFrame, table: Table) -> None:
+    """Write ``frame`` with the table's columns first, in their order; further columns follow."""
+    missing = [column for column in table.columns if column not in frame]
+    assert not missing, f"{table.name} lack {missing}"
+    extra = [column for column in frame if column not in table.columns]
+    with atomic_path(path) as temporary:
+        frame[[*table.columns, *extra]].to_csv(temporary, index=False)
+
+
+def read_table(path: Path, table: Table) -> pd.DataFrame:
+    """Read a table and check it.
+
+    Raises:
+        RequestError: no such file, not a CSV, cut off, a column missing, a value of the wrong kind, a text with a
+            character that is not printable, or no rows.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise RequestError(f"{path}: no such file (expected a CSV of {table.name})")
+    try:
+        lines = _rows(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, csv.Error) as error:
+        raise RequestError(f"{path} cannot be read as a CSV of {table.name}: {error}") from None
+    header = [check_printable(name, f"{path}: column") for name in lines[0][1]] if lines else []
+    missing = [column for column in table.columns if column not in header]
+    if missing:
+        raise RequestError(f"{path} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)} of {table.name}")
+    if len(lines) == 1:
+        raise RequestError(f"{path} holds no rows of {table.name}")
+    numbers = [line for line, _ in lines[1:]]
+    columns = {}
+    for place, name in enumerate(header):
+        texts = [row[place] for _, row in lines[1:]]
+        kind, where = table.columns.get(name), partial(_where, path, numbers, name)
+        columns[name] = _parse(texts, kind, where) if kind else _guess(texts, where)
+    return pd.DataFrame(columns)
+
+
+def _where(path: Path, lines: list[int], name: str, at: int) -> str:
+    return f"{path}, line {lines[at]}: column {name}"
+
+
+def _rows(text: str) -> list[tuple[int, list[str]]]:
+    """The rows with their line numbers, header first; a file that was cut off is refused.
+
+    Half a number still reads as a number, so a full disk or a broken copy must show by its last line.
+    """
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    rows = [(reader.line_num, row) for row in reader if row]
+    for line, row in rows:
+        if len(row) != len(rows[0][1]):
+            raise ValueError(f"line {line} has {len(row)} fields, the header {len(rows[0][1])}; is the file cut off?")
+    if not text.endswith(("\n", "\r")):
+        raise ValueError("the last line has no end; is the file cut off? (If it is whole, add a line break.)")
+    return rows
+
+
+def _parse(texts: list[str], kind: str, where: Callable[[int], str]) -> pd.Series:
+    """A column of one kind; ``where`` names the cell of a row."""
+    if kind == "str":
+        return _names(texts, where)
+    values = []
+    for at, text in enumerate(texts):
+        try:
+            values.append(_number(text, kind))
+        except ValueError:
+            raise RequestError(f"{where(at)} should be a number, not '{text}'") from None
+    return pd.Series(values, dtype={"int": "int64", "int?": "Int64", "float": "float64"}[kind])
+
+
+def _names(texts: list[str], where: Callable[[int], str]) -> pd.Series:
+    """A column of texts, none of which a terminal or a line of text would take for more than characters."""
+    for text in dict.fromkeys(texts):
+        if not is_printable(text):
+            check_printable(text, where(texts.index(text)))
+    return pd.Series(texts, dtype="str")
+
+
+def _number(text: str, kind: str) -> float | int | None:
+    """Python's own reading, which is exact: pandas' parser may be off by a bit."""
+    if kind == "float":
+        return float(text) if text not in _EMPTY else float("nan")
+    if kind == "int?" and text in _EMPTY:
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        number = float(text)  # a spreadsheet, or pandas where a value is missing, writes 3 as 3.0
+        if not number.is_integer():
+            raise ValueError(text) from None
+        return int(number)
+
+
+def _guess(texts: list[str], where: Callable[[int], str]) -> pd.Series:
+    """A column that the table does not know: numbers if all of it can be read so."""
+    try:
+        return pd.to_numeric(pd.Series(texts, dtype="str"))
+    except ValueError:
+        return _names(texts, where)

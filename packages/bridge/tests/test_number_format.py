@@ -1,0 +1,62 @@
+import math
+
+import pytest
+from bridge.report import number_format
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0"),
+        (0.5, "0.500"),
+        (37.0444, "37.0"),
+        (999.9, "1,000"),
+        (152_999, "153,000"),
+        (4.04e6, "4.04×10⁶"),
+        (-0.00012345, "−0.000123"),
+        (3.1e-12, "3.10×10⁻¹²"),
+        (math.inf, "∞"),
+        (-math.inf, "−∞"),
+        (math.nan, "–"),
+        (None, "–"),
+    ],
+)
+def test_numbers(value, text):
+    assert number_format.number(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "text"),
+    [
+        (0.0461, 0.0405, 0.0518, "+0.046 [0.041,\u00a00.052]"),
+        (-7.17e-5, -0.000272, 0.000128, "−0.00007 [−0.00027,\u00a00.00013]"),
+        (7.92, 6.97, 8.87, "+7.9 [7.0,\u00a08.9]"),
+        (1e-9, -2e-9, 3e-9, "+1.00×10⁻⁹ [−2.00×10⁻⁹,\u00a03.00×10⁻⁹]"),
+        (math.inf, math.inf, math.inf, "+∞ [∞,\u00a0∞]"),
+        (0.5, math.nan, math.nan, "+0.500"),
+        (0.2, 0.2, 0.2, "+0.200 [0.200,\u00a00.200]"),
+    ],
+)
+def test_no_digit_is_finer_than_the_interval(value, low, high, text):
+    assert number_format.measured(value, low, high) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(37.0444, "37.04"), (2117.3, "2,120"), (4.04e6, "4.04×10⁶"), (math.inf, "∞")]
+)
+def test_perplexity(value, text):
+    assert number_format.perplexity(value) == text
+
+
+@pytest.mark.parametrize(("value", "text"), [(0.0002, "0.00020"), (0.25, "0.25"), (1, "1.0"), (8.7e-19, "8.7×10⁻¹⁹")])
+def test_p_value(value, text):
+    assert number_format.p_value(value) == text
+
+
+def test_a_loss_that_overflows_is_an_infinite_perplexity():
+    assert number_format.exp(1e4) == math.inf
+    assert number_format.exp(0) == 1
+
+
+def test_plural():
+    assert [number_format.plural(n, "layer") for n in (0, 1, 1200)] == ["0 layers", "1 layer", "1,200 layers"]

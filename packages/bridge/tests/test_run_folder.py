@@ -1,0 +1,238 @@
+import json
+import subprocess
+import sys
+
+import pytest
+from bridge.exchange import run_folder
+from bridge.exchange.errors import RequestError
+from bridge.exchange.fingerprint import read_fingerprint
+from bridge.exchange.run_folder import check_output, find_runs, is_locked, read_manifest
+from bridge.exchange.tables import write_json
+from discovery_folder import fingerprint
+
+IDENTITY = {"options": {"k": [100], "seeds": (0, 1)}, "model": {"id": "tiny"}}
+
+
+OPENED = []
+
+
+@pytest.fixture(autouse=True)
+def release_all():
+    yield
+    while OPENED:
+        release(OPENED.pop())
+
+
+def open_run(*args, **more):
+    OPENED.append(run_folder.open_run(*args, **more))
+    return OPENED[-1]
+
+
+def release(run):
+    """Let go of a run as a kill would: nothing written, the lock free."""
+    run._lock.close()
+
+
+def complete(output, kind="perturb", name=None, ended=None, identity=IDENTITY):
+    run = open_run(output, kind, identity, name)
+    run.finish("complete")
+    if ended:
+        write_json(run.folder / "manifest.json", read_manifest(run.folder) | {"ended": ended})
+    return run.folder
+
+
+def test_new_run_says_that_it_runs(tmp_path):
+    run = open_run(tmp_path, "perturb", IDENTITY, "a", {"device": "cpu"})
+    manifest = read_manifest(tmp_path / "perturb_a")
+    assert not run.resumed
+    assert manifest["status"] == "running"
+    assert manifest["identity"]["options"] == {"k": [100], "seeds": [0, 1]}
+    assert manifest["device"] == "cpu"
+    assert manifest["ended"] is None
+    assert manifest["host"]["versions"]["bridge"]
+
+
+def test_killed_run_is_resumed_with_its_records_and_warnings(tmp_path, capsys):
+    first = open_run(tmp_path, "perturb", IDENTITY)
+    first.append({"row": 1})
+    first.append({"row": 3}, writer=1)
+    first.warn("odd")
+    release(first)
+    second = open_run(tmp_path, "perturb", IDENTITY)
+    assert second.resumed
+    assert second.folder == first.folder
+    assert second.records() == [{"row": 1}, {"row": 3}]
+    assert second.manifest["warnings"] == ["odd"]
+    assert second.manifest["started"] == first.manifest["started"]
+    assert capsys.readouterr().err == "WARNING: odd\n"
+
+
+def test_line_cut_short_by_a_kill_is_dropped_and_the_log_goes_on(tmp_path):
+    first = open_run(tmp_path, "perturb", IDENTITY, "a")
+    first.append({"row": 1, "name": "ü"})
+    with (first.folder / "progress-0.jsonl").open("ab") as stream:
+        stream.write(b'{"row": 2, "na')
+    release(first)
+    second = open_run(tmp_path, "perturb", IDENTITY, "a")
+    assert second.records() == [{"row": 1, "name": "ü"}]
+    second.append({"row": 2})
+    assert second.records() == [{"row": 1, "name": "ü"}, {"row": 2}]
+
+
+@pytest.mark.parametrize("line", [b"cos\nsystem\n(S'x'\ntR.", b"\x80\x04\x95", b"[1]", b"{", b"[" * 10**5, b""])
+def test_damaged_line_of_the_log_is_refused(tmp_path, line):
+    run = open_run(tmp_path, "perturb", IDENTITY, "a")
+    run.append({"row": 1})
+    with (run.folder / "progress-0.jsonl").open("ab") as stream:
+        stream.write(line + b"\n")
+    with pytest.raises(RequestError, match=r"progress-0\.jsonl, line 2 is damaged: expected a JSON object"):
+        run.records()
+
+
+def test_warning_cannot_speak_to_the_terminal(tmp_path, capsys):
+    run = open_run(tmp_path, "perturb", IDENTITY, "a")
+    run.warn("odd\x1b[2J\nerror: \u202efine")
+    run.warn("odd\x1b[2J\nerror: \u202efine")
+    assert capsys.readouterr().err == 2 * "WARNING: odd\\x1b[2J\\nerror: \\u202efine\n"
+    assert read_manifest(run.folder)["warnings"] == ["odd\\x1b[2J\\nerror: \\u202efine"]
+
+
+def test_failed_run_is_resumed_and_complete_run_is_not(tmp_path):
+    first = open_run(tmp_path, "perturb", IDENTITY)
+    first.finish("failed")
+    second = open_run(tmp_path, "perturb", IDENTITY)
+    assert second.folder == first.folder
+    second.append({"row": 1})
+    second.finish("complete", n=1)
+    assert read_manifest(second.folder)["n"] == 1
+    assert list(second.folder.glob("progress*")) == []
+    assert open_run(tmp_path, "perturb", IDENTITY).folder != first.folder
+
+
+def test_complete_folder_is_never_written_to(tmp_path):
+    folder = complete(tmp_path, name="a")
+    before = (folder / "manifest.json").read_bytes()
+    with pytest.raises(RequestError, match=r"perturb_a is already complete; choose another --experiment-id"):
+        open_run(tmp_path, "perturb", IDENTITY, "a")
+    assert (folder / "manifest.json").read_bytes() == before
+
+
+def test_other_identity_is_refused_by_name_or_gets_its_own_folder(tmp_path):
+    release(open_run(tmp_path, "perturb", IDENTITY, "a"))
+    other = {"options": {"k": [500], "seeds": [0, 1]}, "model": {"id": "big"}}
+    with pytest.raises(RequestError, match="begun with another model, k; choose"):
+        open_run(tmp_path, "perturb", other, "a")
+    assert open_run(tmp_path, "perturb", other).folder.name != "perturb_a"
+
+
+def test_fingerprint_is_kept_and_another_one_is_not_resumed(tmp_path):
+    run = open_run(tmp_path, "perturb", IDENTITY, "a", fingerprint=fingerprint())
+    assert run.manifest["identity"]["fingerprint"] == fingerprint().totals
+    assert read_fingerprint(run.folder) == fingerprint()
+    release(run)
+    same = open_run(tmp_path, "perturb", IDENTITY, fingerprint=fingerprint())
+    assert same.resumed and same.folder == run.folder
+    release(same)
+    changed = fingerprint("model.layers.7.mlp.weight")
+    message = r"begun with another fingerprint \(the models differ in model\.layers\.7\.mlp\.weight\); choose"
+    with pytest.raises(RequestError, match=message):
+        open_run(tmp_path, "perturb", IDENTITY, "a", fingerprint=changed)
+    assert read_fingerprint(run.folder) == fingerprint()
+    assert open_run(tmp_path, "perturb", IDENTITY, fingerprint=changed).folder != run.folder
+
+
+def test_run_begun_without_a_fingerprint_is_not_resumed_with_one(tmp_path):
+    release(open_run(tmp_path, "perturb", IDENTITY, "a"))
+    with pytest.raises(RequestError, match="begun with another fingerprint; choose"):
+        open_run(tmp_path, "perturb", IDENTITY, "a", fingerprint=fingerprint())
+
+
+def test_two_processes_never_share_a_folder(tmp_path):
+    run = open_run(tmp_path, "perturb", IDENTITY, "a")
+    code = (
+        "import sys; from pathlib import Path; from bridge.exchange.run_folder import open_run\n"
+        f"open_run(Path(sys.argv[1]), 'perturb', {IDENTITY!r}, 'a')"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert "another process is at work in" in done.stderr
+    assert is_locked(run.folder)
+    run.finish("failed")
+    assert not is_locked(run.folder)
+    assert not is_locked(tmp_path / "none")
+
+
+def test_folder_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "perturb_a").mkdir()
+    (tmp_path / "perturb_a" / "notes.txt").write_text("mine")
+    with pytest.raises(RequestError, match="holds files of something else"):
+        open_run(tmp_path, "perturb", IDENTITY, "a")
+    (tmp_path / "perturb_b").write_text("a file")
+    with pytest.raises(RequestError, match="perturb_b is a file"):
+        open_run(tmp_path, "perturb", IDENTITY, "b")
+
+
+def test_kill_before_the_first_manifest_leaves_a_usable_folder(tmp_path):
+    folder = tmp_path / "perturb_a"
+    folder.mkdir()
+    (folder / ".lock").touch()
+    (folder / ".manifest.json.123.tmp").write_text("{")
+    assert not open_run(tmp_path, "perturb", IDENTITY, "a").resumed
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/b", "/tmp/x"])
+def test_experiment_id_is_a_plain_name(tmp_path, name):
+    with pytest.raises(RequestError, match="must be a plain name"):
+        open_run(tmp_path, "perturb", IDENTITY, name)
+
+
+def test_runs_of_one_second_get_folders_of_their_own(tmp_path):
+    folders = {complete(tmp_path) for _ in range(3)}
+    assert len(folders) == 3
+
+
+def test_output_is_made_or_refused(tmp_path):
+    assert check_output(str(tmp_path / "a" / "b")).is_dir()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RequestError, match="cannot be made a folder"):
+        check_output(str(tmp_path / "file"))
+    with pytest.raises(RequestError, match="cannot be made a folder"):
+        check_output(str(tmp_path / "file" / "below"))
+
+
+def test_output_that_cannot_be_written_to(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # the superuser may write anywhere
+    with pytest.raises(RequestError, match="is not writable"):
+        check_output(str(tmp_path))
+
+
+def test_find_runs(tmp_path):
+    new = complete(tmp_path, name="a", ended="2026-02-01T00:00:00+0000")
+    old = complete(tmp_path, name="b", ended="2026-01-01T00:00:00+0000")
+    release(open_run(tmp_path, "perturb", IDENTITY, "c"))
+    complete(tmp_path, "baseline", "d")
+    assert find_runs(tmp_path, "perturb") == [old, new]
+    assert find_runs(old, "perturb") == [old]
+    renamed = old.rename(tmp_path / "the good one")
+    assert find_runs(renamed, "perturb") == [renamed]
+
+
+def test_find_runs_says_what_is_there(tmp_path):
+    release(open_run(tmp_path, "perturb", IDENTITY, "c"))
+    with pytest.raises(RequestError, match=r"holds no complete perturb_\* run \(1 unfinished\)"):
+        find_runs(tmp_path, "perturb")
+    with pytest.raises(RequestError, match=r"holds no complete critical_analysis_\* run$"):
+        find_runs(tmp_path, "critical_analysis")
+    with pytest.raises(RequestError, match="no such folder"):
+        find_runs(tmp_path / "none", "perturb")
+
+
+def test_manifest_of_another_version_or_damaged(tmp_path):
+    folder = complete(tmp_path, name="a")
+    write_json(folder / "manifest.json", json.loads((folder / "manifest.json").read_text()) | {"schema": 99})
+    with pytest.raises(RequestError, match="has schema 99, this version reads 1"):
+        read_manifest(folder)
+    (folder / "manifest.json").write_text('{"schema": 1')
+    with pytest.raises(RequestError, match="is damaged"):
+        read_manifest(folder)
+    with pytest.raises(RequestError, match=r"has no manifest\.json"):
+        read_manifest(tmp_path)

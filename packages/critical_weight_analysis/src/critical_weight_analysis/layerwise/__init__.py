@@ -1,0 +1,1 @@
+"""The engine that goes through a model one decoder layer at a time."""

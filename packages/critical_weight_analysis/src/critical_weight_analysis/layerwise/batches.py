@@ -1,0 +1,74 @@
+"""Sequences that are run together, and what is known of them on the way."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own name for it
+from torch import Tensor
+
+from critical_weight_analysis.layerwise.activation_cache import Keeper
+from critical_weight_analysis.layerwise.parallel import n_cores
+
+_CPU_TOKENS = 512
+_GPU_SEQUENCES = 64
+
+
+@dataclass
+class Batch:
+    """Some sequences that are run together, padded on the right to the longest.
+
+    Attributes:
+        members: their numbers in the corpus.
+        ids: (B, T), all but the last token of each.
+        targets: of each member, (T_i,): all but the first token.
+        keeper: what it kept of the linear maps' results.
+        calls: what each decoder layer is called with, by layer; the hidden state in it is not to be used.
+        hidden: (B, T, H), the hidden state where the way forward has come to.
+        gradient: d Σ S_i / d hidden state (B, T, H), where the way back has come to.
+    """
+
+    members: list[int]
+    ids: Tensor
+    targets: list[Tensor]
+    keeper: Keeper
+    calls: dict[str, tuple[tuple, dict]] = field(default_factory=dict)
+    hidden: Tensor | None = None
+    gradient: Tensor | None = None
+
+    def groups(self, n_tokens: int) -> Iterator[list[int]]:
+        """Its rows, as many together as have that many real tokens; one at least."""
+        group: list[int] = []
+        for row, targets in enumerate(self.targets):
+            if group and sum(len(self.targets[other]) for other in group) + len(targets) > n_tokens:
+                yield group
+                group = []
+            group.append(row)
+        yield group
+
+
+def members_of(sequences: list[Tensor], batch_size: int) -> list[list[int]]:
+    """Which sequences go together, in as few batches as possible: those of like length, the longest first."""
+    order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
+    return [part.tolist() for part in np.array_split(order, -(-len(order) // batch_size))]
+
+
+def first_batch_size(sequences: list[Tensor], device: torch.device) -> int:
+    """How many sequences to try at a time: on the CPU about five hundred tokens for each core."""
+    if device.type == "cpu":
+        most, at_a_time = max(1, _CPU_TOKENS // (max(map(len, sequences)) - 1)), n_cores(device)
+        n_batches = -(-len(sequences) // most)
+        n_rounds = -(-n_batches // at_a_time)
+        return -(-len(sequences) // (n_rounds * at_a_time))  # so that the last round leaves no core without a batch
+    return min(len(sequences), _GPU_SEQUENCES)
+
+
+def make_batch(members: list[int], sequences: list[Tensor], device: torch.device, keeper: Keeper) -> Batch:
+    """A batch of these sequences, the longest of them first; the padding repeats the last token."""
+    length = len(sequences[members[0]]) - 1
+    ids = torch.stack([F.pad(sequences[i][:-1], (0, length))[:length] for i in members])
+    for row, i in enumerate(members):
+        ids[row, len(sequences[i]) - 1 :] = sequences[i][-1]
+    targets = [sequences[i][1:].to(device) for i in members]
+    return Batch(members, ids.to(device), targets, keeper)

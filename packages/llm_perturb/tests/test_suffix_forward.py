@@ -1,0 +1,210 @@
+import copy
+
+import pytest
+import torch
+from llm_perturb.evaluation.parameters import named_parameters
+from llm_perturb.evaluation.perplexity import sequence_losses
+from llm_perturb.suffix_forward import Restart, decoder_layers
+from reference import naive_losses
+from tiny_models import BUILDERS, build
+from torch import nn
+
+N_LAYERS = 3
+
+
+def layers_of(model):
+    _, layers = decoder_layers(model)
+    return layers
+
+
+def perturb_from(model, depth):
+    """Change every tensor of the layers from ``depth`` on, and what comes after them."""
+    generator = torch.Generator().manual_seed(depth)
+    changed = 0
+    for name, parameter in named_parameters(model).items():
+        inside = any(parameter is p for layer in layers_of(model)[depth:] for p in layer.parameters())
+        after = name.endswith(("ln_f.weight", "final_layer_norm.bias", "model.norm.weight"))
+        if inside or after:
+            changed += 1
+            parameter.data.add_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+    assert changed > 4
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("boundary", range(N_LAYERS))
+def test_losses_have_the_bits_of_a_full_pass(model, sequences, boundary, batch_size):
+    restart = Restart(model, sequences, batch_size)
+    restart.move_to(boundary)
+    assert torch.equal(restart.losses(), sequence_losses(model, sequences, batch_size))
+    for depth in range(N_LAYERS - 1, boundary - 1, -1):
+        perturb_from(model, depth)
+        found = restart.losses()
+        assert torch.equal(found, sequence_losses(model, sequences, batch_size))
+        torch.testing.assert_close(found, naive_losses(model, sequences), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_the_bits_agree_in_narrow_models_too(sequences, dtype, batch_size):
+    model = build("gpt2", dtype)
+    restart = Restart(model, sequences, batch_size)
+    for boundary in (1, 2):
+        restart.move_to(boundary)
+        assert torch.equal(restart.losses(), sequence_losses(model, sequences, batch_size))
+
+
+@pytest.mark.parametrize("family", sorted(BUILDERS))
+def test_the_layers_before_the_boundary_do_not_run(family, sequences):
+    model = build(family)
+    runs = [0] * N_LAYERS
+
+    def count(number):
+        def hook(module, inputs, output):
+            runs[number] += 1
+
+        return hook
+
+    for number, layer in enumerate(layers_of(model)):
+        layer.mlp.register_forward_hook(count(number))
+    sequence_losses(model, sequences)  # whatever the model is asked only once is asked here
+    restart = Restart(model, sequences)
+    restart.move_to(2)
+    runs[:] = [0] * N_LAYERS
+    restart.losses()
+    assert runs == [0, 0, len(sequences)]
+
+
+def test_weights_before_the_boundary_no_longer_matter(sequences):
+    """The other side of the bargain: what is kept is really used."""
+    model = build("neox")
+    restart = Restart(model, sequences)
+    restart.move_to(2)
+    before = restart.losses()
+    model.gpt_neox.layers[0].mlp.dense_4h_to_h.weight.data.add_(1.0)
+    assert torch.equal(restart.losses(), before)
+    assert not torch.equal(sequence_losses(model, sequences), before)
+
+
+@pytest.mark.parametrize("way", [[2, 1, 2], [1, 2, 0, 1], [2, 0, 2], [1, 1], [0, 2, 2, 1, 0]])
+def test_the_boundary_moves_forth_and_back(model, sequences, way):
+    expected = sequence_losses(model, sequences, 3)
+    restart = Restart(model, sequences, 3)
+    for boundary in way:
+        restart.move_to(boundary)
+        assert restart.boundary == boundary
+        assert torch.equal(restart.losses(), expected)
+
+
+def test_moving_back_forgets_what_was_kept(sequences):
+    model = build("llama")
+    restart = Restart(model, sequences)
+    restart.move_to(2)
+    model.model.layers[0].mlp.down_proj.weight.data.add_(1.0)
+    for boundary in (1, 0):
+        restart.move_to(boundary)
+        assert torch.equal(restart.losses(), sequence_losses(model, sequences))
+
+
+@pytest.mark.parametrize("boundary", [1, 2])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_model_that_nothing_has_measured_yet_can_be_restarted(sequences, boundary, batch_size):
+    restart = Restart(build("llama"), sequences, batch_size)
+    restart.move_to(boundary)
+    torch.testing.assert_close(restart.losses(), naive_losses(build("llama"), sequences), rtol=1e-12, atol=0)
+
+
+def is_clean(model):
+    return all("forward" not in vars(layer) and not layer._forward_hooks for layer in layers_of(model))
+
+
+def test_the_layers_are_as_before_afterwards(model, sequences):
+    restart = Restart(model, sequences)
+    restart.move_to(2)
+    assert is_clean(model)
+    restart.losses()
+    assert is_clean(model)
+    assert torch.equal(sequence_losses(model, sequences), sequence_losses(copy.deepcopy(model), sequences))
+
+
+def test_the_layers_are_as_before_after_an_exception(sequences):
+    model = build("llama")
+    sequence_losses(model, sequences)
+    restart = Restart(model, sequences)
+    restart.move_to(1)
+
+    def fail(module, inputs):
+        raise KeyboardInterrupt("in the norm")
+
+    handle = model.model.norm.register_forward_pre_hook(fail)
+    with pytest.raises(KeyboardInterrupt, match="in the norm"):
+        restart.losses()
+    assert is_clean(model)
+    handle.remove()
+    handle = model.model.layers[1].mlp.register_forward_pre_hook(fail)
+    with pytest.raises(KeyboardInterrupt, match="in the norm"):
+        restart.move_to(2)
+    assert is_clean(model)
+    handle.remove()
+    assert torch.equal(restart.losses(), sequence_losses(model, sequences))
+
+
+@pytest.mark.parametrize("family", sorted(BUILDERS))
+def test_depth_is_the_first_layer_that_holds_one_of_the_parameters(family, sequences):
+    model = build(family)
+    path, layers = decoder_layers(model)
+    restart = Restart(model, sequences)
+    names = {
+        number: f"{path}.{number}.{next(iter(dict(layer.named_parameters())))}" for number, layer in enumerate(layers)
+    }
+    assert [restart.depth_of([names[number]]) for number in range(N_LAYERS)] == [0, 1, 2]
+    assert restart.depth_of([names[2], names[1]]) == 1
+    embedding = next(iter(named_parameters(model)))
+    assert restart.depth_of([embedding]) == 0
+    assert restart.depth_of([names[2], embedding]) == 0
+
+
+def test_a_tenth_layer_is_not_the_first(sequences):
+    restart = Restart(build("llama"), sequences)
+    assert restart.depth_of(["model.layers.12.mlp.up_proj.weight", "model.layers.2.mlp.up_proj.weight"]) == 2
+    assert restart.depth_of(["model.layers.12.mlp.up_proj.weight"]) == 12
+
+
+def test_a_model_whose_layers_are_not_found_runs_whole(sequences):
+    model = build("llama")
+    model.extra = nn.ModuleList([nn.Identity() for _ in range(N_LAYERS)])
+    assert decoder_layers(model) is None
+    restart = Restart(model, sequences, 3)
+    assert restart.depth_of(["model.layers.2.mlp.up_proj.weight"]) == 0
+    assert torch.equal(restart.losses(), sequence_losses(model, sequences, 3))
+
+
+AFTER = {
+    "gpt2": {"transformer.ln_f.weight", "transformer.ln_f.bias"},
+    "neox": {
+        "gpt_neox.final_layer_norm.weight",
+        "gpt_neox.final_layer_norm.bias",
+        "embed_out.weight",
+        "lm_head.weight",
+    },
+    "llama": {"model.norm.weight", "lm_head.weight"},
+    "llama_tied": {"model.norm.weight"},
+}
+
+
+@pytest.mark.parametrize("family", sorted(BUILDERS))
+def test_what_comes_after_all_layers_needs_none_of_them(family, sequences):
+    """But not a head that is the embedding too, nor one that has been called before the layers."""
+    model = build(family)
+    restart = Restart(model, sequences, 3)
+    named = named_parameters(model)
+    after = {name for name in named if restart.depth_of([name]) == N_LAYERS}
+    assert after == AFTER[family] & named.keys()
+    assert restart.depth_of([*after, next(name for name in named if ".2." in name)]) == 2
+    restart.move_to(N_LAYERS)
+    assert torch.equal(restart.losses(), sequence_losses(model, sequences, 3))
+    for name in after:
+        named[name].data.mul_(1.5)
+        assert torch.equal(restart.losses(), sequence_losses(model, sequences, 3))
+        torch.testing.assert_close(restart.losses(), naive_losses(model, sequences), rtol=1e-12, atol=0)
+    assert is_clean(model)
+    assert not any(module._forward_pre_hooks for module in model.modules())
