@@ -17,6 +17,7 @@ NEVER_IMPORTED = {
     "gguf": "transformers reads GGUF files with it",
     "pyarrow": "pandas writes parquet files with it",
 }
+IMPORTED_ELSEWHERE = {"bridge": {"torch"}}  # count_gpus is run by the Python of the instrument
 NOT_IMPORTED_YET = {"filelock", "msgspec"}
 NAMES = ["bridge", "critical_weight_analysis", "llm_perturb"]
 
@@ -36,7 +37,8 @@ def imports_of(source: str) -> set[str]:
 def imports_of_package(name: str) -> set[str]:
     folder = PACKAGES / name
     files = [*(folder / "src").rglob("*.py"), *folder.glob("scripts/*.py"), *folder.glob("*.py")]
-    return set().union(*(imports_of(file.read_text()) for file in files)) - {DISTRIBUTIONS[name]}
+    imported = set().union(*(imports_of(file.read_text()) for file in files))
+    return imported - {DISTRIBUTIONS[name]} - IMPORTED_ELSEWHERE.get(name, set())
 
 
 def project_of(name: str) -> dict:
