@@ -167,18 +167,20 @@ def quick(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", requires=ENVIRONMENTS)
 def pipeline(session: nox.Session) -> None:
-    """Discovery, baseline, perturbation and validation of the embedded model, from nothing to the report."""
+    """Discovery, baseline, perturbation and validation of the embedded model, from nothing to the report.
+
+    The perturbation of the first layer measures the baseline before anything else. The validation refuses to start
+    unless that is the discovery's, and checks its own against it again.
+    """
     output = ROOT / "outputs" / time.strftime("pipeline_%Y%m%d_%H%M%S")
-    launch = ["accelerate", "launch", "--config_file", "configs/accelerate_config.yaml"]
-    step(session, "llm_perturb", *launch, "scripts/run_baseline.py", *pipeline_options("run_baseline", output))
-    baseline = output / "baseline_pipeline" / "baseline.json"
-    options = [*pipeline_options("phase1_runner", output), "--baseline", str(baseline)]
-    step(session, "critical_weight_analysis", "python", "phase1_runner.py", *options)
+    step(session, "critical_weight_analysis", "python", "phase1_runner.py", *pipeline_options("phase1_runner", output))
     bridge = [tool("bridge", "bridge"), "targets", "--from", str(output), "--top", "1", "--format", "list"]
     layer = session.run(*bridge, external=True, silent=True).split()[-1]
     options = [*pipeline_options("run_topk_perturb", output), "--target-layer", layer]
-    step(session, "llm_perturb", *launch, "scripts/run_topk_perturb.py", *options)
-    step(session, "bridge", "bridge", "validate", "--from", str(output), *pipeline_options("bridge_validate", output))
+    step(session, "llm_perturb", "python", "scripts/run_topk_perturb.py", *options)
+    options = [*pipeline_options("bridge_validate", output), "--from", str(output)]
+    baseline = output / "perturb_pipeline" / "baseline.json"
+    step(session, "bridge", "bridge", "validate", *options, "--baseline", str(baseline))
 
 
 def pipeline_options(command: str, output: Path) -> list[str]:
