@@ -28,6 +28,16 @@ def test_the_readme_stays_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 120
 
 
+def test_the_architecture_names_every_module_and_no_other():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    rooms = re.split(r"^### `([\w/]+)`$", page.partition("\n## Reasons")[0], flags=re.MULTILINE)[1:]
+    named = {f"{room}/{module}" for room, text in zip(rooms[::2], rooms[1::2], strict=True)
+             for module in re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)}  # fmt: skip
+    sources = [(source, path) for source in PACKAGES.glob("*/src") for path in source.rglob("*.py")]
+    modules = {path.relative_to(source).with_suffix("").as_posix() for source, path in sources}
+    assert named == {module for module in modules if not module.endswith("__init__")}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_guide_names_every_flag(name):
