@@ -198,7 +198,7 @@ def step(session: nox.Session, package: str, program: str, *arguments: str) -> N
 def docs(session: nox.Session) -> None:
     """Build the site in site/: a dead link, or a public name without a docstring, is an error."""
     session.install("zensical", "mkdocstrings[python]", "ruff", "-c", str(CONSTRAINTS))
-    session.run("ruff", "check", "--select", "D1", *SOURCES)
+    session.run("ruff", "check", "--select", "D1", "--ignore", "D105,D107", *SOURCES)
     session.run("zensical", "build", "--clean", "--strict")
 
 
