@@ -33,7 +33,7 @@ from llm_perturb.checkpoint import open_streamed
 from llm_perturb.models import DTYPES
 from llm_perturb.weights import in_scope
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, GPTNeoXConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig
 
 SIZES = {  # hidden size, layers, heads, inner size, vocabulary, stored dtype
     "pythia-160m": (768, 12, 12, 3072, 50304, "float16"),
@@ -97,7 +97,8 @@ def measure(shape: str, folder: str, n_sequences: int, n_tokens: int) -> None:
     """The pass, in this process; prints its figures as JSON in the last line."""
     rate = product_rate(SIZES[shape][0], SIZES[shape][3])
     options = {"revision": None, "trust_remote_code": False}
-    model, checkpoint = open_streamed(folder, torch.float32, torch.device("cpu"), options)
+    config = AutoConfig.from_pretrained(folder, **options)
+    model, checkpoint = open_streamed(folder, config, torch.float32, torch.device("cpu"), options)
     model.eval()
     generator = torch.Generator().manual_seed(1)
     sequences = [torch.randint(SIZES[shape][4], (n_tokens + 1,), generator=generator) for _ in range(n_sequences)]

@@ -397,6 +397,13 @@ def test_code_of_the_model_runs_only_when_asked_for_here(tmp_path, python):
     assert "--trust-remote-code" in plan(options(tmp_path / "a", python, trust_remote_code=True)).command
 
 
+@pytest.mark.parametrize("kernel", ["eager", None])
+def test_attention_is_computed_as_in_the_discovery(tmp_path, python, kernel):
+    make_discovery(tmp_path / "a", attn_implementation=kernel)
+    command = plan(options(tmp_path / "a", python)).command
+    assert [word for word in command if "attn" in word] == ([f"--attn-implementation={kernel}"] if kernel else [])
+
+
 @pytest.mark.parametrize(
     ("mode", "error", "message"),
     [

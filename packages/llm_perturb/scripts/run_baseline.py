@@ -17,6 +17,7 @@ def baseline(
     dtype: DType = "float32",
     device: str = "auto",
     trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
     data_file: str | None = None,
     dataset: str | None = None,
     dataset_config: str | None = None,
@@ -37,6 +38,7 @@ def baseline(
         dtype: of the weights and the arithmetic.
         device: auto, cpu, cuda, cuda:1, mps.
         trust_remote_code: let a hub model run its own code.
+        attn_implementation: eager, sdpa, flash_attention_2 ...; default what the model's configuration asks for.
         data_file: one text a line; default the shipped passages.
         dataset: of the Hugging Face hub, or a local json, jsonl, csv, parquet or txt file.
         dataset_config: its configuration.
@@ -51,7 +53,7 @@ def baseline(
     """
     if batch_size < 1:
         raise RequestError(f"--batch-size must be at least 1, not {batch_size}")
-    options = experiment.ModelOptions(model, revision, dtype, device, trust_remote_code)
+    options = experiment.ModelOptions(model, revision, dtype, device, trust_remote_code, attn_implementation)
     corpus = CorpusOptions(data_file, dataset, dataset_config, split, text_column, packing, max_length, eval_limit)
     experiment.measure_baseline(options, corpus, batch_size, output, experiment_id)
 

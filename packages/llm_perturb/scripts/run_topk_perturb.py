@@ -48,6 +48,7 @@ def perturb(
     dtype: DType = "float32",
     device: str = "auto",
     trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
     data_file: str | None = None,
     dataset: str | None = None,
     dataset_config: str | None = None,
@@ -87,6 +88,7 @@ def perturb(
         dtype: of the weights and the arithmetic.
         device: auto, cpu, cuda, cuda:1, mps.
         trust_remote_code: let a hub model run its own code.
+        attn_implementation: eager, sdpa, flash_attention_2 ...; default what the model's configuration asks for.
         data_file: one text a line; default the shipped passages.
         dataset: of the Hugging Face hub, or a local json, jsonl, csv, parquet or txt file.
         dataset_config: its configuration.
@@ -101,7 +103,7 @@ def perturb(
     """
     targets = target_layer or os.environ.get("TARGET_LAYER", "").split(",")
     targets = [part.strip() for part in targets if part.strip()]
-    options = experiment.ModelOptions(model, revision, dtype, device, trust_remote_code)
+    options = experiment.ModelOptions(model, revision, dtype, device, trust_remote_code, attn_implementation)
     if list_layers:
         print(weights.table(options.load(targets).model))
         return

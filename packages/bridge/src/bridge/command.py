@@ -44,6 +44,7 @@ def model_flags(discovery: Discovery, device: str, batch_size: int | None, trust
             f"'{name}' was discovered with --trust-remote-code; give it here too if you still do trust it"
         )
     flags = _flags(model=name, revision=revision, dtype=model["dtype"], device=device, batch_size=batch_size)
+    flags += _flags(attn_implementation=wanted.get("attn_implementation"))
     return flags + ["--trust-remote-code"] * trust_remote_code
 
 

@@ -1,11 +1,13 @@
 """Global discovery: score every weight with every metric in one pass over a corpus, keep the exact top-K."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 
 import pandas as pd
 from bridge.errors import RequestError, RunError
+from llm_perturb.checkpoint import Checkpoint
 from torch import Tensor
 from torch.nn import Parameter
 from transformers import PreTrainedModel
@@ -14,9 +16,11 @@ from critical_weight_analysis import autograd, backward, hutchinson
 from critical_weight_analysis.controls import Controls
 from critical_weight_analysis.cores import on_cores
 from critical_weight_analysis.metrics import FORMULAS, NEEDS, Sensitivity
+from critical_weight_analysis.proof import FIELDS, ProofError, by_autograd, prove
 from critical_weight_analysis.ranking import Ranking, top_indices
 from critical_weight_analysis.sample import N_HEAD, Sample
 from critical_weight_analysis.settings import Settings
+from critical_weight_analysis.structure import Structure, StructureError, find
 from critical_weight_analysis.summary import Summary
 
 TOGETHER = 1 << 25  # weights of a parameter whose scores by several metrics may be in memory at the same time
@@ -42,22 +46,105 @@ class Discovery:
     sampled: pd.DataFrame
 
 
-def engine_for(model: PreTrainedModel, settings: Settings = Settings()) -> ModuleType:  # noqa: B008 - frozen
-    """The module whose ``sensitivities`` measures this model: layer by layer where it can, else autograd's.
+@dataclass(frozen=True)
+class Engine:
+    """How a model is measured.
+
+    Attributes:
+        module: whose ``sensitivities`` measures it: ``backward``, layer by layer, or ``autograd``, the whole model.
+        account: why, in one line.
+        structure: of the model, by which it is run layer by layer.
+        together: whether sequences may be run as a batch.
+    """
+
+    module: ModuleType
+    account: str
+    structure: Structure | None = field(default=None, repr=False)
+    together: bool = True
+
+    @property
+    def name(self) -> str:
+        """Of the module."""
+        return self.module.__name__.rpartition(".")[2]
+
+    @property
+    def GIVES(self) -> frozenset[str]:  # noqa: N802 - as of a module
+        """The fields of ``Sensitivity`` that it can fill."""
+        return self.module.GIVES
+
+    def sensitivities(
+        self,
+        model: PreTrainedModel,
+        sequences: list[Tensor],
+        names: Sequence[str],
+        needs: frozenset[str],
+        settings: Settings = Settings(),  # noqa: B008 - frozen
+    ) -> tuple[Tensor, Iterator[Sensitivity]]:
+        """Those of the module."""
+        batch_size = settings.batch_size if self.together else 1
+        settings = replace(settings, structure=self.structure, batch_size=batch_size)
+        return self.module.sensitivities(model, sequences, names, needs, settings)
+
+
+def engine_for(
+    model: PreTrainedModel,
+    settings: Settings = Settings(),  # noqa: B008 - frozen
+    names: Sequence[str] | None = None,
+    needs: frozenset[str] = FIELDS,
+) -> Engine:
+    """How to measure a model: layer by layer where that is proved to give what autograd gives, else as a whole.
+
+    Args:
+        model: a causal language model in eval mode.
+        settings: where its weights are, and which processes must come to the same decision.
+        names: the parameters to be measured; all if left out.
+        needs: what is needed of them.
 
     Raises:
-        RequestError: it can only be measured whole, and its weights are not to be held whole.
+        RequestError: the model is not causal, or can only be measured whole and its weights are not to be held whole.
     """
-    if backward.supports(model, settings):
-        return backward
-    if settings.checkpoint:
+    begun = time.monotonic()
+    names = list(dict(model.named_parameters())) if names is None else names
+    engine = _engine(model, settings.checkpoint, names, needs - BEFORE, begun)
+    if settings.processes:
+        engine = _agreed(engine, settings.processes.gather((engine.name, engine.together, engine.account)))
+    if settings.checkpoint and engine.module is autograd:
         raise RequestError(
-            "this model cannot be run layer by layer, so all its weights must be in memory: --weights resident"
+            f"all weights of this model must be in memory, --weights resident: it is run {engine.account}"
         )
-    return autograd
+    return engine
 
 
-def needs_of(metrics: Sequence[str], engine: ModuleType, settings: Settings = Settings()) -> frozenset[str]:  # noqa: B008 - frozen
+def _engine(
+    model: PreTrainedModel, checkpoint: Checkpoint | None, names: Sequence[str], needs: frozenset[str], begun: float
+) -> Engine:
+    try:
+        structure = find(model, checkpoint)
+    except StructureError as error:
+        if not checkpoint:
+            by_autograd(model, names, needs)  # what it refuses cannot be measured as a whole either
+        return _whole(error)
+    expected = by_autograd(model, names, needs, structure, checkpoint)
+    try:
+        proof = prove(model, structure, expected, checkpoint)
+    except ProofError as error:
+        return _whole(error)
+    return Engine(backward, proof.account(time.monotonic() - begun), structure, proof.together)
+
+
+def _whole(obstacle: Exception) -> Engine:
+    return Engine(autograd, f"as a whole, because layer by layer is not possible: {obstacle}")
+
+
+def _agreed(engine: Engine, decisions: list[tuple[str, bool, str]]) -> Engine:
+    """What every process can do: as a whole if one must, one sequence at a time if one must."""
+    name, together, account = min(decisions)
+    return replace(
+        engine, module={"autograd": autograd, "backward": backward}[name], together=together, account=account
+    )
+
+
+def needs_of(metrics: Sequence[str], engine: ModuleType | Engine, settings: Settings = Settings()) -> frozenset[str]:  # noqa: B008 - frozen
     """The fields of ``Sensitivity`` that the metrics need.
 
     Raises:
@@ -67,7 +154,10 @@ def needs_of(metrics: Sequence[str], engine: ModuleType, settings: Settings = Se
         if "hessian" in NEEDS[metric] and settings.checkpoint:
             raise RequestError(f"--metric {metric} needs all weights in memory: --weights resident")
         if not NEEDS[metric] <= engine.GIVES | BEFORE:
-            raise RequestError(f"--metric {metric} needs a model that can be run layer by layer, which this one cannot")
+            account = getattr(engine, "account", "as a whole")
+            raise RequestError(
+                f"--metric {metric} needs a model that is run layer by layer, and this one is run {account}"
+            )
     return frozenset().union(*(NEEDS[metric] for metric in metrics))
 
 
@@ -88,7 +178,7 @@ def scores_of(metric: str, sensitivity: Sensitivity) -> Tensor:
 
 
 def discover(
-    engine: ModuleType,
+    engine: ModuleType | Engine,
     model: PreTrainedModel,
     sequences: list[Tensor],
     parameters: dict[str, Parameter],

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Literal
 
 import torch
@@ -23,8 +22,8 @@ from torch.nn import Parameter
 
 from critical_weight_analysis import baseline, stability, tables
 from critical_weight_analysis.batches import first_batch_size
-from critical_weight_analysis.discovery import Discovery, discover, engine_for
-from critical_weight_analysis.metrics import FORMULAS
+from critical_weight_analysis.discovery import Discovery, Engine, discover, engine_for
+from critical_weight_analysis.metrics import FORMULAS, NEEDS
 from critical_weight_analysis.resume import Resume
 from critical_weight_analysis.settings import Settings
 
@@ -71,6 +70,7 @@ class Options:
     hutchinson_probes: int
     save_plots: bool
     trust_remote_code: bool
+    attn_implementation: str | None
     weights: str
 
     def checked(self) -> "Options":
@@ -134,12 +134,13 @@ def run(options: Options) -> None:
     processes = Processes()
     request = prepare(options.checked())
     settings = Settings(progress=processes.first, checkpoint=request.loaded.checkpoint, processes=processes)
-    engine = engine_for(request.loaded.model, settings)
+    needs = frozenset().union(*(NEEDS[metric] for metric in request.options.metric))
+    engine = engine_for(request.loaded.model, settings, list(request.parameters), needs)
     opened: runs.Run | None = None
 
     def begin() -> str:
         nonlocal opened
-        opened = _open_run(request, engine.__name__.rpartition(".")[2], processes.world)
+        opened = _open_run(request, engine.name, processes.world)
         return str(opened.folder)
 
     folder = Path(processes.once(begin))
@@ -147,6 +148,7 @@ def run(options: Options) -> None:
         _log.info("%s, %s", request.loaded.facts["id"], request.loaded.facts["dtype"])
         _log.info("%d weights of %d parameters in scope", request.n_weights, len(request.parameters))
         _log.info("%(n_sequences)d sequences, %(n_tokens)d predicted tokens, from %(source)s", request.corpus.facts)
+        _log.info("%s", engine.account)
         found, settings = _discover(engine, request, replace(settings, scratch=folder), opened)
         tops = {m: {k: ranking.top(k) for k in request.options.topk} for m, ranking in found.rankings.items()}
         splits = list(_halves(engine, request, settings))
@@ -162,7 +164,7 @@ def run(options: Options) -> None:
     processes.close()
 
 
-def _discover(engine: ModuleType, request: Request, settings: Settings, opened: runs.Run | None) -> tuple:
+def _discover(engine: Engine, request: Request, settings: Settings, opened: runs.Run | None) -> tuple:
     """The pass, with as many sequences at a time as was asked for, or as fit; what it found, and its settings."""
     options, device = request.options, request.loaded.model.device
     used = []
@@ -185,8 +187,8 @@ def _discover(engine: ModuleType, request: Request, settings: Settings, opened: 
             hutchinson_probes=options.hutchinson_probes,
         )
 
-    if options.batch_size:
-        found = with_batch_size(options.batch_size)
+    if options.batch_size or not engine.together:
+        found = with_batch_size(options.batch_size if engine.together else 1)
     else:
         first = first_batch_size(request.corpus.sequences, device)
         found = find_executable_batch_size(with_batch_size, starting_batch_size=first)()
@@ -212,6 +214,7 @@ def prepare(options: Options) -> Request:
         dtype=options.dtype,
         device=options.device,
         trust_remote_code=options.trust_remote_code,
+        attn_implementation=options.attn_implementation,
         weights=options.weights,
     )
     corpus = tokenize(texts, loaded.tokenizer, options.corpus(), loaded.max_positions)
@@ -286,7 +289,7 @@ def _check_baseline(request: Request, losses: Tensor, opened: runs.Run | None) -
         write_json(opened.folder / "baseline.json", found)
 
 
-def _halves(engine: ModuleType, request: Request, settings: Settings) -> Iterator[stability.Halves]:
+def _halves(engine: Engine, request: Request, settings: Settings) -> Iterator[stability.Halves]:
     options, n = request.options, request.options.stability
     if n:
         _log.info("stability: %d times two halves of the corpus, which costs %d more passes over it", n, n)

@@ -16,7 +16,7 @@ from accelerate import init_empty_weights
 from bridge.errors import RequestError
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils import cached_file
@@ -112,12 +112,13 @@ def stored_bytes(source: str, options: dict, dtype: torch.dtype) -> int | None:
 
 
 def open_streamed(
-    source: str, dtype: torch.dtype, device: torch.device, options: dict
+    source: str, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, options: dict
 ) -> tuple[PreTrainedModel, Checkpoint]:
     """A model without weights, and the checkpoint that they are to be read from.
 
     Args:
         source: hub id or local folder.
+        config: its configuration.
         dtype: of the weights once they are read, and of the arithmetic.
         device: where they are brought.
         options: ``revision`` and ``trust_remote_code``.
@@ -125,7 +126,6 @@ def open_streamed(
     Raises:
         RequestError: no safetensors files, or tensors that are not named and shaped as the model's parameters.
     """
-    config = AutoConfig.from_pretrained(source, **options)
     with init_empty_weights(include_buffers=False):
         trusted = {"trust_remote_code": options["trust_remote_code"]}
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, **trusted)

@@ -12,12 +12,13 @@ from bridge.runs import Run, check_output, open_run
 from tqdm import tqdm
 
 from llm_perturb import models, weights
+from llm_perturb.causality import check_causal
 from llm_perturb.copies import Copies, Unit, group
 from llm_perturb.corpus import Corpus, CorpusOptions, read_texts, tokenize
 from llm_perturb.head import is_plain
 from llm_perturb.intervals import MIN_SEQUENCES
 from llm_perturb.models import LoadedModel
-from llm_perturb.perplexity import Perplexity, measure, reference_of, sequence_losses, summarize
+from llm_perturb.perplexity import Perplexity, check_padding, measure, reference_of, sequence_losses, summarize
 from llm_perturb.perturbation import Perturbation
 from llm_perturb.plan import Plan, choose_weights, lines, share, single_weights
 from llm_perturb.processes import Processes
@@ -37,6 +38,7 @@ class ModelOptions:
     dtype: str = "float32"
     device: str = "auto"
     trust_remote_code: bool = False
+    attn_implementation: str | None = None
 
     def load(self, target_layers: Sequence[str] = ()) -> LoadedModel:
         """Load it."""
@@ -69,12 +71,14 @@ def measure_baseline(
     place = check_output(output)
     texts = read_texts(corpus_options)
     loaded = model_options.load()
+    check_causal(loaded.model, batch_size)
     corpus = tokenize(texts, loaded.tokenizer, corpus_options, loaded.max_positions)
     identity = _identity(model_options, corpus_options, loaded, corpus, batch_size)
     if processes.first:
         run = open_run(place, "baseline", identity, experiment_id)
         with run.recorded():
             losses = sequence_losses(loaded.model, corpus.sequences, batch_size, "baseline")
+            check_padding(loaded.model, corpus.sequences, losses, batch_size)
             _write_baseline(run, loaded, corpus, summarize(losses, corpus))
         print(f"baseline written to {run.folder / 'baseline.json'}", flush=True)
     processes.close()
@@ -94,6 +98,7 @@ def measure_perturbations(
     place = check_output(output)
     texts = read_texts(corpus_options)
     loaded = model_options.load(request.target_layers)
+    check_causal(loaded.model, batch_size)
     corpus = tokenize(texts, loaded.tokenizer, corpus_options, loaded.max_positions)
     plan = _make_plan(request, loaded)
     identity = _identity(model_options, corpus_options, loaded, corpus, batch_size)
@@ -188,6 +193,7 @@ def _run(
     model = loaded.model
     reference = reference_of(model, corpus.sequences, batch_size) if kl else None
     baseline = measure(model, corpus.sequences, batch_size, "baseline" if processes.first else None)
+    check_padding(model, corpus.sequences, baseline.losses, batch_size)
     perplexity = summarize(baseline.losses, corpus)
     if processes.first:
         _write_baseline(run, loaded, corpus, perplexity)

@@ -17,7 +17,7 @@ import torch
 import yaml
 from bridge.errors import RequestError
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_perturb.checkpoint import Checkpoint, open_streamed, stored_bytes
 from llm_perturb.weights import ALL, named_parameters, tied_groups
@@ -86,6 +86,7 @@ def load(
     dtype: str = "float32",
     device: str = "auto",
     trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
     weights: Weights = "resident",
 ) -> LoadedModel:
     """Load a model by hub id, local folder, short name, or the embedded one.
@@ -102,18 +103,23 @@ def load(
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     checkpoint, info = None, {"missing_keys": [], "mismatched_keys": []}
     try:
+        config = AutoConfig.from_pretrained(source, **options)
+        if attn_implementation:
+            config._attn_implementation = attn_implementation  # also where config.json has an entry of that name
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         if weights == "streamed" or (weights == "auto" and _too_large(source, options, DTYPES[dtype], place)):
             print(f"WEIGHTS: read from the checkpoint layer by layer (--weights {weights})", flush=True)
-            model, checkpoint = open_streamed(source, DTYPES[dtype], place, options)
+            model, checkpoint = open_streamed(source, config, DTYPES[dtype], place, options)
         else:
             model, info = AutoModelForCausalLM.from_pretrained(
-                source, dtype=DTYPES[dtype], output_loading_info=True, **options
+                source, config=config, dtype=DTYPES[dtype], output_loading_info=True, **options
             )
     except RequestError:
         raise
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
+        if isinstance(error, ImportError) and "attention" in reason.lower():
+            reason += " Choose a kernel that is there: --attn-implementation eager"
         raise RequestError(
             f"model '{name}' cannot be loaded (a hub id needs the network or a filled cache): {reason}"
         ) from None
@@ -121,6 +127,8 @@ def load(
     if absent:
         raise RequestError(f"the checkpoint of '{name}' lacks weights that the model needs: {', '.join(absent[:5])}")
     model.eval().requires_grad_(False).to(place)
+    if dtype == "float64":
+        model.set_experts_implementation("eager")  # the grouped products of fused experts have no float64
     for module in model.modules():
         if isinstance(module, torch.nn.Embedding):
             module.padding_idx = None  # changes no result, but leaves the gradient of that row out
