@@ -38,6 +38,7 @@ def phase1(
     hutchinson_probes: int = 10,
     save_plots: bool = True,
     trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
     weights: Weights = "auto",
     allow_unused_weights: list[str] = (),
 ) -> None:
@@ -71,6 +72,7 @@ def phase1(
         hutchinson_probes: of hutchinson_diag; each costs two to three backward passes over the corpus.
         save_plots: whether to draw the plots; --no-save-plots for none.
         trust_remote_code: run the model's own code.
+        attn_implementation: eager, sdpa, flash_attention_2 ...; what the model's configuration asks for if left out.
         weights: resident, in memory; streamed, read from the checkpoint one layer at a time; auto, by their size.
         allow_unused_weights: name patterns of stored tensors that the model has no place for and may be left out.
     """

@@ -465,6 +465,13 @@ def test_weights_that_the_discovery_left_out_are_left_out_again(tmp_path, python
     assert "--allow-unused-weights" not in plan(options(tmp_path / "b", python)).command
 
 
+@pytest.mark.parametrize("kernel", ["eager", None])
+def test_attention_is_computed_as_in_the_discovery(tmp_path, python, kernel):
+    make_discovery(tmp_path / "a", attn_implementation=kernel)
+    command = plan(options(tmp_path / "a", python)).command
+    assert [word for word in command if "attn" in word] == ([f"--attn-implementation={kernel}"] if kernel else [])
+
+
 @pytest.mark.parametrize(
     ("mode", "error", "message"),
     [

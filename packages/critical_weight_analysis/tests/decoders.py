@@ -34,6 +34,33 @@ DECODERS = {
     "mixtral": lambda: hf.MixtralForCausalLM(  # experts: three-dimensional weights, tokens picked out by a router
         hf.MixtralConfig(**_LLAMA_LIKE, num_local_experts=3, experts_implementation="eager")
     ),
+    "qwen3_moe": lambda: hf.Qwen3MoeForCausalLM(
+        hf.Qwen3MoeConfig(
+            **_LLAMA_LIKE,
+            head_dim=4,
+            num_experts=3,
+            num_experts_per_tok=2,
+            moe_intermediate_size=6,
+            experts_implementation="eager",
+        )
+    ),
+    "glm4_moe": lambda: hf.Glm4MoeForCausalLM(  # the router is a product in float32, a conversion in most models
+        hf.Glm4MoeConfig(
+            **_LLAMA_LIKE,
+            head_dim=4,
+            n_routed_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=6,
+            n_shared_experts=1,
+            first_k_dense_replace=1,
+            n_group=1,
+            topk_group=1,
+            experts_implementation="eager",
+        )
+    ),
+    "openai-gpt": lambda: hf.OpenAIGPTLMHeadModel(  # layers return lists
+        hf.OpenAIGPTConfig(vocab_size=50, n_positions=16, n_embd=8, n_layer=3, n_head=2)
+    ),
     "phi": lambda: hf.PhiForCausalLM(hf.PhiConfig(**_LLAMA_LIKE)),  # a head with a bias
     "falcon": lambda: hf.FalconForCausalLM(  # a linear map written as a product with the transposed weight
         hf.FalconConfig(vocab_size=50, hidden_size=8, num_hidden_layers=3, num_attention_heads=2)

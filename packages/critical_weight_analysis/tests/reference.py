@@ -68,7 +68,7 @@ def naive_positions(model, sequences):
     tokens, inputs = {}, {}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for sequence in sequences:
-        n = len(sequence) - 1
+        n = len(sequence)  # the last position predicts nothing, but is one of the inputs
         own = {
             id(p): p.detach().expand(n, *p.shape).clone().requires_grad_() for p in model.parameters() if p.ndim == 2
         }
@@ -92,8 +92,8 @@ def naive_positions(model, sequences):
 
         modules = [m for m in model.modules() if hasattr(m, "weight") and m.weight is not None and m.weight.ndim == 2]
         handles = [module.register_forward_hook(with_copies) for module in modules]
-        logits = model(input_ids=sequence[None, :-1], use_cache=False).logits[0]
-        loss = -logits.log_softmax(1)[range(n), sequence[1:]].sum()
+        logits = model(input_ids=sequence[None], use_cache=False).logits[0, :-1]
+        loss = -logits.log_softmax(1)[range(n - 1), sequence[1:]].sum()
         loss.backward()
         for handle in handles:
             handle.remove()

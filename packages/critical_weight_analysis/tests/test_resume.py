@@ -193,7 +193,7 @@ def test_a_state_that_does_not_fit_restores_nothing(tmp_path):
 
 
 def test_a_state_of_a_later_format_is_ignored(tmp_path, monkeypatch):
-    monkeypatch.setattr("critical_weight_analysis.resume._FORMAT", 99)
+    monkeypatch.setattr("critical_weight_analysis.layerwise.backward_checkpoints._FORMAT", 99)
     save(tmp_path, 2, "two")
     monkeypatch.undo()
     assert restored(tmp_path) == (0, "nothing", [])

@@ -3,12 +3,14 @@ import inspect
 import json
 import math
 import random
+import re
 import shutil
 import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
 
+import odd_models
 import pandas as pd
 import pytest
 import torch
@@ -24,6 +26,7 @@ from llm_perturb.evaluation import models
 from llm_perturb.evaluation.perplexity import sequence_losses
 from reference import naive_score, naive_sensitivities, naive_top
 from safetensors.torch import load_file, save_file
+from tiny_models import build
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -50,15 +53,17 @@ def offline(monkeypatch):
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
     """A tiny GPT-NeoX with a tokenizer of 50 words, saved as any checkpoint is."""
-    from tiny_models import build
-
     folder = tmp_path_factory.mktemp("checkpoint")
-    build("neox", torch.float32).save_pretrained(folder)
+    save(build("neox", torch.float32), folder)
+    return folder
+
+
+def save(model, folder):
+    model.save_pretrained(folder)
     vocabulary = {"<unk>": 0} | {f"w{i}": i for i in range(1, 50)}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -208,6 +213,36 @@ def test_says_where_the_files_are_and_shows_the_first_rows(finished):
     assert f"{first['parameter']}" in done.stdout
     log = (folder / "analysis.log").read_text()
     assert "10 sequences" in log and "baseline:" in log and log.endswith("complete\n")
+    assert re.search(
+        r"layer by layer: proved on 8 tokens against autograd in \d\.\d s, largest difference \de-\d\d\n", log
+    )
+
+
+def test_a_model_that_cannot_be_run_layer_by_layer_is_measured_whole_and_the_log_says_why(tmp_path, texts):
+    save(odd_models.shared_states().float(), tmp_path / "model")
+    words = flags(tmp_path / "model", texts, tmp_path / "out", "--topk", 5, "--no-save-plots", "--experiment-id", "x")
+    assert phase1(*words) == 0
+    folder = tmp_path / "out" / "critical_analysis_x"
+    assert read_manifest(folder)["engine"] == "autograd"
+    reason = "as a whole, because layer by layer is not possible: model.layers.0 takes more than the hidden state"
+    assert reason in (folder / "analysis.log").read_text()
+
+
+def test_a_model_that_is_not_causal_is_refused(tmp_path, texts, capsys):
+    save(odd_models.bidirectional().float(), tmp_path / "model")
+    assert phase1(*flags(tmp_path / "model", texts, tmp_path / "out")) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert "later tokens change this model's predictions of earlier ones" in line
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_the_kernel_of_attention_is_recorded(checkpoint, tmp_path, texts, capsys):
+    words = flags(checkpoint, texts, tmp_path, "--topk", 5, "--no-save-plots", "--attn-implementation")
+    assert phase1(*words, "eager") == 0
+    (folder,) = tmp_path.glob("critical_analysis_*")
+    assert read_manifest(folder)["options"]["attn_implementation"] == "eager"
+    assert phase1(*words, "no_such_kernel") == 2
+    assert "no_such_kernel" in capsys.readouterr().err
 
 
 def test_the_same_baseline_is_accepted_and_another_refused(finished, checkpoint, texts, tmp_path, capsys):

@@ -1,11 +1,12 @@
 """Weights that are read from the checkpoint layer by layer give the same bits as weights in memory."""
 
+import re
 from contextlib import ExitStack
 
 import pytest
 import torch
 from bridge.exchange.errors import RequestError
-from critical_weight_analysis.discovery import discover, engine_for
+from critical_weight_analysis.discovery import LAYERWISE, discover, engine_for
 from critical_weight_analysis.layerwise import engine
 from critical_weight_analysis.layerwise.parameter_uses import Recorder
 from critical_weight_analysis.layerwise.pass_settings import Settings
@@ -38,7 +39,10 @@ def test_streamed_weights_give_the_same_bits(folder, sequences, dtype):
     assert resident.checkpoint is None
     assert streamed.metadata == resident.metadata
     settings = Settings(batch_size=2, checkpoint=streamed.checkpoint)
-    assert engine_for(streamed.model, settings) is engine
+    engines = engine_for(resident.model), engine_for(streamed.model, settings)
+    assert all(engine.name == LAYERWISE and engine.together for engine in engines)
+    accounts = {re.sub(r"in [\d.]+ s", "", engine.account) for engine in engines}
+    assert len(accounts) == 1 and "proved on 8 tokens" in accounts.pop()  # the same differences, too
     names = [name for name, _ in resident.model.named_parameters()]
     losses, stream = engine.sensitivities(resident.model, sequences, names, NEEDS, Settings(batch_size=2))
     others, again = engine.sensitivities(streamed.model, sequences, names, NEEDS, settings)
@@ -63,7 +67,7 @@ def tables(folder, sequences, weights, metrics=("grad_x_weight", "wanda", "magni
     loaded = models.load(str(folder), weights=weights)
     settings = Settings(checkpoint=loaded.checkpoint)
     engine = engine_for(loaded.model, settings)
-    assert engine is engine
+    assert engine.name == LAYERWISE
     found = discover(engine, loaded.model, sequences, in_scope(loaded.model), list(metrics), 20, settings=settings)
     return [found.sampled, *(found.rankings[metric].top(20) for metric in metrics)]
 

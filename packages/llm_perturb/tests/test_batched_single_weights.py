@@ -1,4 +1,5 @@
 import copy
+import re
 
 import pytest
 import torch
@@ -202,9 +203,11 @@ def test_a_weight_of_two_modules_is_left_out():
 # the instrument checks itself
 
 
-def test_a_copy_that_does_not_get_its_change_is_found_out(sequences, monkeypatch):
-    """The change is made to another output feature."""
+def test_a_copy_that_does_not_get_its_change_is_found_out(sequences, monkeypatch, capsys):
+    """The change is made to another output feature; the model itself is changed instead, and a line says so."""
     model, real = build("llama"), batched_single_weights.change_of
+    conditions = some_of_every_map(model)
+    alone = run(model, sequences, conditions, units=conditions)
 
     def wrong(model, condition):
         change = real(model, condition)
@@ -213,17 +216,85 @@ def test_a_copy_that_does_not_get_its_change_is_found_out(sequences, monkeypatch
         )
 
     monkeypatch.setattr("llm_perturb.sweep.change_of", wrong)
-    with pytest.raises(RunError, match="fails its own check: model.layers.* in a copy of the batch is .* away"):
-        run(model, sequences, some_of_every_map(model))
+    found = run(model, sequences, conditions)
+    assert all(torch.equal(found[key].losses, outcome.losses) for key, outcome in alone.items())
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3
+    assert all(
+        re.search("in the model one by one, because .*: model.layers.* in a copy is .* away", li) for li in lines
+    )
 
 
-def test_copies_that_influence_each_other_are_found_out(sequences):
+class MixesBatch(nn.Module):
+    """A map whose result depends on how many sequences are run."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x) * (1 + 0.1 * len(x))
+
+
+def test_copies_that_influence_each_other_are_found_out(sequences, capsys):
+    model = build("llama")
+    model.model.layers[1].mlp = MixesBatch(model.model.layers[1].mlp)
+    conditions = some_of_every_map(model)
+    found = run(model, sequences, conditions)
+    for key, outcome in run(model, sequences, conditions, units=conditions).items():
+        torch.testing.assert_close(found[key].losses, outcome.losses, rtol=1e-11, atol=0)
+    assert "because copies of a batch prove wrong" in capsys.readouterr().err
+
+
+def test_a_model_of_which_no_copies_can_be_made_is_changed_itself(sequences, capsys):
+    model = build("llama")
+    conditions = some_of_every_map(model)
+    units = group(model, conditions)
+
+    def fail(module, args):
+        if len(args[0]) > 1:
+            raise RuntimeError("one sequence\nat a time")
+
+    model.model.layers[2].mlp.register_forward_pre_hook(fail)
+    found = run(model, sequences, conditions, units=units)
+    for key, outcome in run(model, sequences, conditions, units=conditions).items():
+        assert torch.equal(found[key].losses, outcome.losses)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("because copies of a batch prove wrong: RuntimeError: one sequence at a time")
+
+
+def test_a_baseline_of_another_model_is_no_matter_of_copies(sequences):
     model = build("llama")
     conditions = some_of_every_map(model)
     units, baseline = group(model, conditions), sequence_losses(model, sequences)
     model.model.norm.register_forward_hook(lambda module, inputs, output: output + 1e-2 * output.roll(1, 0))
-    with pytest.raises(RunError, match="a change of nothing in a copy"):
+    with pytest.raises(RunError, match="fails its own check: the unperturbed model at the end changes a loss"):
         list(sweep(model, Corpus(sequences, {}), units, baseline))
+
+
+class TokensFirst(nn.Module):
+    """A part that works on (T, B, H)."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x.transpose(0, 1)).transpose(0, 1)
+
+
+def test_maps_that_see_the_tokens_in_another_order_are_left_out():
+    model = build("llama")
+    model.model.layers[1].mlp = TokensFirst(model.model.layers[1].mlp)
+    assert not any("layers.1.mlp" in name for name in linear_maps(model))
+    assert len(linear_maps(model)) == 3 * N_MAPS["llama"] - 3
+
+
+def test_a_model_that_no_trial_can_be_made_of_has_no_copies(sequences):
+    model = build("llama")
+    conditions = some_of_every_map(model)
+    model.model.norm.register_forward_pre_hook(lambda module, args: 1 / (2 - len(args[0])))
+    assert group(model, conditions) == conditions
 
 
 def test_a_target_of_another_model_is_an_error(sequences):

@@ -2,12 +2,19 @@ import copy
 
 import pytest
 import torch
-from llm_perturb.evaluation.parameters import named_parameters
+from llm_perturb.batched_single_weights import group
+from llm_perturb.condition import Condition
+from llm_perturb.evaluation.corpus import Corpus
+from llm_perturb.evaluation.parameters import layer_of, named_parameters
 from llm_perturb.evaluation.perplexity import sequence_losses
+from llm_perturb.perturbation import Perturbation
+from llm_perturb.selection import Target
 from llm_perturb.suffix_forward import Restart, decoder_layers
-from reference import naive_losses
+from llm_perturb.sweep import sweep
+from reference import naive_losses, zeroed
 from tiny_models import BUILDERS, build
 from torch import nn
+from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
 
 N_LAYERS = 3
 
@@ -208,3 +215,103 @@ def test_what_comes_after_all_layers_needs_none_of_them(family, sequences):
         torch.testing.assert_close(restart.losses(), naive_losses(model, sequences), rtol=1e-12, atol=0)
     assert is_clean(model)
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+# models that are not built as their list of layers looks
+
+
+class Sharing(nn.Module):
+    """A layer that also takes something of another one, by way of a dictionary that each pass begins anew."""
+
+    def __init__(self, layer, number, shared):
+        super().__init__()
+        self.layer, self.number, self.shared = layer, number, shared
+
+    def forward(self, hidden, *args, **kwargs):
+        if self.number == 0:
+            self.shared["hidden"] = hidden
+        if self.number == 2:
+            hidden = hidden + self.shared["hidden"]
+        return self.layer(hidden, *args, **kwargs)
+
+
+def sharing(new_for_each_pass):
+    model, shared = build("llama"), {}
+    model.model.layers = nn.ModuleList([Sharing(layer, n, shared) for n, layer in enumerate(model.model.layers)])
+    if new_for_each_pass:
+        model.model.embed_tokens.register_forward_hook(lambda *_: shared.clear())
+    return model
+
+
+class Reversed(nn.ModuleList):
+    """A list of layers that is run from its end."""
+
+    def __getitem__(self, index):
+        chosen = super().__getitem__(index)
+        return list(chosen)[::-1] if isinstance(index, slice) else chosen
+
+
+def sweep_of(model, sequences):
+    """Each layer's first matrix, one weight and many, against the state dict."""
+    path, layers = decoder_layers(model)
+    named, conditions = named_parameters(model), []
+    for number in range(len(layers)):
+        name = next(n for n in named if n.startswith(f"{path}.{number}.") and named[n].ndim == 2)
+        target = Target(layer_of(name), {name: named[name]})
+        for positions, selection in (([5], "weight"), ([0, 3, 7], "random")):
+            conditions.append(
+                Condition(target, selection, Perturbation("zero"), len(positions), 0, torch.tensor(positions))
+            )
+    baseline = sequence_losses(model, sequences)
+    outcomes = list(sweep(model, Corpus(sequences, {}), group(model, conditions), baseline))
+    assert len(outcomes) == 2 * len(layers)
+    for outcome in outcomes:
+        parts = outcome.condition.target.split(outcome.condition.positions)
+        expected = naive_losses(zeroed(model, {name: index.tolist() for name, index in parts.items()}), sequences)
+        torch.testing.assert_close(outcome.losses, expected, rtol=1e-11, atol=0)
+
+
+FULL = "every measurement is a full forward pass, because none can begin at a layer: "
+
+
+@pytest.mark.parametrize("reason", ["KeyError: 'hidden'", "the unperturbed model gives other losses from there on"])
+def test_states_that_layers_share_are_right_in_full_passes(sequences, reason, capsys):
+    """An error where the state is gone, another loss where it is that of another batch."""
+    sequences = [sequence[:5] for sequence in sequences if len(sequence) >= 5]
+    sweep_of(sharing(new_for_each_pass="KeyError" in reason), sequences)
+    assert capsys.readouterr().err.splitlines() == [FULL + reason]
+
+
+def test_keys_and_values_that_layers_share(sequences, capsys):
+    torch.manual_seed(0)
+    config = Gemma3nTextConfig(
+        vocab_size=50, vocab_size_per_layer_input=50, hidden_size=8, hidden_size_per_layer_input=4, head_dim=4,
+        intermediate_size=20, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1, laurel_rank=2,
+        altup_num_inputs=2, max_position_embeddings=16, sliding_window=4, num_kv_shared_layers=2,
+        layer_types=["sliding_attention", "full_attention"] * 2, activation_sparsity_pattern=[0.0] * 4, pad_token_id=0,
+    )  # fmt: skip
+    model = Gemma3nForCausalLM(config).double().eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.add_(0.2 * torch.randn_like(parameter))
+    sweep_of(model, sequences)
+    assert capsys.readouterr().err.startswith(FULL)
+
+
+def test_layers_that_run_in_another_order_are_run_whole(sequences, capsys):
+    model = build("llama")
+    model.model.layers = Reversed(model.model.layers)
+    sweep_of(model, sequences)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == FULL + "RuntimeError: the layers are not called in the order of their list, each once"
+
+
+def test_a_layer_that_cannot_be_left_out_is_said_once(sequences, capsys):
+    model = sharing(new_for_each_pass=True)
+    restart = Restart(model, sequences)
+    for boundary in (2, 1, 2):
+        restart.move_to(boundary)
+        if not restart.is_exact(0, sequence_losses(model, sequences)):
+            restart.give_up("it does not work")
+    assert restart.boundary == 0
+    assert capsys.readouterr().err.splitlines() == [FULL + "it does not work"]
+    assert torch.equal(restart.losses(), sequence_losses(model, sequences))

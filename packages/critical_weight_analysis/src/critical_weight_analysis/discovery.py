@@ -1,11 +1,13 @@
 """Global discovery: score every weight with every metric in one pass over a corpus, keep the exact top-K."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 
 import pandas as pd
 from bridge.exchange.errors import RequestError, RunError
+from llm_perturb.evaluation.checkpoint import Checkpoint
 from torch import Tensor
 from torch.nn import Parameter
 from transformers import PreTrainedModel
@@ -13,13 +15,18 @@ from transformers import PreTrainedModel
 from critical_weight_analysis import hutchinson, whole_model
 from critical_weight_analysis.control_lists import Controls
 from critical_weight_analysis.layer_summary import Summary
-from critical_weight_analysis.layerwise import engine
+from critical_weight_analysis.layerwise import engine as layerwise_engine
 from critical_weight_analysis.layerwise.parallel import on_cores
 from critical_weight_analysis.layerwise.pass_settings import Settings
+from critical_weight_analysis.layerwise.probe import Structure, StructureError, find
+from critical_weight_analysis.layerwise.proof import FIELDS, ProofError, by_autograd, prove
 from critical_weight_analysis.layerwise.saved_state import nested
 from critical_weight_analysis.metrics import METRICS, Sensitivity
 from critical_weight_analysis.ranking import Ranking, top_indices
 from critical_weight_analysis.sampling import N_HEAD, Sample
+
+LAYERWISE, WHOLE_MODEL = "layerwise", "whole_model"
+_MODULES = {LAYERWISE: layerwise_engine, WHOLE_MODEL: whole_model}
 
 TOGETHER = 1 << 25  # weights of a parameter whose scores by several metrics may be in memory at the same time
 BEFORE = frozenset({"hessian"})  # what no engine gives, because it is computed before the pass
@@ -44,22 +51,103 @@ class Discovery:
     sampled: pd.DataFrame
 
 
-def engine_for(model: PreTrainedModel, settings: Settings = Settings()) -> ModuleType:  # noqa: B008 - frozen
-    """The module whose ``sensitivities`` measures this model: layer by layer where it can, else autograd's.
+@dataclass(frozen=True)
+class Engine:
+    """How a model is measured.
+
+    Attributes:
+        name: ``LAYERWISE`` or ``WHOLE_MODEL``.
+        account: why, in one line.
+        structure: of the model, by which it is run layer by layer.
+        together: whether sequences may be run as a batch.
+    """
+
+    name: str
+    account: str
+    structure: Structure | None = field(default=None, repr=False)
+    together: bool = True
+
+    @property
+    def module(self) -> ModuleType:
+        """The module whose ``sensitivities`` measures the model."""
+        return _MODULES[self.name]
+
+    @property
+    def GIVES(self) -> frozenset[str]:  # noqa: N802 - as of a module
+        """The fields of ``Sensitivity`` that it can fill."""
+        return self.module.GIVES
+
+    def sensitivities(
+        self,
+        model: PreTrainedModel,
+        sequences: list[Tensor],
+        names: Sequence[str],
+        needs: frozenset[str],
+        settings: Settings = Settings(),  # noqa: B008 - frozen
+    ) -> tuple[Tensor, Iterator[Sensitivity]]:
+        """Those of the module."""
+        batch_size = settings.batch_size if self.together else 1
+        settings = replace(settings, structure=self.structure, batch_size=batch_size)
+        return self.module.sensitivities(model, sequences, names, needs, settings)
+
+
+def engine_for(
+    model: PreTrainedModel,
+    settings: Settings = Settings(),  # noqa: B008 - frozen
+    names: Sequence[str] | None = None,
+    needs: frozenset[str] = FIELDS,
+) -> Engine:
+    """How to measure a model: layer by layer where that is proved to give what autograd gives, else as a whole.
+
+    Args:
+        model: a causal language model in eval mode.
+        settings: where its weights are, and which processes must come to the same decision.
+        names: the parameters to be measured; all if left out.
+        needs: what is needed of them.
 
     Raises:
-        RequestError: it can only be measured whole, and its weights are not to be held whole.
+        RequestError: the model is not causal, or can only be measured whole and its weights are not to be held whole.
     """
-    if engine.supports(model, settings):
-        return engine
-    if settings.checkpoint:
+    begun = time.monotonic()
+    names = list(dict(model.named_parameters())) if names is None else names
+    engine = _engine(model, settings.checkpoint, names, needs - BEFORE, begun)
+    if settings.processes:
+        engine = _agreed(engine, settings.processes.gather((engine.name, engine.together, engine.account)))
+    if settings.checkpoint and engine.name == WHOLE_MODEL:
         raise RequestError(
-            "this model cannot be run layer by layer, so all its weights must be in memory: --weights resident"
+            f"all weights of this model must be in memory, --weights resident: it is run {engine.account}"
         )
-    return whole_model
+    return engine
 
 
-def needs_of(metrics: Sequence[str], engine: ModuleType, settings: Settings = Settings()) -> frozenset[str]:  # noqa: B008 - frozen
+def _engine(
+    model: PreTrainedModel, checkpoint: Checkpoint | None, names: Sequence[str], needs: frozenset[str], begun: float
+) -> Engine:
+    try:
+        structure = find(model, checkpoint)
+    except StructureError as error:
+        if not checkpoint:
+            by_autograd(model, names, needs)  # what it refuses cannot be measured as a whole either
+        return _whole(error)
+    expected = by_autograd(model, names, needs, structure, checkpoint)
+    try:
+        proof = prove(model, structure, expected, checkpoint)
+    except ProofError as error:
+        return _whole(error)
+    return Engine(LAYERWISE, proof.account(time.monotonic() - begun), structure, proof.together)
+
+
+def _whole(obstacle: Exception) -> Engine:
+    return Engine(WHOLE_MODEL, f"as a whole, because layer by layer is not possible: {obstacle}")
+
+
+def _agreed(engine: Engine, decisions: list[tuple[str, bool, str]]) -> Engine:
+    """What every process can do: as a whole if one must, one sequence at a time if one must."""
+    name, together, account = max(decisions, key=lambda decision: (decision[0] == WHOLE_MODEL, not decision[1]))
+    return replace(engine, name=name, together=together, account=account)
+
+
+def needs_of(metrics: Sequence[str], engine: ModuleType | Engine, settings: Settings = Settings()) -> frozenset[str]:  # noqa: B008 - frozen
     """The fields of ``Sensitivity`` that the metrics need.
 
     Raises:
@@ -69,7 +157,10 @@ def needs_of(metrics: Sequence[str], engine: ModuleType, settings: Settings = Se
         if "hessian" in METRICS[metric].needs and settings.checkpoint:
             raise RequestError(f"--metric {metric} needs all weights in memory: --weights resident")
         if not METRICS[metric].needs <= engine.GIVES | BEFORE:
-            raise RequestError(f"--metric {metric} needs a model that can be run layer by layer, which this one cannot")
+            account = getattr(engine, "account", "as a whole")
+            raise RequestError(
+                f"--metric {metric} needs a model that is run layer by layer, and this one is run {account}"
+            )
     return frozenset().union(*(METRICS[metric].needs for metric in metrics))
 
 
@@ -90,7 +181,7 @@ def scores_of(metric: str, sensitivity: Sensitivity) -> Tensor:
 
 
 def discover(
-    engine: ModuleType,
+    engine: ModuleType | Engine,
     model: PreTrainedModel,
     sequences: list[Tensor],
     parameters: dict[str, Parameter],

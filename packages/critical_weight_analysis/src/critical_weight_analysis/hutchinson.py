@@ -121,9 +121,9 @@ def _gradients(
 ) -> dict[str, Tensor]:
     """dS_i/dθ with its graph, of those parameters where it is not constant."""
     ids = sequence[None].to(model.device)  # (1, T + 1)
-    inputs = {"input_ids": ids[:, :-1], "use_cache": False}
+    inputs = {"input_ids": ids, "use_cache": False}
     with torch.enable_grad():
-        logits = torch.func.functional_call(model, weights, (), inputs).logits[0]  # (T, V)
+        logits = torch.func.functional_call(model, weights, (), inputs).logits[0, :-1]  # (T, V)
         loss = exact_nats(logits, ids[0, 1:]).double().sum()
         if not loss.isfinite():
             raise RunError(f"the loss of sequence {i} is {loss.item()}, not finite; try --dtype float32")

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Literal
 
 import torch
@@ -24,7 +23,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from critical_weight_analysis import baseline, result_files, stability
-from critical_weight_analysis.discovery import Discovery, discover, engine_for
+from critical_weight_analysis.discovery import Discovery, Engine, discover, engine_for
 from critical_weight_analysis.layerwise.backward_checkpoints import Resume
 from critical_weight_analysis.layerwise.batches import first_batch_size
 from critical_weight_analysis.layerwise.pass_settings import Settings
@@ -72,6 +71,7 @@ class Options:
     hutchinson_probes: int
     save_plots: bool
     trust_remote_code: bool
+    attn_implementation: str | None
     weights: str
     allow_unused_weights: list[str]
 
@@ -138,14 +138,16 @@ def run(options: Options) -> None:
     request = prepare(options.checked())
     loaded, expected = request.loaded, request.expected
     settings = Settings(progress=processes.first, checkpoint=loaded.checkpoint, processes=processes)
-    engine = engine_for(loaded.model, settings)  # its probe reads all streamed weights, so the fingerprint reads none
+    needs = frozenset().union(*(METRICS[metric].needs for metric in request.options.metric))
+    # the proof of the engine reads all streamed weights, so that the fingerprint reads none again
+    engine = engine_for(loaded.model, settings, list(request.parameters), needs)
     check_agreement(loaded.fingerprint, processes)
     warnings = baseline.check_model(expected, loaded, request.options.baseline) if expected else []
     opened: run_folder.Run | None = None
 
     def begin() -> str:
         nonlocal opened
-        opened = _open_run(request, engine.__name__.rpartition(".")[2], processes.world)
+        opened = _open_run(request, engine.name, processes.world)
         for warning in warnings:
             opened.warn(warning)
         return str(opened.folder)
@@ -155,6 +157,7 @@ def run(options: Options) -> None:
         _log.info("%s, %s", loaded.metadata["id"], loaded.metadata["dtype"])
         _log.info("%d weights of %d parameters in scope", request.n_weights, len(request.parameters))
         _log.info("%(n_sequences)d sequences, %(n_tokens)d predicted tokens, from %(source)s", request.corpus.metadata)
+        _log.info("%s", engine.account)
         found, settings = _discover(engine, request, replace(settings, scratch=folder), opened)
         tops = {m: {k: ranking.top(k) for k in request.options.topk} for m, ranking in found.rankings.items()}
         splits = list(_halves(engine, request, settings))
@@ -170,13 +173,13 @@ def run(options: Options) -> None:
     processes.close()
 
 
-def _discover(engine: ModuleType, request: Request, settings: Settings, opened: run_folder.Run | None) -> tuple:
+def _discover(engine: Engine, request: Request, settings: Settings, opened: run_folder.Run | None) -> tuple:
     """The pass, with as many sequences at a time as was asked for, or as fit; what it found, and its settings."""
     options, device = request.options, request.loaded.model.device
     used = []
 
     def with_batch_size(batch_size: int) -> Discovery:
-        identity = {"engine": engine.__name__, "batch_size": batch_size, "world": settings.processes.world}
+        identity = {"engine": engine.name, "batch_size": batch_size, "world": settings.processes.world}
         resume = Resume(settings.scratch, identity, settings.processes, warn=opened.warn if opened else _log.warning)
         used[:] = [replace(settings, batch_size=batch_size, resume=resume)]
         return discover(
@@ -193,8 +196,8 @@ def _discover(engine: ModuleType, request: Request, settings: Settings, opened: 
             hutchinson_probes=options.hutchinson_probes,
         )
 
-    if options.batch_size:
-        found = with_batch_size(options.batch_size)
+    if options.batch_size or not engine.together:
+        found = with_batch_size(options.batch_size if engine.together else 1)
     else:
         first = first_batch_size(request.corpus.sequences, device)
         found = find_executable_batch_size(with_batch_size, starting_batch_size=first)()
@@ -220,6 +223,7 @@ def prepare(options: Options) -> Request:
         dtype=options.dtype,
         device=options.device,
         trust_remote_code=options.trust_remote_code,
+        attn_implementation=options.attn_implementation,
         weights=options.weights,
         allow_unused_weights=options.allow_unused_weights,
     )
@@ -296,7 +300,7 @@ def _check_baseline(request: Request, losses: Tensor, opened: run_folder.Run | N
         write_json(opened.folder / BASELINE_FILE, found)
 
 
-def _halves(engine: ModuleType, request: Request, settings: Settings) -> Iterator[stability.Halves]:
+def _halves(engine: Engine, request: Request, settings: Settings) -> Iterator[stability.Halves]:
     options, n = request.options, request.options.stability
     if n:
         _log.info("stability: %d times two halves of the corpus, which costs %d more passes over it", n, n)

@@ -4,13 +4,13 @@ Every gradient is added to its sums the moment autograd has it, and freed: besid
 large as the parameters they belong to, only one parameter's gradient exists at a time.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import torch
 from bridge.exchange.errors import RunError
 from llm_perturb.evaluation.corpus import count_tokens
 from llm_perturb.evaluation.parameters import named_parameters
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import Parameter
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -54,29 +54,34 @@ def sensitivities(
     sums = {name: _GradientSums(parameter, needs) for name, parameter in parameters.items()}
     losses = torch.zeros(len(sequences), dtype=torch.float64)
     mine = settings.share(list(enumerate(sequences)))
-    with _Collector(model, sums) as collector:
+    lengths = [len(sequence) - 1 for sequence in sequences]
+    with Gradients(model, sums, lambda name, gradient: sums[name].add(gradient, lengths[i])) as gradients:
         for i, sequence in tqdm(mine, desc="gradients", disable=not settings.progress):
-            loss = _summed_loss(model, sequence, with_gradient=bool(needs))
+            loss = summed_loss(logits_of(model, sequence, with_graph=bool(needs)), sequence)
             losses[i] = loss.item()
             if not losses[i].isfinite():
                 raise RunError(f"the loss of sequence {i} is {losses[i].item()}, not finite; try --dtype float32")
             if needs:
-                collector.backward(loss, n_tokens=len(sequence) - 1)
+                gradients.backward(loss)
     settings.add_up(losses)
     for total in [total for one in sums.values() for total in one.sums.values()]:
         settings.add_up(total)
     return losses, _divided(parameters, sums, len(sequences), count_tokens(sequences))
 
 
-def _summed_loss(model: PreTrainedModel, sequence: Tensor, with_gradient: bool) -> Tensor:
+def logits_of(model: PreTrainedModel, sequence: Tensor, with_graph: bool = False) -> Tensor:
+    """What the model says of each token but the first of a sequence (T_i + 1,): (T_i, V)."""
+    with torch.set_grad_enabled(with_graph):
+        return model(input_ids=sequence[None].to(model.device), use_cache=False).logits[0, :-1]
+
+
+def summed_loss(logits: Tensor, sequence: Tensor) -> Tensor:
     """S_i, in nats, a float64 scalar."""
-    ids = sequence[None].to(model.device)  # (1, T)
-    with torch.set_grad_enabled(with_gradient):
-        logits = model(input_ids=ids, use_cache=False).logits[0, :-1]  # (T-1, V)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        # Not F.cross_entropy: over 50,000 float32 logits its sum of exponentials is off by 2e-5, which falsified
-        # gradients of a 30-layer model by up to 0.5 %; logsumexp adds pairwise
-        return (logits.logsumexp(-1) - logits.gather(1, ids[0, 1:, None])[:, 0]).double().sum()
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    targets = sequence[1:, None].to(logits.device)
+    # Not F.cross_entropy: over 50,000 float32 logits its sum of exponentials is off by 2e-5, which falsified
+    # gradients of a 30-layer model by up to 0.5 %; logsumexp adds pairwise
+    return (logits.logsumexp(-1) - logits.gather(1, targets)[:, 0]).double().sum()
 
 
 def _divided(
@@ -109,21 +114,26 @@ class _GradientSums:
         return Sensitivity(name, weight, **{need: total.div_(counts[need]) for need, total in self.sums.items()})
 
 
-class _Collector:
-    """While open, the chosen parameters alone require gradients, and each gradient goes to its sums once whole."""
+class Gradients:
+    """While open, the chosen parameters alone require gradients, and each gradient is handed on once it is whole.
 
-    def __init__(self, model: PreTrainedModel, sums: Mapping[str, _GradientSums]) -> None:
-        self.model, self.sums = model, sums
-        self.n_tokens = 0
+    Args:
+        model: a causal language model.
+        names: of the chosen parameters, by their first names.
+        hand_on: called with the name and the gradient of a parameter, which is freed afterwards.
+    """
+
+    def __init__(self, model: nn.Module, names: Collection[str], hand_on: Callable[[str, Tensor], None]) -> None:
+        self.model, self.names, self.hand_on = model, names, hand_on
         self.n_gradients = 0
 
-    def __enter__(self) -> "_Collector":
+    def __enter__(self) -> "Gradients":
         parameters = named_parameters(self.model)
         self.flags = [(parameter, parameter.requires_grad) for parameter in parameters.values()]
         for name, parameter in parameters.items():
-            parameter.requires_grad_(name in self.sums)
+            parameter.requires_grad_(name in self.names)
             parameter.grad = None
-        hooked = [(parameters[name], self._hook(name)) for name in self.sums]
+        hooked = [(parameters[name], self._hook(name)) for name in self.names]
         self.handles = [parameter.register_post_accumulate_grad_hook(hook) for parameter, hook in hooked]
         return self
 
@@ -135,15 +145,19 @@ class _Collector:
 
     def _hook(self, name: str) -> Callable[[Parameter], None]:
         def collect(parameter: Parameter) -> None:
-            self.sums[name].add(parameter.grad, self.n_tokens)
+            gradient, parameter.grad = parameter.grad, None
             self.n_gradients += 1
-            parameter.grad = None
+            self.hand_on(name, gradient)
 
         return collect
 
-    def backward(self, loss: Tensor, n_tokens: int) -> None:
-        """Run one sequence's backward pass; the hooks do the rest."""
-        self.n_tokens, before = n_tokens, self.n_gradients
+    def backward(self, loss: Tensor) -> None:
+        """Run one sequence's backward pass; the hooks do the rest.
+
+        Raises:
+            RunError: no gradient came back.
+        """
+        before = self.n_gradients
         if loss.requires_grad:
             loss.backward()
         if self.n_gradients == before:

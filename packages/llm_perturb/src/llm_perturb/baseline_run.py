@@ -9,9 +9,10 @@ from bridge.exchange.printable import say
 from bridge.exchange.run_folder import Run, RunOptions, check_output, open_run
 from bridge.exchange.tables import write_json
 
+from llm_perturb.evaluation.causality import check_causal
 from llm_perturb.evaluation.corpus import Corpus, CorpusOptions, read_texts, tokenize
 from llm_perturb.evaluation.models import LoadedModel, ModelOptions
-from llm_perturb.evaluation.perplexity import Perplexity, sequence_losses, summarize
+from llm_perturb.evaluation.perplexity import Perplexity, check_padding, sequence_losses, summarize
 from llm_perturb.evaluation.processes import Processes
 
 
@@ -36,12 +37,14 @@ def measure_baseline(
     output = check_output(run_options.output)
     texts = read_texts(corpus_options)
     loaded = model_options.load()
+    check_causal(loaded.model, batch_size)
     corpus = tokenize(texts, loaded.tokenizer, corpus_options, loaded.max_positions)
     if processes.first:
         identity = setup_identity(model_options, corpus_options, loaded, corpus, batch_size)
         run = open_run(output, layout.BASELINE, identity, run_options.experiment_id, fingerprint=loaded.fingerprint)
         with run.recorded():
             losses = sequence_losses(loaded.model, corpus.sequences, batch_size, "baseline")
+            check_padding(loaded.model, corpus.sequences, losses, batch_size)
             write_baseline(run, loaded, corpus, summarize(losses, corpus))
         say(f"baseline written to {run.folder / layout.BASELINE_FILE}")
     processes.close()

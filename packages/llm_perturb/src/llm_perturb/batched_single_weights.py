@@ -7,7 +7,7 @@ y[c, :, o_c] = x[c] w'_c + b. From there on the copies go through the model as o
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from llm_perturb.condition import Condition, new_values
+from llm_perturb.evaluation.causality import COMMON, LENGTH, probe_sequences, tolerance
 from llm_perturb.evaluation.parameters import layer_of
 from llm_perturb.evaluation.perplexity import Measured, in_order
 from llm_perturb.perturbation import bits
@@ -55,7 +56,10 @@ def group(model: PreTrainedModel, conditions: Sequence[Condition]) -> list[Unit]
     The groups depend on nothing but the model and the set of conditions: not on their order, on what is
     finished already, nor on how many processes there are, so that none of these changes a number.
     """
-    maps = linear_maps(model) if any(c.selection == "weight" for c in conditions) else {}
+    maps = {}
+    if any(c.selection == "weight" for c in conditions):
+        with suppress(Exception):  # whatever a model makes of the trial
+            maps = linear_maps(model)
     path = (decoder_layers(model) or ("",))[0]
     layers: dict[str, list[Condition]] = {}
     rest: list[Unit] = []
@@ -80,22 +84,21 @@ def even_parts(items: Sequence, largest: int) -> list[Sequence]:
 
 @torch.no_grad()
 def linear_maps(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The linear maps inside of decoder layers that see each position of each sequence once; by weight name.
+    """The linear maps inside of decoder layers that see each position of each sequence once, in order; by weight name.
 
-    Found in a trial: experts, which see some of the tokens, and modules that share a weight are left out.
+    Found in a trial: experts, which see some of the tokens, maps that see them in another order, and modules that share
+    a weight are left out.
     """
     layers = (decoder_layers(model) or ("", nn.ModuleList()))[1]
     if model.dtype not in _WIDE:
         return {}
-    rows: dict[nn.Module, list[int]] = {
+    seen: dict[nn.Module, list[tuple[Tensor, ...]]] = {
         m: [] for layer in layers for m in layer.modules() if type(m) in (nn.Linear, Conv1D)
     }
-    hooks = [
-        m.register_forward_hook(lambda m, inputs, output: rows[m].append(output.numel() // output.shape[-1]))
-        for m in rows
-    ]
+    hooks = [m.register_forward_hook(lambda m, inputs, output: seen[m].append(inputs)) for m in seen]
+    ids = torch.stack(probe_sequences(model)).to(model.device)
     try:
-        model(input_ids=torch.arange(10, device=model.device).view(2, 5), use_cache=False)
+        model(input_ids=ids, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
@@ -103,9 +106,18 @@ def linear_maps(model: PreTrainedModel) -> dict[str, nn.Module]:
     names = {id(module): name for name, module in model.named_modules()}
     return {
         f"{names[id(module)]}.weight": module
-        for module, seen in rows.items()
-        if seen == [10] and uses[id(module.weight)] == 1
+        for module, calls in seen.items()
+        if len(calls) == 1 and calls[0] and _rows_are_tokens(calls[0][0]) and uses[id(module.weight)] == 1
     }
+
+
+def _rows_are_tokens(x: Tensor) -> bool:
+    """Whether what a map has seen of the trial is one row for each token of one sequence and then of the other."""
+    if x.numel() != 2 * LENGTH * x.shape[-1]:
+        return False
+    one, other = x.reshape(2, LENGTH, -1)
+    same = (one - other).abs().amax(1) <= tolerance(x.dtype) * x.abs().max()
+    return bool(same[:COMMON].all() and not torch.equal(one[COMMON:], other[COMMON:]))
 
 
 def change_of(model: PreTrainedModel, condition: Condition) -> Change:
@@ -135,7 +147,7 @@ def in_copies(changes: Sequence[Change]) -> Iterator[None]:
     """While the block runs, the model computes copy c of a batch of ``len(changes)`` copies with change c."""
 
     def correct(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        x = inputs[0].view(len(changes), -1, inputs[0].shape[-1])  # (C, B T, I)
+        x = inputs[0].reshape(len(changes), -1, inputs[0].shape[-1])  # (C, B T, I)
         y = output.view(len(changes), -1, output.shape[-1])  # (C, B T, O)
         for copy, change in enumerate(changes):
             if change.module is module:

@@ -17,10 +17,11 @@ from tqdm import tqdm
 from llm_perturb.baseline_run import setup_identity, write_baseline
 from llm_perturb.batched_single_weights import Copies, Unit, group
 from llm_perturb.choose_weights import choose_weights
+from llm_perturb.evaluation.causality import check_causal
 from llm_perturb.evaluation.corpus import Corpus, CorpusOptions, read_texts, tokenize
 from llm_perturb.evaluation.fingerprint import check_agreement
 from llm_perturb.evaluation.models import LoadedModel, ModelOptions
-from llm_perturb.evaluation.perplexity import Measured, Perplexity, measure, reference_of, summarize
+from llm_perturb.evaluation.perplexity import Measured, Perplexity, check_padding, measure, reference_of, summarize
 from llm_perturb.evaluation.processes import Processes
 from llm_perturb.intervals import MIN_CLUSTERS, by_cluster
 from llm_perturb.measurement_plan import Plan, plan_of, share
@@ -79,6 +80,7 @@ def measure_perturbations(
     output = check_output(run_options.output)
     texts = read_texts(corpus_options)
     loaded = model_options.load(target_layers)
+    check_causal(loaded.model, batch_size)
     corpus = tokenize(texts, loaded.tokenizer, corpus_options, loaded.max_positions)
     for path in options.weight_files:
         check_model(path, loaded.fingerprint)
@@ -127,6 +129,7 @@ def _carry_out(work: _Work, run: Run, processes: Processes) -> None:
     model, corpus = work.loaded.model, work.corpus
     reference = reference_of(model, corpus.sequences, work.batch_size) if work.kl else None
     baseline = measure(model, corpus.sequences, work.batch_size, "baseline" if processes.first else None)
+    check_padding(model, corpus.sequences, baseline.losses, work.batch_size)
     perplexity = summarize(baseline.losses, corpus)
     if processes.first:
         write_baseline(run, work.loaded, corpus, perplexity)

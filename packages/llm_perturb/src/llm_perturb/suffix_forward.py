@@ -2,16 +2,19 @@
 
 Perturbing a layer leaves everything before it as it was, so the layers before it need not run again. They
 are replaced by stubs that return what the last of them gave; the rest of the model is untouched and computes
-the same bits as a full pass.
+the same bits as a full pass. Where the layers are not built that way, or pass things on by another way than what they
+return, every pass is a full one.
 """
 
 import re
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from llm_perturb.evaluation.lm_loss import is_plain
@@ -48,6 +51,8 @@ class Restart:
         self.path, self.layers = decoder_layers(model) or ("", nn.ModuleList())
         self.boundary = 0  # the first layer that runs
         self._kept: list = [None] * len(self.batches)
+        self._given_up = False
+        self._said: set[str] = set()
 
     def depth_of(self, parameter_names: list[str]) -> int:
         """The first decoder layer that these parameters can influence; the number of layers if they come after all."""
@@ -62,31 +67,71 @@ class Restart:
     @cached_property
     def _after_layers(self) -> set[str]:
         """The parameters all of whose modules run after the last layer and none before; seen from a trial."""
-        return used_after(self.model, self.layers[-1]) if self.path else set()
+        try:
+            return used_after(self.model, self.layers[-1]) if self.path else set()
+        except Exception:  # whatever a model makes of the trial
+            return set()
+
+    def move_to(self, layer: int) -> None:
+        """Let later passes begin at ``layer``, if that is possible. Call it while no weight is perturbed."""
+        if layer < self.boundary:
+            self._begin_at_the_first()
+        if layer == self.boundary or self._given_up:
+            return
+        try:
+            self._kept = self._outputs_of(layer - 1)
+            self.boundary = layer
+        except Exception as error:  # whatever a model makes of layers that are left out
+            self.give_up(one_line(error))
+
+    def give_up(self, reason: str) -> None:
+        """Let every later pass be a full one, and say so."""
+        self._begin_at_the_first()
+        self._given_up = True
+        self.say(f"every measurement is a full forward pass, because none can begin at a layer: {reason}")
+
+    def say(self, line: str) -> None:
+        """Print a line, once."""
+        if line not in self._said:
+            tqdm.write(line, sys.stderr)
+        self._said.add(line)
+
+    def _begin_at_the_first(self) -> None:
+        self.boundary, self._kept = 0, [None] * len(self.batches)
 
     @torch.no_grad()
-    def move_to(self, layer: int) -> None:
-        """Let later passes begin at ``layer``. Call it while no weight is perturbed."""
-        if layer < self.boundary:
-            self.boundary, self._kept = 0, [None] * len(self.batches)
-        if layer == self.boundary:
-            return
-        kept = []
+    def _outputs_of(self, layer: int) -> list:
+        """What a layer returns for each batch.
+
+        Raises:
+            RuntimeError: it is not called after those before it in the list, each once.
+        """
+        outputs, called = [], []
 
         def keep(module: nn.Module, inputs: object, output: object) -> None:
-            kept.append(output)
+            outputs.append(output)
             raise _Reached
 
-        hook = self.layers[layer - 1].register_forward_hook(keep)
+        hooks = [one.register_forward_pre_hook(lambda module, inputs: called.append(module)) for one in self.layers]
+        hooks.append(self.layers[layer].register_forward_hook(keep))
         try:
             for number in range(len(self.batches)):
-                try:
+                called.clear()
+                with suppress(_Reached):
                     self.measure_batch(number)
-                except _Reached:
-                    continue
+                if called != list(self.layers[: layer + 1]):
+                    raise RuntimeError("the layers are not called in the order of their list, each once")
         finally:
-            hook.remove()
-        self.boundary, self._kept = layer, kept
+            for hook in hooks:
+                hook.remove()
+        return outputs
+
+    def is_exact(self, number: int, baseline: Tensor) -> bool:
+        """Whether a pass of a batch of the unperturbed model gives the S_i of full passes, to the last bit."""
+        try:
+            return torch.equal(self.measure_batch(number).losses, baseline[self.batches[number]])
+        except Exception:  # whatever a model makes of layers that are left out
+            return False
 
     def losses(self) -> Tensor:
         """S_i of every sequence, float64 (n,), the same bits as a full pass gives."""
@@ -123,6 +168,11 @@ def _repeat(kept: object, copies: int) -> object:
     if isinstance(kept, Tensor):
         return kept.repeat(copies, *[1] * (kept.ndim - 1))
     return type(kept)(_repeat(part, copies) for part in kept) if isinstance(kept, tuple | list) else kept
+
+
+def one_line(error: Exception) -> str:
+    """An exception in a line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 @torch.no_grad()

@@ -2,7 +2,8 @@
 
 The instrument checks itself on the way: the baseline is measured again at the end and must be the same
 bits, a perturbation that writes back what was there must change nothing, weights are compared with their
-saved bits after every restore, and copies are compared with a model that was really changed.
+saved bits after every restore, and copies are compared with a model that was really changed. Where passes that begin at
+a layer, or copies, prove wrong for a model, full passes and changes of the model itself take their place.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,10 +16,12 @@ from transformers import PreTrainedModel
 from llm_perturb.batched_single_weights import TOLERANCE, Change, Copies, Unit, change_of, measure_copies, unchanged
 from llm_perturb.condition import Condition, Outcome, new_values
 from llm_perturb.evaluation.corpus import Corpus
-from llm_perturb.evaluation.perplexity import Reference
+from llm_perturb.evaluation.perplexity import Measured, Reference
 from llm_perturb.perturbation import perturbed
 from llm_perturb.selection import Target
-from llm_perturb.suffix_forward import Restart
+from llm_perturb.suffix_forward import Restart, one_line
+
+OTHER_LOSSES = "the unperturbed model gives other losses from there on"
 
 
 def sweep(
@@ -43,18 +46,17 @@ def sweep(
         RunError: the instrument does not give the same bits twice.
     """
     restart = Restart(model, corpus.sequences, batch_size, reference)
-    checked: set[tuple[int, type]] = set()
+    checked: set[int] = set()
     for depth, unit in sorted(((_depth(restart, unit), unit) for unit in units), key=lambda pair: pair[0]):
         restart.move_to(depth)
-        first = (depth, type(unit)) not in checked
-        checked.add((depth, type(unit)))
         for condition in unit.conditions if isinstance(unit, Copies) else [unit]:
             _check_own(model, condition.target)
         if isinstance(unit, Copies):
-            yield from _measure_together(model, unit, restart, baseline, first)
+            yield from _measure_together(model, unit, restart, baseline)
         else:
-            if first and depth:
-                _check_same(_apply(model, unit, restart, no_op=True).losses, baseline, "a change of nothing")
+            if depth and depth not in checked:
+                _check_no_op(model, unit, restart, baseline)
+                checked.add(depth)
             yield _apply(model, unit, restart)
     restart.move_to(0)
     _check_same(restart.losses(), baseline, "the unperturbed model at the end")
@@ -66,49 +68,90 @@ def _depth(restart: Restart, unit: Unit) -> int:
     return restart.depth_of(list(unit.target.split(unit.positions)))
 
 
-def _measure_together(
-    model: PreTrainedModel, copies: Copies, restart: Restart, baseline: Tensor, check: bool
-) -> Iterator[Outcome]:
+def _check_no_op(model: PreTrainedModel, condition: Condition, restart: Restart, baseline: Tensor) -> None:
+    """A change of nothing must give the baseline; where it does not from a layer on, it must in a full pass."""
+    if restart.boundary:
+        try:
+            if torch.equal(_apply(model, condition, restart, no_op=True).losses, baseline):
+                return
+            restart.give_up(OTHER_LOSSES)
+        except RunError:
+            raise
+        except Exception as error:  # whatever a model makes of layers that are left out
+            restart.give_up(one_line(error))
+    _check_same(_apply(model, condition, restart, no_op=True).losses, baseline, "a change of nothing")
+
+
+def _measure_together(model: PreTrainedModel, copies: Copies, restart: Restart, baseline: Tensor) -> Iterator[Outcome]:
+    """Single weights as copies; those that change no bit, and all where copies prove wrong, in the model itself."""
     changes = [change_of(model, condition) for condition in copies.conditions]
     moving = [at for at, change in enumerate(changes) if change.changes_bits]
-    found = dict(zip(moving, measure_copies(restart, [changes[at] for at in moving]), strict=True))
-    if check and moving:
-        largest = max(moving, key=lambda at: _size(found[at].losses - baseline))
-        chosen = copies.conditions[largest], changes[largest], found[largest].losses
-        _check_copy(model, *chosen, restart, baseline)
+    measured = _measured_copies(model, copies, changes, moving, restart, baseline) if moving else {}
     for at, condition in enumerate(copies.conditions):
-        yield Outcome(condition, found[at], 1) if at in found else _apply(model, condition, restart)
+        yield Outcome(condition, measured[at], 1) if at in measured else _apply(model, condition, restart)
+
+
+def _measured_copies(
+    model: PreTrainedModel,
+    copies: Copies,
+    changes: Sequence[Change],
+    moving: Sequence[int],
+    restart: Restart,
+    baseline: Tensor,
+) -> dict[int, Measured]:
+    """What the changes in ``moving`` give in copies, by their places; nothing where copies prove wrong."""
+    try:
+        measured = dict(zip(moving, measure_copies(restart, [changes[at] for at in moving]), strict=True))
+        largest = max(moving, key=lambda at: _size(measured[at].losses - baseline))
+        chosen = copies.conditions[largest], changes[largest], measured[largest].losses
+        wrong = _wrong_in_copies(model, *chosen, restart, baseline)
+    except RunError:
+        raise
+    except Exception as error:  # whatever a model makes of copies of a batch
+        wrong = one_line(error)
+    if wrong is None:
+        return measured
+    if restart.boundary and not restart.is_exact(_middle(restart), baseline):
+        restart.give_up(OTHER_LOSSES)
+        return _measured_copies(model, copies, changes, moving, restart, baseline)
+    restart.say(f"single weights are changed in the model one by one, because copies of a batch prove wrong: {wrong}")
+    return {}
 
 
 def _size(differences: Tensor) -> float:
     return differences.sum().abs().nan_to_num(torch.inf).item()
 
 
-def _check_copy(
+def _middle(restart: Restart) -> int:
+    """The number of the batch that checks are made on."""
+    return len(restart.batches) // 2
+
+
+def _wrong_in_copies(
     model: PreTrainedModel, condition: Condition, change: Change, found: Tensor, restart: Restart, baseline: Tensor
-) -> None:
+) -> str | None:
     """On one batch: a change of nothing against the baseline, and a copy against the model that was really changed."""
-    number = len(restart.batches) // 2
+    number = _middle(restart)
     chosen = torch.tensor(restart.batches[number]).sort()
     n_tokens = torch.tensor([len(restart.sequences[i]) - 1 for i in chosen.values])
     before = baseline[chosen.values]
     (nothing,) = measure_copies(restart, [unchanged(change)], number)
-    _check_close(nothing.losses, before, before, n_tokens, "a change of nothing")
+    wrong = _too_far(nothing.losses, before, before, n_tokens, "a change of nothing")
+    if wrong:
+        return wrong
     parts = condition.target.split(condition.positions)
     with perturbed(condition.target.parameters, parts, new_values(model, condition)):
         really = restart.measure_batch(number).losses[chosen.indices]
-    _check_close(found[chosen.values], really, before, n_tokens, condition.key)
+    return _too_far(found[chosen.values], really, before, n_tokens, condition.key)
 
 
-def _check_close(found: Tensor, expected: Tensor, before: Tensor, n_tokens: Tensor, what: str) -> None:
+def _too_far(found: Tensor, expected: Tensor, before: Tensor, n_tokens: Tensor, what: str) -> str | None:
     allowed = TOLERANCE * n_tokens + 1e-3 * (expected - before).abs()  # a broken model amplifies rounding
     same = (found - expected).abs() <= allowed
-    if not (same | ~(found.isfinite() | expected.isfinite())).all():
-        worst = ((found - expected).abs() / n_tokens).max().item()
-        raise RunError(
-            f"the instrument fails its own check: {what} in a copy of the batch is {worst:.3g} nats per token away "
-            f"from the same in the model, and may be {TOLERANCE}"
-        )
+    if (same | ~(found.isfinite() | expected.isfinite())).all():
+        return None
+    worst = ((found - expected).abs() / n_tokens).max().item()
+    return f"{what} in a copy is {worst:.3g} nats per token away from the same in the model, and may be {TOLERANCE}"
 
 
 def _apply(model: PreTrainedModel, condition: Condition, restart: Restart, no_op: bool = False) -> Outcome:

@@ -84,6 +84,7 @@ def model_flags(discovery: Discovery, device: str, batch_size: int | None, trust
     flags = _flags(model=name, revision=revision, dtype=model.get("dtype"), device=device, batch_size=batch_size)
     if trust_remote_code:
         flags.append("--trust-remote-code")
+    flags += _flags(attn_implementation=discovery.options.get("attn_implementation"))
     patterns = discovery.options.get("allow_unused_weights")
     if patterns:
         flags += ["--allow-unused-weights", *patterns]

@@ -56,6 +56,11 @@ class Keeper(TorchFunctionMode):
         self.layer, self.replaying = layer, True
         return self
 
+    def __exit__(self, *error: object) -> None:
+        if self.replaying:
+            self._drop()
+        super().__exit__(*error)
+
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:  # noqa: ANN401 - torch's signature
         kwargs = kwargs or {}
         if not is_linear(func, args, kwargs):
@@ -76,16 +81,30 @@ class Keeper(TorchFunctionMode):
     def _give_back(self, func: Callable, args: tuple) -> Tensor:
         weight = weight_of(func, args)
         x, matrix, _ = _operands(func, args)
-        key, result, version = self._kept[self.layer].popleft()
-        assert key == id(weight), f"{self.layer} makes other calls when it is run again"
-        if key in self._unneeded:
+        result = self._take(id(weight), (*x.shape[:-1], len(matrix)))
+        if id(weight) in self._unneeded:
             result = x.new_zeros(*x.shape[:-1], len(matrix))
-        elif result is not None:
-            self.left += result.nbytes
-            result = result if result._version == version else None  # changed in place after it was made
         with torch.no_grad():
             result = _map(func, args) if result is None else result
         return _Known.apply(x, matrix, result)
+
+    def _take(self, key: int, shape: tuple[int, ...]) -> Tensor | None:
+        """The result of the next call as it was kept; None if it was not, or is not that of this call any more."""
+        if not self._kept.get(self.layer):
+            return None
+        kept_key, result, version = self._kept[self.layer].popleft()
+        if result is not None:
+            self.left += result.nbytes
+        if kept_key != key:  # the layer makes other calls than before: nothing kept can be told to belong to them
+            self._drop()
+            return None
+        unchanged = result is not None and result._version == version and result.shape == shape
+        return result if unchanged else None
+
+    def _drop(self) -> None:
+        """Forget what is left of the layer's calls."""
+        for _, result, _ in self._kept.pop(self.layer, ()):
+            self.left += 0 if result is None else result.nbytes
 
 
 class _Known(torch.autograd.Function):

@@ -19,9 +19,12 @@ _GPU_SEQUENCES = 64
 class Batch:
     """Some sequences that are run together, padded on the right to the longest.
 
+    The last token of a sequence is run too, as in every other loss of this project, though nothing is predicted there:
+    what the model computes may depend on how long a sequence is.
+
     Attributes:
         members: their numbers in the corpus.
-        ids: (B, T), all but the last token of each.
+        ids: (B, T), sequences of T_i + 1 tokens, padded.
         targets: of each member, (T_i,): all but the first token.
         keeper: what it kept of the linear maps' results.
         calls: what each decoder layer is called with, by layer; the hidden state in it is not to be used.
@@ -66,9 +69,9 @@ def first_batch_size(sequences: list[Tensor], device: torch.device) -> int:
 
 def make_batch(members: list[int], sequences: list[Tensor], device: torch.device, keeper: Keeper) -> Batch:
     """A batch of these sequences, the longest of them first; the padding repeats the last token."""
-    length = len(sequences[members[0]]) - 1
-    ids = torch.stack([F.pad(sequences[i][:-1], (0, length))[:length] for i in members])
+    length = len(sequences[members[0]])
+    ids = torch.stack([F.pad(sequences[i], (0, length))[:length] for i in members])
     for row, i in enumerate(members):
-        ids[row, len(sequences[i]) - 1 :] = sequences[i][-1]
+        ids[row, len(sequences[i]) :] = sequences[i][-1]
     targets = [sequences[i][1:].to(device) for i in members]
     return Batch(members, ids.to(device), targets, keeper)

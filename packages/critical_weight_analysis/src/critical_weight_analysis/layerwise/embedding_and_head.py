@@ -106,6 +106,9 @@ def leave(structure: Structure, batch: Batch, outside: dict[str, Sums], losses: 
         at_hidden = output_head.back(head, received, at_logits, rows, weight, bias, ids)
         for one, here in zip(real, rows.values(), strict=True):
             gradient[one] = at_hidden[here]
+    if weight is not None and weight.inputs is not None:
+        for row, targets in enumerate(batch.targets):
+            weight.add_input(hidden[row, len(targets)].detach())  # the last token, which predicts nothing
     hidden.backward(gradient)
     batch.gradient, batch.hidden = leaf.grad, None
     add([parts_of(recorder, batch, outside)], outside, gradient.device)
@@ -121,7 +124,7 @@ def back_to_embedding(structure: Structure, batch: Batch, outside: dict[str, Sum
         raise _Reached
 
     for row, (i, targets) in enumerate(zip(batch.members, batch.targets, strict=True)):
-        real = slice(row, row + 1), slice(len(targets))
+        real = slice(row, row + 1), slice(len(targets) + 1)
         recorder = Recorder(parameters)
         with _replaced(structure, stop), torch.enable_grad(), recorder, suppress(_Reached):
             structure.runner(input_ids=batch.ids[real], use_cache=False)

@@ -28,11 +28,6 @@ from critical_weight_analysis.metrics import Sensitivity
 GIVES = frozenset({"grad", "fisher", "curvature", "tokens", "inputs"})
 
 
-def supports(model: nn.Module, settings: Settings = Settings()) -> bool:  # noqa: B008 - frozen
-    """Whether the model can be taken apart between its decoder layers; seen from a trial with eight tokens."""
-    return find(model, settings.checkpoint) is not None
-
-
 def sensitivities(
     model: nn.Module,
     sequences: list[Tensor],
@@ -43,7 +38,7 @@ def sensitivities(
     """The loss of every sequence, and the sums that the metrics need of every parameter named.
 
     Args:
-        model: a causal language model that ``supports`` accepts, in eval mode, no parameter requiring a gradient.
+        model: a causal language model in eval mode, no parameter requiring a gradient.
         sequences: each (T_i + 1,) ids, which predict T_i tokens.
         names: parameters, by their first names.
         needs: which fields of ``Sensitivity``, of those in ``GIVES``.
@@ -55,11 +50,11 @@ def sensitivities(
         there until then.
 
     Raises:
+        StructureError: the model cannot be taken apart between its layers.
         RequestError: something is needed that a parameter does not have.
         RunError: a loss or a sum is not finite.
     """
-    structure = find(model, settings.checkpoint)
-    assert structure is not None, "ask supports() first"
+    structure = settings.structure or find(model, settings.checkpoint)
     others = [name for name in names if name not in structure.by_product]
     if needs & BY_PRODUCT and others:
         raise RequestError(

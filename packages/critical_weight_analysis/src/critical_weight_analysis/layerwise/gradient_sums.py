@@ -183,6 +183,10 @@ class Sums:
                 given = left[here, ids[i][here] - start, None].to(self.dtype) * right[here].to(self.dtype)
                 self._paired.setdefault(i, []).append((here, given))
 
+    def add_input(self, x: Tensor) -> None:
+        """What the columns are multiplied with at a position without a gradient, (I,)."""
+        self.inputs[1].add_(x.double().square())
+
     def add_rows(self, i: int, ids: Tensor, gradient: Tensor) -> None:
         """The gradient of sequence ``i`` through an embedding: ids (T,), gradient at its output (T, H)."""
         ids, gradient = ids.reshape(-1), gradient.reshape(ids.numel(), -1).to(self.dtype)
@@ -247,7 +251,7 @@ def parts_of(recorder: Recorder, batch: Batch, sums: dict[str, Sums]) -> PartsOf
     """What a batch left in the recorder, sequence by sequence where they must be told apart."""
     if not any(s.by_sequence for s in sums.values()):
         return [(batch.members[0], recorder.parts())]
-    lengths = [len(targets) for targets in batch.targets]
+    lengths = [len(targets) + 1 for targets in batch.targets]
     n = len(lengths)
     return [(i, recorder.parts(row, n, lengths[row])) for row, i in enumerate(batch.members)]
 

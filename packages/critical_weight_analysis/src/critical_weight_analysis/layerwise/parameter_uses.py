@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
+from bridge.exchange.errors import RunError
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
@@ -44,7 +45,8 @@ class Use:
 
     def keep_grad(self, grad: Tensor) -> None:
         """Called by autograd on the way back."""
-        assert self.x._version == self.version, f"the input of {self.weight} was overwritten after its use"
+        if self.x._version != self.version:
+            raise RunError(f"the input of {self.weight} was overwritten after its use, and its gradient needs it")
         self.grad = grad
 
 
@@ -91,6 +93,7 @@ class Recorder(TorchFunctionMode):
         self.section: Any = None
         self.paused = False
         self._with_nodes = with_nodes
+        self._parameters = parameters
         self._names = {id(parameter): name for name, parameter in parameters.items()}
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:  # noqa: ANN401 - torch's signature
@@ -128,6 +131,9 @@ class Recorder(TorchFunctionMode):
 
         args, kwargs = tree_map_only(Tensor, alias, (args, kwargs))
         result = func(*args, **kwargs)
+        for key in touched:
+            if result is self.aliases[key]:  # such as .type() to the dtype that it has: no use yet
+                return self._parameters[key[1]]
         if tree_any(lambda leaf: isinstance(leaf, Tensor) and leaf.requires_grad, result):
             self.used |= touched
         return result
@@ -146,7 +152,8 @@ class Recorder(TorchFunctionMode):
                 getattr(found.setdefault(name, Parts()), kind).append(part)
         for (_, name), alias in self.aliases.items():
             if alias.grad is not None:
-                assert batch == 1, f"{name} cannot be told apart by sequence in a batch"
+                if batch > 1:
+                    raise RunError(f"the gradients of {name} cannot be told apart by sequence: --batch-size 1")
                 found.setdefault(name, Parts()).dense.append(alias.grad)
         return found
 

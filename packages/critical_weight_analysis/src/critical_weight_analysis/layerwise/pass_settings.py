@@ -11,6 +11,7 @@ from llm_perturb.evaluation.processes import Processes
 from torch import Tensor
 
 from critical_weight_analysis.layerwise.backward_checkpoints import Resume
+from critical_weight_analysis.layerwise.probe import Structure
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Settings:
         processes: this process among those that share the sequences; None if it is alone.
         resume: what an earlier process left of the same pass, and where this one leaves it; None for neither.
         scratch: a folder for hidden states that do not fit into memory; None for the system's.
+        structure: of the model, if it is known already.
     """
 
     batch_size: int = 1
@@ -32,6 +34,7 @@ class Settings:
     processes: Processes | None = None
     resume: Resume | None = None
     scratch: Path | None = None
+    structure: Structure | None = None
 
     def present(self, names: Iterable[str]) -> AbstractContextManager:
         """The weights of these parameters are there while this is open."""

@@ -1,14 +1,15 @@
 """Find the decoder layers of a causal language model, and whether it can be taken apart between them.
 
 Nothing is concluded from a model's name. Eight tokens are run through it while every use of every
-parameter is watched: the layers must be called one after another, each on what the one before returned, and no
-parameter may act in two of them.
+parameter is watched: the layers must be called one after another, each on what the one before returned and on
+nothing else that depends on the layers, and no parameter may act in two of them. What this probe allows is still
+compared with plain autograd before it is trusted, see ``proof``.
 """
 
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,10 @@ from critical_weight_analysis.layerwise.activation_cache import only_added
 from critical_weight_analysis.layerwise.parameter_uses import Recorder
 
 BEFORE, AFTER, HEAD = "before", "after", "head"
+
+
+class StructureError(Exception):
+    """A model cannot be taken apart between its layers; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +41,8 @@ class Structure:
         by_batch: the parameters whose gradients can be told apart by sequence when several are run as a batch.
         by_product: the parameters that act as the weight of a linear map or the table of an embedding, and not else.
         before: the parameters that act before the first layer.
-        rest: as many None as each layer returns things beside the hidden state, which nothing uses; by layer, None
-            where it returns that alone.
+        rest: what each layer returns beside the hidden state, as a tuple or list of None, for nothing uses it; None
+            where it returns the hidden state alone.
         unneeded: the weights (by id) of the layers' linear maps whose results no gradient depends on.
     """
 
@@ -49,13 +54,13 @@ class Structure:
     by_batch: frozenset[str]
     by_product: frozenset[str]
     before: frozenset[str]
-    rest: dict[str, tuple | None]
+    rest: dict[str, tuple | list | None]
     unneeded: frozenset[int]
 
-    def wrap(self, layer: str, hidden: Tensor) -> Tensor | tuple:
+    def wrap(self, layer: str, hidden: Tensor) -> Tensor | tuple | list:
         """A hidden state in the form in which the layer returns it."""
         rest = self.rest[layer]
-        return hidden if rest is None else (hidden, *rest)
+        return hidden if rest is None else type(rest)([hidden, *rest])
 
     def owned(self, model: nn.Module) -> dict[str, list[str]]:
         """The parameter names that belong to each layer; those of everything else under the empty name."""
@@ -76,45 +81,55 @@ def with_hidden(hidden: Tensor, args: tuple, kwargs: dict) -> tuple[tuple, dict]
     return ((hidden, *args[1:]), kwargs) if args else ((), kwargs | {"hidden_states": hidden})
 
 
-def output_of(output: Tensor | tuple) -> Tensor:
+def output_of(output: Tensor | tuple | list) -> Tensor:
     """The hidden state among the results of a decoder layer."""
-    return output[0] if isinstance(output, tuple) else output
+    return output[0] if isinstance(output, tuple | list) else output
 
 
-def find(model: nn.Module, checkpoint: Checkpoint | None = None) -> Structure | None:
-    """The structure of a model, None if it is not one that can be taken apart by layers.
+def find(model: nn.Module, checkpoint: Checkpoint | None = None) -> Structure:
+    """The structure of a model.
 
     Args:
         model: a causal language model.
-        checkpoint: where its weights are read from, if it does not hold them.
+        checkpoint: where its weights are read from, if it does not hold them; all of it is read once.
+
+    Raises:
+        StructureError: it is not one that can be taken apart by layers.
     """
-    return _find_once(model, checkpoint) if checkpoint else _find(model, None)
-
-
-def _find(model: nn.Module, checkpoint: Checkpoint | None) -> Structure | None:
-    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and module}
+    name, layers = layers_of(model)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    places = {parameter.device for parameter in model.parameters()}
-    if not lists or getattr(type(head), "forward", None) is not nn.Linear.forward:
-        return None
-    if len(places) > 1 or places == {torch.device("meta")}:
-        return None
-    name = max(lists, key=lambda name: sum(p.numel() for p in lists[name].parameters()))
-    layers = {f"{name}.{index}": layer for index, layer in enumerate(lists[name])}
-    trace = _Trace(
-        layers,
-        model.get_submodule(name.rpartition(".")[0]),
-        head,
-        Recorder(dict(model.named_parameters()), with_nodes=True),
-    )
+    if getattr(type(head), "forward", None) is not nn.Linear.forward:
+        raise StructureError("its output head is not a linear map")
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) > 1 or devices == {torch.device("meta")}:
+        raise StructureError("its parameters are not all on one device")
+    recorder = Recorder(dict(model.named_parameters()), with_nodes=True)
+    trace = _Trace(layers, model.get_submodule(name.rpartition(".")[0]), head, recorder)
     try:
         trace.run(model, checkpoint)
-    except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError, NotImplementedError):
-        return None  # the whole-model engine, which takes over, will meet the same error if the model itself has it
+    except StructureError:
+        raise
+    except Exception as error:  # whatever a layer makes of being watched; the whole model is then run unwatched
+        raise StructureError(f"its forward pass fails while it is watched: {one_line(error)}") from error
     return trace.structure(model)
 
 
-_find_once = lru_cache(maxsize=1)(_find)  # a trial reads the whole checkpoint
+def layers_of(model: nn.Module) -> tuple[str, dict[str, nn.Module]]:
+    """The name of the list of decoder layers, which holds the most parameters, and the layers by name.
+
+    Raises:
+        StructureError: there is no list of modules.
+    """
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and module}
+    if not lists:
+        raise StructureError("it has no list of layers")
+    name = max(lists, key=lambda name: sum(p.numel() for p in lists[name].parameters()))
+    return name, {f"{name}.{index}": layer for index, layer in enumerate(lists[name])}
+
+
+def one_line(error: BaseException) -> str:
+    """An exception in a line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 class _Trace:
@@ -124,10 +139,11 @@ class _Trace:
         self.layers, self.base, self.head, self.recorder = layers, base, head, recorder
         self.called: list[str] = []
         self.inputs: list[Tensor] = []
-        self.rest: dict[str, tuple | None] = {}
+        self.rest: dict[str, tuple | list | None] = {}
         self.outputs: list[Tensor] = []
-        self.extra_gradients = False
+        self.handed_on: list[Tensor] = []  # what layers return beside the hidden state
         self.head_calls: list[tuple[Tensor, Tensor]] = []
+        self.base_takes_ids = False
         self.last_hidden: Tensor | None = None
         self.logits: Tensor | None = None
 
@@ -135,6 +151,7 @@ class _Trace:
         """Two sequences of four tokens that differ in the last one."""
         inside = {id(parameter) for layer in self.layers.values() for parameter in layer.parameters()}
         ids = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 4]], device=next(model.parameters()).device)
+        ids = ids % self.head.weight.shape[0]
         with ExitStack() as stack:
             if checkpoint:
                 outside = [name for name, parameter in model.named_parameters() if id(parameter) not in inside]
@@ -146,6 +163,7 @@ class _Trace:
                 stack.callback(layer.register_forward_hook(partial(self._leave, name)).remove)
             _hook(stack, self.head.register_forward_pre_hook, self._enter_head)
             stack.callback(self.head.register_forward_hook(self._leave_head).remove)
+            _hook(stack, self.base.register_forward_pre_hook, self._enter_base)
             stack.callback(self.base.register_forward_hook(self._leave_base).remove)
             self.recorder.section = BEFORE
             # the graph is looked at, never run, so it need not hold what it would compute with: the weights, above all
@@ -158,11 +176,19 @@ class _Trace:
         self.recorder.section = name
         hidden = hidden_of(args, kwargs)
         self.inputs.append(hidden)
-        self.extra_gradients |= any(_is_state(leaf) for leaf in tree_flatten((args, kwargs))[0] if leaf is not hidden)
+        for leaf in tree_flatten((args, kwargs))[0]:
+            if leaf is not hidden and (_is_state(leaf) or any(leaf is tensor for tensor in self.handed_on)):
+                raise StructureError(f"{name} takes more than the hidden state from what is before it")
 
-    def _leave(self, name: str, module: nn.Module, args: tuple, output: Any) -> None:  # noqa: ANN401 - a tensor or a tuple
-        self.outputs.append(output_of(output))
-        self.rest[name] = (None,) * len(output[1:]) if isinstance(output, tuple) else None
+    def _leave(self, name: str, module: nn.Module, args: tuple, output: Any) -> None:  # noqa: ANN401 - a tensor, tuple or list
+        hidden = output_of(output)
+        if not isinstance(hidden, Tensor):
+            raise StructureError(f"{name} returns a {type(output).__name__}")
+        self.outputs.append(hidden)
+        self.rest[name] = None
+        if isinstance(output, tuple | list):
+            self.rest[name] = type(output)([None] * len(output[1:]))
+            self.handed_on += [leaf for leaf in tree_flatten(output[1:])[0] if isinstance(leaf, Tensor)]
         self.recorder.section = AFTER
 
     def _enter_head(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -172,35 +198,39 @@ class _Trace:
         self.head_calls.append((args[0].detach(), output.detach().clone()))
         self.recorder.section = AFTER
 
+    def _enter_base(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.base_takes_ids = kwargs.get("input_ids") is not None
+
     def _leave_base(self, module: nn.Module, args: tuple, output: Any) -> None:  # noqa: ANN401 - a model's own record
         self.last_hidden = getattr(output, "last_hidden_state", None)
 
-    def structure(self, model: nn.Module) -> Structure | None:
+    def structure(self, model: nn.Module) -> Structure:
         """The structure, if what was seen allows it."""
-        chained = all(torch.equal(a, b) for a, b in zip(self.outputs, self.inputs[1:], strict=False))
-        if self.called != list(self.layers) or not chained or self.extra_gradients or len(self.head_calls) != 1:
-            return None
-        if not self._parameters_stay_home(model):
-            return None
+        if self.called != list(self.layers):
+            raise StructureError("its layers are not called one after another, each once")
+        if not all(torch.equal(a, b) for a, b in zip(self.outputs, self.inputs[1:], strict=False)):
+            raise StructureError("a layer is not called on what the one before it returned")
+        if len(self.head_calls) != 1:
+            raise StructureError("its output head is not called once")
+        self._check_homes(model)
         (head_input, head_output), last = self.head_calls[0], self.last_hidden
-        plain = last is not None and torch.equal(head_input, last) and torch.equal(head_output, self.logits)
-        causal = all(_same_prefix(hidden) for hidden in self.outputs)
-        runner = self.base if plain else model
+        is_last = last is not None and torch.equal(head_input, last) and torch.equal(head_output, self.logits)
+        plain = is_last and self.base_takes_ids
         return Structure(
-            self.layers,
-            runner,
-            self.head,
-            plain,
-            causal,
-            self._by_batch(),
-            self._by_product(),
-            self._before(),
-            self.rest,
-            self._unneeded(model),
+            layers=self.layers,
+            runner=self.base if plain else model,
+            head=self.head,
+            plain_head=plain,
+            causal=all(_same_prefix(hidden) for hidden in self.outputs),
+            by_batch=self._by_batch(),
+            by_product=self._by_product(),
+            before=self._before(),
+            rest=self.rest,
+            unneeded=self._unneeded(model),
         )
 
-    def _parameters_stay_home(self, model: nn.Module) -> bool:
-        """Whether each parameter acts in its own layer only, or outside the layers in one place only.
+    def _check_homes(self, model: nn.Module) -> None:
+        """Each parameter must act in its own layer only, or outside the layers in one place only.
 
         The one exception is the head's weight, which may be the embedding's table too.
         """
@@ -223,8 +253,7 @@ class _Trace:
             else:
                 allowed = sections <= {BEFORE} or sections <= {AFTER}
             if not allowed:
-                return False
-        return True
+                raise StructureError(f"{name} acts in more than one place: {', '.join(sorted(sections))}")
 
     def _by_product(self) -> frozenset[str]:
         otherwise = {name for _, name in self.recorder.used} | {use.bias for use in self.recorder.uses}

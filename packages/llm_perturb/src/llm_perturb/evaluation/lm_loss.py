@@ -29,8 +29,11 @@ def is_plain(model: PreTrainedModel) -> bool:
 def _probe(model: PreTrainedModel, head: nn.Linear) -> bool:
     ids = torch.arange(min(8, head.weight.shape[0]), device=model.device)[None]
     logits = model(input_ids=ids, use_cache=False).logits
-    hidden = getattr(model.base_model(input_ids=ids, use_cache=False), "last_hidden_state", None)
-    return hidden is not None and torch.equal(head(hidden), logits)
+    try:
+        hidden = getattr(model.base_model(input_ids=ids, use_cache=False), "last_hidden_state", None)
+        return hidden is not None and torch.equal(head(hidden), logits)
+    except Exception:  # a base that takes no ids, or a head that takes something else
+        return False
 
 
 class TokenScores(NamedTuple):

@@ -47,6 +47,7 @@ class ModelOptions:
         dtype: of the weights and the arithmetic.
         device: auto, cpu, cuda, cuda:1, mps.
         trust_remote_code: let a hub model run its own code.
+        attn_implementation: eager, sdpa, flash_attention_2 ...; by default what the model's configuration asks for.
         allow_unused_weights: name patterns of stored tensors that the model has no place for and may be left out.
     """
 
@@ -55,6 +56,7 @@ class ModelOptions:
     dtype: DType = "float32"
     device: str = "auto"
     trust_remote_code: bool = False
+    attn_implementation: str | None = None
     allow_unused_weights: list[str] = field(default_factory=list)
 
     def load(self, target_layers: Sequence[str] = (), weights: Weights = "resident") -> "LoadedModel":
@@ -138,6 +140,7 @@ def load(
     dtype: str = "float32",
     device: str = "auto",
     trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
     weights: Weights = "resident",
     allow_unused_weights: Sequence[str] = (),
 ) -> LoadedModel:
@@ -163,6 +166,8 @@ def load(
     try:
         _refuse_adapter(source, revision)
         config = AutoConfig.from_pretrained(source, **options)
+        if attn_implementation:
+            config._attn_implementation = attn_implementation  # also where config.json has an entry of that name
         method = quantization(config)
         if method and weights == "streamed":
             raise RequestError(_not_streamed(source, f"its weights are quantized ({method})"))
@@ -180,11 +185,16 @@ def load(
         raise
     except Exception as error:  # whatever transformers makes of a file that is not as it should be
         hint = "" if Path(source).is_dir() else " (it is no folder here; a hub id needs the network or a filled cache)"
-        raise RequestError(f"model '{name}' cannot be loaded{hint}; its {part}: {reason_of(error, source)}") from error
+        reason = reason_of(error, source)
+        if isinstance(error, ImportError) and "attention" in reason.lower():
+            reason += " Choose a kernel that is installed: --attn-implementation eager"
+        raise RequestError(f"model '{name}' cannot be loaded{hint}; its {part}: {reason}") from error
     unused = _allowed(source, loaded.unused, allow_unused_weights)
     model = loaded.model
     check_names(model)
     model.eval().requires_grad_(False).to(torch_device)
+    if dtype == "float64":
+        model.set_experts_implementation("eager")  # the grouped products of fused experts have no float64
     for module in model.modules():
         if isinstance(module, torch.nn.Embedding):
             module.padding_idx = None  # changes no result, but leaves the gradient of that row out

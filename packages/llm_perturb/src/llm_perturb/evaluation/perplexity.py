@@ -6,11 +6,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from bridge.exchange.errors import RunError
+from bridge.exchange.errors import RequestError, RunError
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from llm_perturb.evaluation.causality import PADDING_MATTERS, tolerance
 from llm_perturb.evaluation.corpus import Corpus
 from llm_perturb.evaluation.lm_loss import exact_scores, is_plain, token_divergence, token_scores
 from llm_perturb.evaluation.onednn_linear import own_products
@@ -113,9 +114,10 @@ def measure(
     order = batches(sequences, batch_size)
     bar = tqdm(order, desc=progress, disable=progress is None, leave=False)
     measured = in_order(order, [measure_batch(model, [sequences[i] for i in chosen]) for chosen in bar])
-    not_finite = measured.losses.isfinite().logical_not().nonzero()
-    if check and len(not_finite):
-        raise RunError(f"the loss of sequence {int(not_finite[0])} is not finite")
+    if check and not measured.losses.isfinite().all():
+        first = int(measured.losses.isfinite().logical_not().nonzero()[0])
+        hint = "; it may be in a batch of its own: --batch-size 1" if batch_size > 1 else ""
+        raise RunError(f"the loss of sequence {first} is not finite{hint}")
     return measured
 
 
@@ -179,6 +181,31 @@ def pad(model: PreTrainedModel, sequences: list[Tensor]) -> tuple[Tensor, Tensor
     ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True).to(model.device)
     mask = (torch.arange(ids.shape[1]) < lengths[:, None]).to(model.device)
     return ids, mask[:, 1:], {} if mask.all() else {"attention_mask": mask.long()}
+
+
+def check_padding(model: PreTrainedModel, sequences: list[Tensor], losses: Tensor, batch_size: int) -> None:
+    """Measure the sequences of the batch that is padded most once more, each alone.
+
+    Args:
+        model: a causal language model in eval mode.
+        sequences: each (T_i + 1,) ids.
+        losses: S_i of each, measured in batches.
+        batch_size: sequences at a time.
+
+    Raises:
+        RequestError: one has another loss alone than in the batch, by more than rounding.
+    """
+
+    def padding(chosen: list[int]) -> int:
+        return sum(len(sequences[chosen[-1]]) - len(sequences[i]) for i in chosen)
+
+    chosen = max(batches(sequences, batch_size), key=padding)
+    if not padding(chosen):
+        return
+    alone = sequence_losses(model, [sequences[i] for i in chosen])
+    most = tolerance(model.dtype) / 10  # a sum is nearer than a single logit
+    if ((losses[chosen] - alone).abs() > most * alone.abs()).any():
+        raise RequestError(PADDING_MATTERS.format(batch_size))
 
 
 @torch.no_grad()
