@@ -85,7 +85,7 @@ def _measure(ready: Plan, run: Run, parts: list[Path] | None) -> dict[str, str]:
         else:
             command, script = _measure_command(ready, run), process.SCRIPT
         command += [f"--output={folder.parent}", f"--experiment-id={_EXPERIMENT_ID}"]
-        run.update(process=command)
+        run.update(instrument=command)
         try:
             process.measure(
                 command,
