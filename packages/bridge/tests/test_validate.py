@@ -122,6 +122,7 @@ def test_validation_from_start_to_end(tmp_path, output, python, capsys, monkeypa
     manifest = read_manifest(folder)
     assert manifest["status"] == "complete"
     assert len(manifest["identity"]["discovery"]) == 7
+    assert manifest["instrument"][:2] == [python, str(process.SCRIPT)]
     assert {name: value for name, value in snapshot(output).items() if name in discovery} == discovery
     assert "measuring 40/40" in capsys.readouterr().err
     log = (folder / "perturb.log").read_text()
