@@ -7,7 +7,7 @@ from bridge.exchange.errors import RequestError
 from llm_perturb.evaluation import models
 from safetensors.torch import load_file, save_file
 from tiny_models import save_checkpoint
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 @pytest.fixture(scope="module")
@@ -74,14 +74,14 @@ def test_a_name_that_a_terminal_would_obey_is_refused(checkpoint, tmp_path, monk
     shutil.copytree(checkpoint, tmp_path / "a\x1b[2J")
     with pytest.raises(RequestError, match=r"the model's name '.*a\\x1b\[2J' has a character that is not printable"):
         models.load(str(tmp_path / "a\x1b[2J"), device="cpu")
-    original = models.AutoModelForCausalLM.from_pretrained
+    original = AutoModelForCausalLM.from_pretrained
 
     def renamed(*args, **options):
         model, info = original(*args, **options)
         model.lm_head.register_parameter("bias\x1b[2J\n", torch.nn.Parameter(torch.zeros(1)))
         return model, info
 
-    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", renamed)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", renamed)
     with pytest.raises(RequestError, match=r"the model's parameter 'lm_head\.bias\\x1b\[2J\\n' has a character"):
         models.load(str(checkpoint), device="cpu")
 

