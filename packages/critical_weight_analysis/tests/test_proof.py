@@ -10,7 +10,7 @@ from bridge.exchange.errors import RequestError
 from critical_weight_analysis import discovery, whole_model
 from critical_weight_analysis.discovery import LAYERWISE, WHOLE_MODEL, engine_for, needs_of
 from critical_weight_analysis.layerwise import engine as layerwise_engine
-from critical_weight_analysis.layerwise import proof
+from critical_weight_analysis.layerwise import probe, proof
 from critical_weight_analysis.layerwise.activation_cache import Keeper
 from critical_weight_analysis.layerwise.parameter_uses import Recorder
 from critical_weight_analysis.layerwise.pass_settings import Settings

@@ -5,10 +5,14 @@ import json
 import pytest
 import torch
 from bridge.exchange.errors import RequestError
-from llm_perturb import experiment, models
+from bridge.exchange.run_folder import RunOptions
+from llm_perturb.baseline_run import measure_baseline
+from llm_perturb.evaluation import models
 from llm_perturb.evaluation.causality import LENGTH, check_causal, later_tokens_matter, probe_sequences
 from llm_perturb.evaluation.corpus import CorpusOptions
 from llm_perturb.evaluation.perplexity import check_padding, sequence_losses
+from llm_perturb.perturbation_options import PerturbationOptions
+from llm_perturb.perturbation_run import measure_perturbations
 from tiny_models import build, byte_tokenizer, save_checkpoint
 from torch import nn
 from transformers import BertConfig, BertLMHeadModel, MixtralConfig, MixtralForCausalLM
@@ -130,13 +134,18 @@ def texts(tmp_path):
 def test_the_commands_refuse_it(command, texts, tmp_path):
     bert(is_decoder=False, vocabulary=256).float().save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
-    options = experiment.ModelOptions(str(tmp_path / "model"), device="cpu")
+    setup = {
+        "model_options": models.ModelOptions(model=str(tmp_path / "model"), device="cpu"),
+        "corpus_options": texts,
+        "batch_size": 1,
+        "run_options": RunOptions(output=str(tmp_path / "out")),
+    }
     with pytest.raises(RequestError, match=NOT_CAUSAL):
         if command == "baseline":
-            experiment.measure_baseline(options, texts, 1, str(tmp_path / "out"), None)
+            measure_baseline(**setup)
         else:
-            request = experiment.Request(["bert.encoder.layer.1.output.dense"], [3])
-            experiment.measure_perturbations(request, options, texts, 1, str(tmp_path / "out"), None)
+            options = PerturbationOptions(target_layer=["bert.encoder.layer.1.output.dense"], k=[3])
+            measure_perturbations(options=options, **setup)
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 
