@@ -67,6 +67,15 @@ def test_killed_run_is_resumed_with_its_records_and_warnings(tmp_path, capsys):
     assert capsys.readouterr().err == "WARNING: odd\n"
 
 
+def test_further_processes_append_records_without_the_lock(tmp_path):
+    first = open_run(tmp_path, "perturb", IDENTITY, "a")
+    second = run_folder.Run(first.folder, {"warnings": []}, resumed=False)
+    second.append({"row": 2}, writer=1)
+    second.release()
+    assert first.records() == [{"row": 2}]
+    assert is_locked(first.folder)
+
+
 def test_line_cut_short_by_a_kill_is_dropped_and_the_log_goes_on(tmp_path):
     first = open_run(tmp_path, "perturb", IDENTITY, "a")
     first.append({"row": 1, "name": "ü"})

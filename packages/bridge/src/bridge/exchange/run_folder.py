@@ -70,9 +70,9 @@ def check_output(output: str) -> Path:
     return path
 
 
-@dataclass(kw_only=True)
+@dataclass
 class Run:
-    """An open run folder.
+    """An open run folder. The process that opened it holds the lock; of several processes, the others only ``append``.
 
     Attributes:
         folder: its path.
@@ -83,7 +83,7 @@ class Run:
     folder: Path
     manifest: dict[str, Any]
     resumed: bool
-    _lock: FileLock = field(repr=False)
+    _lock: FileLock | None = field(repr=False, default=None)
 
     def update(self, **entries: object) -> None:
         """Set entries of the manifest and write it."""
@@ -107,7 +107,8 @@ class Run:
 
     def release(self) -> None:
         """Release the folder, so that another process may work in it."""
-        self._lock.release()
+        if self._lock:
+            self._lock.release()
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
