@@ -1,4 +1,4 @@
-"""Which processes may start, and on what; what several of them compute is in test_experiment.py."""
+"""Which processes may start, and on what; what several of them compute is in test_perturbation_run.py."""
 
 from types import SimpleNamespace
 

@@ -88,10 +88,23 @@ class Outcome:
 
 
 def new_values(model: PreTrainedModel, condition: Condition) -> Callable[[str, Tensor, Tensor], Tensor]:
-    """A function from name, tensor and flat indices (m,) to the new values (m,) of these weights."""
+    """The new values of a condition's weights; see ``values_under``."""
+    return values_under(condition.perturbation, condition.seed, model)
+
+
+def values_under(
+    perturbation: Perturbation, seed: int | None, model: PreTrainedModel
+) -> Callable[[str, Tensor, Tensor], Tensor]:
+    """A function from name, tensor and flat indices (m,) to the new values (m,) of these weights.
+
+    Args:
+        perturbation: the change.
+        seed: of ``gaussian_noise``.
+        model: tells how its matrices are stored.
+    """
 
     def values(name: str, tensor: Tensor, index: Tensor) -> Tensor:
-        rng = generator([condition.seed, "noise", name])
-        return condition.perturbation.new_values(tensor, index, stored_transposed(model, name), rng)
+        rng = generator([seed, "noise", name])
+        return perturbation.new_values(tensor, index, stored_transposed(model, name), rng)
 
     return values

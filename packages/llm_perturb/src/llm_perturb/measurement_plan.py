@@ -190,10 +190,12 @@ def lines(
     flat = torch.arange(shape[0] * shape[1]).view(shape)  # the position of every weight
     conditions = []
     for perturbation in perturbations:
-        chosen = [(label, index, seed) for index in indices for seed in seeds_of(label, perturbation, seeds)]
-        for seed in seeds:
-            other = draw(n_lines, 1, excluded, [seed, f"random {label}", target.layer])
-            chosen.append((control, int(other), seed))
+        chosen: list[tuple[str, int, int | None]] = [
+            (label, index, seed) for index in indices for seed in seeds_of(label, perturbation, seeds)
+        ]
+        for control_seed in seeds:
+            other = draw(n_lines, 1, excluded, [control_seed, f"random {label}", target.layer])
+            chosen.append((control, int(other), control_seed))
         for selection, index, seed in chosen:
             positions = flat.select(axis, index).clone()
             conditions.append(

@@ -16,12 +16,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llm_perturb import perturbation as perturbations
+from llm_perturb.condition import values_under
 from llm_perturb.evaluation.corpus import Corpus, CorpusOptions, Texts, read_texts, tokenize
 from llm_perturb.evaluation.models import LoadedModel, ModelOptions
-from llm_perturb.evaluation.parameters import all_names, named_parameters, stored_transposed
+from llm_perturb.evaluation.parameters import all_names, named_parameters
 from llm_perturb.evaluation.perplexity import Perplexity, sequence_losses, summarize
 from llm_perturb.perturbation import Kind, Perturbation
-from llm_perturb.selection import generator
 from llm_perturb.weights_csv import flat_indices, read_weight_list
 
 Weights: TypeAlias = pd.DataFrame | Mapping[str, Tensor] | str | Path
@@ -137,12 +137,7 @@ def perturbed(
     perturbation.check(model.dtype)
     parameters = named_parameters(model)
     chosen = _chosen(model, weights)
-
-    def new_values(name: str, tensor: Tensor, index: Tensor) -> Tensor:
-        rng = generator([seed, "noise", name])
-        return perturbation.new_values(tensor, index, stored_transposed(model, name), rng)
-
-    with perturbations.perturbed(parameters, chosen, new_values) as n_changed:
+    with perturbations.perturbed(parameters, chosen, values_under(perturbation, seed, model)) as n_changed:
         yield n_changed
 
 

@@ -111,7 +111,7 @@ def measure_perturbations(
 
     folder = processes.once(begin)
     if run is None:  # the first process opened it; the others only append to their logs
-        run = Run(folder=Path(folder), manifest={"warnings": []}, resumed=False)
+        run = Run(folder=Path(folder), manifest={"warnings": []}, resumed=False, _lock=None)
     work = _Work(plan=plan, units=units, loaded=loaded, corpus=corpus, batch_size=batch_size, kl=options.kl)
     with run.recorded() if processes.first else nullcontext():
         _carry_out(work, run, processes)

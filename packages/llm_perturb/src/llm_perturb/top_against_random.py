@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from bridge.exchange import layout
 
 from llm_perturb.intervals import (
     MIN_CLUSTERS,
@@ -26,9 +27,13 @@ from llm_perturb.intervals import (
 
 MIN_DRAWS = 2
 SIGNIFICANT = 0.05
-_PLACES = ["target_layer", "parameter", "perturbation", "k"]
+_GROUP_COLUMNS = ["target_layer", "parameter", "perturbation", "k"]
 _NO_SEEDS = pd.Series(dtype="Int64")
-_CONTROLS = {"top": ["random", "matched"], "row": ["random_row"], "col": ["random_col"]}
+_CONTROLS = {
+    "top": [layout.RANDOM, "matched"],
+    layout.ROW: [layout.RANDOM_ROW],
+    layout.COL: [layout.RANDOM_COL],
+}
 COLUMNS = ["target_layer", "parameter", "selection", "perturbation", "k", "row", "col", "control", "n_draws"]
 COLUMNS += ["delta_nll", "control_mean", "control_low", "control_high", "difference", "ci_low", "ci_high", "n_eff"]
 COLUMNS += ["n_beaten", "p_value", "unbounded_share", "control_unbounded_share", "note"]
@@ -54,16 +59,16 @@ def compare(
     """
     table = table.reset_index(drop=True)
     kinds = table["selection"].str.partition("_")[0]
-    tops = table[kinds.isin(_CONTROLS)].groupby([*_PLACES, "selection", "row", "col"], sort=False, dropna=False)
-    draws = table[kinds.isin(["random", "matched"])].groupby([*_PLACES, "selection"], sort=False)
+    tops = table[kinds.isin(_CONTROLS)].groupby([*_GROUP_COLUMNS, "selection", "row", "col"], sort=False, dropna=False)
+    draws = table[kinds.isin([layout.RANDOM, "matched"])].groupby([*_GROUP_COLUMNS, "selection"], sort=False)
     seeds = dict(iter(draws["seed"]))
     effects = table["delta_nll"].to_numpy(float)
     rows = []
-    for (*place, selection, row, col), chosen in tops:
+    for (*group, selection, row, col), chosen in tops:
         for control in _controls(selection):
-            top, drawn = _pairs(chosen["seed"], seeds.get((*place, control), _NO_SEEDS))
+            top, drawn = _pairs(chosen["seed"], seeds.get((*group, control), _NO_SEEDS))
             if drawn:
-                names = dict(zip(_PLACES, place, strict=True)) | {"selection": selection, "row": row, "col": col}
+                names = dict(zip(_GROUP_COLUMNS, group, strict=True)) | {"selection": selection, "row": row, "col": col}
                 names |= {"control": control} | _effects(effects[top], effects[drawn])
                 rows.append(names | _sureness(differences[top], differences[drawn], n_tokens, clusters))
     n_clusters = len(by_cluster(n_tokens, clusters))
@@ -73,11 +78,11 @@ def compare(
 
 def _controls(selection: str) -> list[str]:
     kind, _, metric = selection.partition("_")
-    return [f"matched_{metric}" if control == "matched" else control for control in _CONTROLS[kind]]
+    return [layout.matched_label(metric) if control == "matched" else control for control in _CONTROLS[kind]]
 
 
 def _pairs(top: pd.Series, drawn: pd.Series) -> tuple[list[int], list[int]]:
-    """Places in the table of top and control of each pair: the same seed, or every control if the top has no seed."""
+    """Row numbers of top and control of each pair: the same seed, or every control if the top has no seed."""
     if top.isna().all():
         return list(top.index[:1]) * len(drawn), list(drawn.index)
     of_seed = dict(zip(drawn, drawn.index, strict=True))
