@@ -7,7 +7,7 @@ import odd_models
 import pytest
 import torch
 from bridge.errors import RequestError
-from critical_weight_analysis import autograd, backward, discovery, proof, structure
+from critical_weight_analysis import autograd, backward, discovery, proof
 from critical_weight_analysis.discovery import engine_for, needs_of
 from critical_weight_analysis.keeper import Keeper
 from critical_weight_analysis.recorder import Recorder
@@ -251,7 +251,3 @@ def test_the_probe_says_why_it_refuses(tiny_model, change, reason):
     change(model)
     with pytest.raises(StructureError, match=reason):
         find(model)
-
-
-def test_one_line_of_an_exception():
-    assert structure.one_line(ValueError("two\n lines")) == "ValueError: two lines"
