@@ -40,7 +40,7 @@ def ranked(dtype: str, options: CorpusOptions, batch_size: int) -> tuple[Discove
         per_layer=False,
         settings=Settings(batch_size=batch_size),
     )
-    print(f"{dtype}: {time.perf_counter() - start:.1f} s, {engine.__name__.rpartition('.')[2]} engine", flush=True)
+    print(f"{dtype}: {time.perf_counter() - start:.1f} s, {engine.name} engine", flush=True)
     return found, count_tokens(sequences)
 
 

@@ -27,6 +27,7 @@ from critical_weight_analysis import discovery as scoring
 from critical_weight_analysis.discovery import discover, engine_for
 from critical_weight_analysis.layerwise.batches import first_batch_size
 from critical_weight_analysis.layerwise.pass_settings import Settings
+from critical_weight_analysis.metrics import METRICS
 from critical_weight_analysis.ranking import Ranking
 from llm_perturb.evaluation import models
 from llm_perturb.evaluation.corpus import CorpusOptions, read_texts, tokenize
@@ -61,10 +62,13 @@ def plain(loaded: LoadedModel, sequences: list[Tensor], batch_size: int) -> None
 
 def discovery(loaded: LoadedModel, sequences: list[Tensor], metrics: list[str]) -> None:
     """What `phase1_runner.py` does between loading and writing."""
-    engine = engine_for(loaded.model)
-    assert engine.__name__.endswith("backward")
+    weights = in_scope(loaded.model)
+    engine = engine_for(
+        loaded.model, names=list(weights), needs=frozenset().union(*(METRICS[m].needs for m in metrics))
+    )
+    assert engine.name == "layerwise"
     settings = Settings(batch_size=first_batch_size(sequences, loaded.model.device))
-    found = discover(engine, loaded.model, sequences, in_scope(loaded.model), metrics, K, settings=settings)
+    found = discover(engine, loaded.model, sequences, weights, metrics, K, settings=settings)
     assert all(len(ranking.top(K)) == K for ranking in found.rankings.values())
 
 

@@ -10,7 +10,7 @@ from bridge.exchange.errors import RequestError
 from critical_weight_analysis import discovery, whole_model
 from critical_weight_analysis.discovery import LAYERWISE, WHOLE_MODEL, engine_for, needs_of
 from critical_weight_analysis.layerwise import engine as layerwise_engine
-from critical_weight_analysis.layerwise import probe, proof
+from critical_weight_analysis.layerwise import proof
 from critical_weight_analysis.layerwise.activation_cache import Keeper
 from critical_weight_analysis.layerwise.parameter_uses import Recorder
 from critical_weight_analysis.layerwise.pass_settings import Settings
@@ -19,7 +19,7 @@ from decoders import DECODERS, build_decoder
 from llm_perturb.evaluation import models
 from reference import naive_sensitivities
 from test_layerwise_engine import ALL, assert_same_sums, matrices
-from tiny_models import byte_tokenizer
+from tiny_models import word_tokenizer
 from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 
@@ -166,7 +166,7 @@ def test_rounding_is_no_obstacle(tiny_model, dtype):
 
 def save(model, folder):
     model.save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    word_tokenizer("a few words").save_pretrained(folder)
 
 
 def test_streamed_weights_that_must_be_held_are_refused_with_the_reason(tmp_path):
@@ -253,7 +253,3 @@ def test_the_probe_says_why_it_refuses(tiny_model, change, reason):
     change(model)
     with pytest.raises(StructureError, match=reason):
         find(model)
-
-
-def test_one_line_of_an_exception():
-    assert probe.one_line(ValueError("two\n lines")) == "ValueError: two lines"

@@ -223,7 +223,7 @@ def test_a_model_that_cannot_be_run_layer_by_layer_is_measured_whole_and_the_log
     words = flags(tmp_path / "model", texts, tmp_path / "out", "--topk", 5, "--no-save-plots", "--experiment-id", "x")
     assert phase1(*words) == 0
     folder = tmp_path / "out" / "critical_analysis_x"
-    assert read_manifest(folder)["engine"] == "autograd"
+    assert read_manifest(folder)["engine"] == "whole_model"
     reason = "as a whole, because layer by layer is not possible: model.layers.0 takes more than the hidden state"
     assert reason in (folder / "analysis.log").read_text()
 

@@ -14,7 +14,7 @@ from llm_perturb.evaluation import models
 from llm_perturb.evaluation.parameters import in_scope
 from safetensors.torch import load_file, save_file
 from tiny_models import build, word_tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, RoFormerConfig, RoFormerForCausalLM
 
 NEEDS = frozenset({"grad", "fisher", "curvature"})
 
@@ -157,3 +157,18 @@ def test_auto_goes_by_the_free_memory(folder, monkeypatch, share, streamed, caps
     loaded = models.load(str(folder), weights="auto")
     assert (loaded.checkpoint is not None) == streamed
     assert ("layer by layer" in capsys.readouterr().out) == streamed
+
+
+def test_a_table_that_is_read_without_gradients_is_there(tmp_path):
+    """As sinusoidal positions are, which are parameters all the same."""
+    torch.manual_seed(0)
+    config = RoFormerConfig(
+        vocab_size=50, embedding_size=8, hidden_size=8, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=20, max_position_embeddings=16, is_decoder=True,
+    )  # fmt: skip
+    save(RoFormerForCausalLM(config).eval(), tmp_path)
+    resident, streamed = (models.load(str(tmp_path), weights=weights) for weights in ("resident", "streamed"))
+    assert "roformer.encoder.embed_positions.weight" in dict(resident.model.named_parameters())
+    for loaded in (resident, streamed):
+        engine = engine_for(loaded.model, Settings(checkpoint=loaded.checkpoint))
+        assert engine.name == LAYERWISE and engine.account.endswith("took no part and are not proved")

@@ -290,11 +290,13 @@ def test_maps_that_see_the_tokens_in_another_order_are_left_out():
     assert len(linear_maps(model)) == 3 * N_MAPS["llama"] - 3
 
 
-def test_a_model_that_no_trial_can_be_made_of_has_no_copies(sequences):
+def test_a_model_that_no_trial_can_be_made_of_has_no_copies(capsys):
     model = build("llama")
     conditions = some_of_every_map(model)
     model.model.norm.register_forward_pre_hook(lambda module, args: 1 / (2 - len(args[0])))
     assert group(model, conditions) == conditions
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("because no two sequences can be run together: ZeroDivisionError: division by zero")
 
 
 def test_a_target_of_another_model_is_an_error(sequences):

@@ -4,7 +4,14 @@ from llm_perturb.evaluation import lm_loss
 from llm_perturb.evaluation.perplexity import sequence_losses
 from reference import naive_losses
 from torch import nn
-from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    RemBertConfig,
+    RemBertForCausalLM,
+)
 
 
 def linear(n_tokens, n_hidden, bias, dtype=torch.float64):
@@ -70,8 +77,11 @@ SIZES = {
     [
         lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=4, final_logit_softcapping=0.5)),
         lambda: GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=3.0)),
+        lambda: RemBertForCausalLM(
+            RemBertConfig(**SIZES, input_embedding_size=6, output_embedding_size=10, is_decoder=True)
+        ),
     ],
-    ids=["softcap", "scaled"],
+    ids=["softcap", "scaled", "another_width"],
 )
 def test_a_head_that_does_more_than_a_product_is_not_shortened(build, sequences):
     torch.manual_seed(0)

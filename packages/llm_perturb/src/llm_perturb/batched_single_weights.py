@@ -5,15 +5,18 @@ repeated C times, the map's output gets, for copy c, that feature computed again
 y[c, :, o_c] = x[c] w'_c + b. From there on the copies go through the model as one batch.
 """
 
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
+from bridge.exchange.errors import one_line
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -27,6 +30,7 @@ from llm_perturb.suffix_forward import Restart, decoder_layers
 AT_ONCE = 1024  # tokens in a batch of copies; more were no faster
 GROUP = 32  # weights that are measured, recorded and resumed together
 TOLERANCE = 1e-5  # nats per token between a copy and the changed model: products of other shapes round otherwise
+ONE_BY_ONE = "single weights are changed in the model one by one, because"
 _WIDE = {torch.float32, torch.float64}  # in narrower numbers, that rounding is larger than most effects
 
 
@@ -58,8 +62,10 @@ def group(model: PreTrainedModel, conditions: Sequence[Condition]) -> list[Unit]
     """
     maps = {}
     if any(c.selection == "weight" for c in conditions):
-        with suppress(Exception):  # whatever a model makes of the trial
+        try:
             maps = linear_maps(model)
+        except Exception as error:  # whatever a model makes of the trial
+            tqdm.write(f"{ONE_BY_ONE} no two sequences can be run together: {one_line(error)}", sys.stderr)
     path = (decoder_layers(model) or ("",))[0]
     layers: dict[str, list[Condition]] = {}
     rest: list[Unit] = []

@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from functools import cached_property
 
 import torch
+from bridge.exchange.errors import one_line
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -168,11 +169,6 @@ def _repeat(kept: object, copies: int) -> object:
     if isinstance(kept, Tensor):
         return kept.repeat(copies, *[1] * (kept.ndim - 1))
     return type(kept)(_repeat(part, copies) for part in kept) if isinstance(kept, tuple | list) else kept
-
-
-def one_line(error: Exception) -> str:
-    """An exception in a line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 @torch.no_grad()

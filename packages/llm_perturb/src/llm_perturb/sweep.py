@@ -9,17 +9,26 @@ a layer, or copies, prove wrong for a model, full passes and changes of the mode
 from collections.abc import Iterator, Sequence
 
 import torch
-from bridge.exchange.errors import RunError
+from bridge.exchange.errors import RunError, one_line
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llm_perturb.batched_single_weights import TOLERANCE, Change, Copies, Unit, change_of, measure_copies, unchanged
+from llm_perturb.batched_single_weights import (
+    ONE_BY_ONE,
+    TOLERANCE,
+    Change,
+    Copies,
+    Unit,
+    change_of,
+    measure_copies,
+    unchanged,
+)
 from llm_perturb.condition import Condition, Outcome, new_values
 from llm_perturb.evaluation.corpus import Corpus
 from llm_perturb.evaluation.perplexity import Measured, Reference
 from llm_perturb.perturbation import perturbed
 from llm_perturb.selection import Target
-from llm_perturb.suffix_forward import Restart, one_line
+from llm_perturb.suffix_forward import Restart
 
 OTHER_LOSSES = "the unperturbed model gives other losses from there on"
 
@@ -114,7 +123,7 @@ def _measured_copies(
     if restart.boundary and not restart.is_exact(_middle(restart), baseline):
         restart.give_up(OTHER_LOSSES)
         return _measured_copies(model, copies, changes, moving, restart, baseline)
-    restart.say(f"single weights are changed in the model one by one, because copies of a batch prove wrong: {wrong}")
+    restart.say(f"{ONE_BY_ONE} copies of a batch prove wrong: {wrong}")
     return {}
 
 

@@ -16,3 +16,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`` (did you mean 'x'?)`` for the known word closest to ``word``, or nothing."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f" (did you mean '{close[0]}'?)" if close else ""
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception is and says, in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -108,13 +108,13 @@ class Recorder(TorchFunctionMode):
             return self._with_aliases(func, args, kwargs)
         use = Use(kind, self._name(weight), self._name(bias), x.detach(), self.section, version=x._version)
         out = func(*args, **kwargs)
+        self.uses.append(use)
         if not torch.is_grad_enabled():
             return out
         if not out.requires_grad:  # nothing before it does: an embedding, whose output is then a leaf
             out.requires_grad_()
         out.register_hook(use.keep_grad)
         use.node = out.grad_fn if self._with_nodes else None
-        self.uses.append(use)
         return out.clone() if out.is_leaf else out  # a leaf could not be changed in place by what follows
 
     def _with_aliases(self, func: Callable, args: tuple, kwargs: dict) -> Any:  # noqa: ANN401

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from bridge.exchange.errors import one_line
 from llm_perturb.evaluation.checkpoint import Checkpoint
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -125,11 +126,6 @@ def layers_of(model: nn.Module) -> tuple[str, dict[str, nn.Module]]:
         raise StructureError("it has no list of layers")
     name = max(lists, key=lambda name: sum(p.numel() for p in lists[name].parameters()))
     return name, {f"{name}.{index}": layer for index, layer in enumerate(lists[name])}
-
-
-def one_line(error: BaseException) -> str:
-    """An exception in a line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 class _Trace:

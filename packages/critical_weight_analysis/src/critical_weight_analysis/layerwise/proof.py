@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
 import torch
-from bridge.exchange.errors import RequestError
+from bridge.exchange.errors import RequestError, one_line
 from llm_perturb.evaluation.causality import check_causal, later_tokens_matter, probe_sequences
 from llm_perturb.evaluation.checkpoint import Checkpoint
 from torch import Tensor
@@ -27,14 +27,12 @@ from transformers import PreTrainedModel
 from critical_weight_analysis.layerwise import engine
 from critical_weight_analysis.layerwise.gradient_sums import SQUARES
 from critical_weight_analysis.layerwise.pass_settings import Settings
-from critical_weight_analysis.layerwise.probe import Structure, one_line
+from critical_weight_analysis.layerwise.probe import Structure
 from critical_weight_analysis.whole_model import Gradients, logits_of, summed_loss
 
 FIELDS = frozenset({"grad", "fisher"})  # of which every other sum over sequences is made in the same way
 SHORT = 4  # tokens of the shorter sequence
-OF_LAYER = (
-    1e-2  # a gradient below this share of its layer's largest, which may be nothing but rounding, is taken as that
-)
+OF_LAYER = 1e-2  # share of a layer's largest gradient below which one may be nothing but rounding
 Rows = dict[str, dict[str, Tensor]]  # by field and parameter: a number of every row
 
 
@@ -197,15 +195,18 @@ def _difference(model: PreTrainedModel, structure: Structure, expected: Expected
     for field, rows in found.items():
         for owned in structure.owned(model).values():
             members = [name for name in owned if name in rows]
-            norms = {name: expected.rows[field][name].norm().item() for name in members}
-            floor = OF_LAYER * max(norms.values(), default=0)
-            for name in members:
-                difference = (rows[name] - expected.rows[field][name]).norm().item()
-                difference /= max(norms[name], floor) or 1
+            for name, difference in _differences(rows, expected.rows[field], members).items():
                 if not difference <= max(1e-3, 64 * eps):  # rounding grows from layer to layer
                     raise ProofError(_described(name, field, rows[name], difference))
                 largest = max(largest, difference)
     return largest
+
+
+def _differences(found: dict[str, Tensor], expected: dict[str, Tensor], members: list[str]) -> dict[str, float]:
+    """|found - expected| / |expected| of the parameters of a layer, with a floor for what is small there."""
+    norms = {name: expected[name].norm().item() for name in members}
+    floor = OF_LAYER * max(norms.values(), default=0)
+    return {name: (found[name] - expected[name]).norm().item() / (max(norms[name], floor) or 1) for name in members}
 
 
 def _described(name: str, field: str, found: Tensor, difference: float) -> str:
