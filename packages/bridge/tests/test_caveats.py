@@ -29,7 +29,7 @@ def test_caveats_of_the_corpus_and_the_manifests(example):
     table = example.measurements.assign(n_sequences=4, n_weights=20, corpus_sha256="00")
     manifest = synthetic.manifest("validation") | {"warnings": ["the corpus is short"]}
     text = "\n".join(caveats(replace(example, measurements=table, validation_manifest=manifest)))
-    assert "Only 4 sequences" in text
+    assert "With 4 sequences no interval of an effect is given (at least 6)." in text
     assert "fewer than k weights were perturbed" in text
     assert "other token sequences" in text
     assert "Warning of the validation: the corpus is short" in text

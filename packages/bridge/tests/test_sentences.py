@@ -1,10 +1,12 @@
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import synthetic
 from bridge.analysis.correlation import correlate
 from bridge.report.caveats import caveats
+from bridge.report.phrases import perplexity_after
 from bridge.report.sentences import answer, summary_lines
 
 
@@ -69,3 +71,10 @@ def test_three_sentences_with_the_difference_from_magnitude(example):
     assert len(sentences) == 3
     assert "in 12 of 12 layers" in sentences[1] or "in 11 of 12 layers" in sentences[1]
     assert "magnitude (difference " in sentences[2]
+
+
+def test_a_perplexity_has_the_interval_of_its_own_columns_or_none(example):
+    row = example.measurements.iloc[0]
+    assert "[" not in perplexity_after(row)
+    row = pd.concat([row, pd.Series({"perturbed_ppl_low": 20.0, "perturbed_ppl_high": 90.0})])
+    assert perplexity_after(row).endswith("[20,\u00a090]")

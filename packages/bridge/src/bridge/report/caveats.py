@@ -8,7 +8,7 @@ from bridge.analysis.targets import RANGE_NOTE, is_restricted
 from bridge.report.evidence import Evidence
 from bridge.report.number_format import number, plural
 
-FEW_SEQUENCES = 10
+FEW_SEQUENCES = 6  # below which the instrument gives no interval
 FEW_DRAWS = 19  # the fewest with which a single layer's p-value can reach 0.05
 
 
@@ -55,7 +55,7 @@ def _measurements(evidence: Evidence) -> list[str]:
     n_sequences = int(table["n_sequences"].min())
     if n_sequences < FEW_SEQUENCES:
         sequences = plural(n_sequences, "sequence")
-        sentences.append(f"Only {sequences}: the bootstrap intervals of the effects are too narrow.")
+        sentences.append(f"With {sequences} no interval of an effect is given (at least {FEW_SEQUENCES}).")
     n_infinite = int((~np.isfinite(table["delta_nll"])).sum())
     if n_infinite:
         sentences.append(

@@ -6,7 +6,10 @@ LOSS = (
     "Loss",
     "L = mean of −log p(token | the tokens before it) over all predicted tokens, in nats; perplexity = exp(L).",
 )
-EFFECT = ("Effect", "loss after minus loss before, on the same tokens; 95 % interval by bootstrap over sequences.")
+EFFECT = (
+    "Effect",
+    "loss after minus loss before, on the same tokens; 95 % interval by t with the jackknife over texts.",
+)
 SCORE_OF_A_SET = ("Score of a set", "the scores of its weights added.")
 CONTROL = ("Control", "as many random weights of the same target, outside every top set; one draw a seed.")
 AGREEMENT = (

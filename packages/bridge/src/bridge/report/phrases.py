@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from bridge.report.number_format import exp, measured, p_value, rho
+from bridge.report.number_format import measured, p_value, rho
 
 _DOING = {"zero": "Zeroing", "sign_flip": "Flipping the sign of"}
 
@@ -34,8 +34,11 @@ def loss_change_in_words(row: pd.Series) -> str:
 
 
 def perplexity_after(row: pd.Series) -> str:
-    """The perturbed perplexity; its interval is that of the change of loss, added to the baseline and exponentiated."""
-    low, high = exp(row["baseline_nll"] + row["ci_low"]), exp(row["baseline_nll"] + row["ci_high"])
+    """The perturbed perplexity, with its interval over texts where the measurements have one.
+
+    That of the change of loss would not do: the texts decide the loss before the change as well.
+    """
+    low, high = row.get("perturbed_ppl_low", np.nan), row.get("perturbed_ppl_high", np.nan)
     return measured(row["perturbed_ppl"], low, high, signed=False)
 
 
