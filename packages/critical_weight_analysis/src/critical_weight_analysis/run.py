@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -12,11 +12,12 @@ from accelerate.utils import find_executable_batch_size
 from bridge.exchange import run_folder
 from bridge.exchange.errors import RequestError
 from bridge.exchange.layout import ANALYSIS_LOG, BASELINE_FILE, DISCOVERY, PLOTS_FOLDER
+from bridge.exchange.run_folder import RunOptions
 from bridge.exchange.tables import write_json
 from llm_perturb.evaluation import models
 from llm_perturb.evaluation.corpus import Corpus, CorpusOptions, read_texts, tokenize
 from llm_perturb.evaluation.fingerprint import check_agreement
-from llm_perturb.evaluation.models import LoadedModel
+from llm_perturb.evaluation.models import LoadedModel, ModelOptions
 from llm_perturb.evaluation.parameters import in_scope
 from llm_perturb.evaluation.processes import Processes
 from torch import Tensor
@@ -30,8 +31,6 @@ from critical_weight_analysis.layerwise.pass_settings import Settings
 from critical_weight_analysis.metrics import METRICS
 
 Metric = Literal[*METRICS]
-DType = Literal[*models.DTYPES]
-Packing = Literal["documents", "windows"]
 Scope = Literal["matrices", "all"]
 Weights = models.Weights
 Mode = Literal["global", "per_layer"]
@@ -40,40 +39,44 @@ _NOT_IDENTITY = {"batch_size", "weights", "device", "output", "baseline", "exper
 _log = logging.getLogger("critical_weight_analysis")
 
 
-@dataclass(frozen=True)
-class Options:
-    """The flags of ``phase1_runner.py``, by their parameter names."""
+@dataclass(frozen=True, kw_only=True)
+class DiscoveryOptions:
+    """What is scored, and how.
 
-    model: str | None
-    metric: list[str]
-    topk: list[int]
-    eval_limit: int | None
-    output: str
-    data_file: str | None
-    dataset: str | None
-    dataset_config: str | None
-    split: str
-    text_column: str
-    packing: str
-    max_length: int
-    batch_size: int | None
-    dtype: str
-    device: str
-    revision: str | None
-    scope: str
-    include: list[str]
-    exclude: list[str]
-    mode: list[str]
-    baseline: str | None
-    experiment_id: str | None
-    seed: int
-    stability: int
-    hutchinson_probes: int
-    save_plots: bool
-    trust_remote_code: bool
-    attn_implementation: str | None
-    weights: str
-    allow_unused_weights: list[str]
+    Attributes:
+        metric: what the weights are scored by.
+        topk: how many weights a ranking keeps; several in one pass.
+        batch_size: sequences at a time; found automatically if left out. Changes no number beyond rounding.
+        scope: matrices, every parameter of two or more dimensions; all, biases and norms too.
+        include: name patterns such as '*.mlp.*'; only parameters that match one.
+        exclude: name patterns; no parameter that matches one.
+        mode: global, the top-K of all weights; per_layer, of each parameter.
+        baseline: a baseline.json of run_baseline.py; stop if this run's setup, weights or loss are others.
+        seed: of the random control list, the halves of --stability and the signs of hutchinson_diag.
+        stability: how many times to discover two random halves of the corpus and compare; one more pass each.
+        hutchinson_probes: of hutchinson_diag; each costs two to three backward passes over the corpus.
+        save_plots: whether to draw the plots.
+        weights: resident, in memory; streamed, read from the checkpoint one layer at a time; auto, by their size.
+    """
+
+    metric: list[Metric] = field(default_factory=lambda: ["grad_x_weight"])
+    topk: list[int] = field(default_factory=lambda: [100])
+    batch_size: int | None = None
+    scope: Scope = "matrices"
+    include: list[str] = field(default_factory=list)
+    exclude: list[str] = field(default_factory=list)
+    mode: list[Mode] = field(default_factory=lambda: ["global", "per_layer"])
+    baseline: str | None = None
+    seed: int = 0
+    stability: int = 0
+    hutchinson_probes: int = 10
+    save_plots: bool = True
+    weights: Weights = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(DiscoveryOptions, ModelOptions, CorpusOptions, RunOptions):
+    """All flags of a discovery."""
 
     def checked(self) -> "Options":
         """The same, lists without repetitions, the K ascending, the paths of texts independent of the current folder.
@@ -103,7 +106,7 @@ class Options:
 
     def corpus(self) -> CorpusOptions:
         """Those that choose the corpus."""
-        return CorpusOptions(**{field.name: getattr(self, field.name) for field in fields(CorpusOptions)})
+        return CorpusOptions(**{each.name: getattr(self, each.name) for each in fields(CorpusOptions)})
 
     def identity(self) -> dict:
         """Those that the numbers depend on."""
