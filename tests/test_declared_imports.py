@@ -18,7 +18,6 @@ NEVER_IMPORTED = {
     "pyarrow": "pandas writes parquet files with it",
 }
 IMPORTED_ELSEWHERE = {"bridge": {"torch"}}  # count_gpus is run by the Python of the instrument
-NOT_IMPORTED_YET = {"filelock", "msgspec"}
 NAMES = ["bridge", "critical_weight_analysis", "llm_perturb"]
 
 
@@ -52,13 +51,13 @@ def test_a_package_declares_what_it_imports_and_nothing_else(name):
     declared = set(project["dependencies"])
     imported = imports_of_package(name)
     assert imported - declared == set(), "imported, but not declared in pyproject.toml"
-    unused = declared - imported - NEVER_IMPORTED.keys() - NOT_IMPORTED_YET
+    unused = declared - imported - NEVER_IMPORTED.keys()
     assert unused == set(), "declared in pyproject.toml, but not imported"
 
 
 def test_what_is_never_imported_is_not_imported():
     imported = set().union(*(imports_of_package(name) for name in NAMES))
-    assert imported & (NEVER_IMPORTED.keys() | NOT_IMPORTED_YET) == set(), "this entry is no longer needed here"
+    assert imported & NEVER_IMPORTED.keys() == set(), "this entry is no longer needed here"
 
 
 def test_imports_are_read_from_the_source():

@@ -195,7 +195,7 @@ def test_several_processes_are_started_by_the_launcher_from_the_shipped_configur
     start = three.command[: -len(one.command) + 2]
     assert one.command[:2] == [python, str(process.SCRIPT)]
     assert three.command[len(start) :] == one.command[2:]
-    config = HERE.parents[2] / "configs" / "accelerate_config.yaml"
+    config = Path(process.__file__).parent / "accelerate_config.yaml"
     assert start[:5] == [python, "-m", "accelerate.commands.launch", "--config_file", str(config)]
     assert start[5:7] == ["--log_dir", os.devnull]
     assert start[7:] == ["--num_processes", "3", "-m", "bridge.instrument.worker", str(process.SCRIPT)]

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bridge.api import correlate, load_discovery, load_validation
 
-__version__ = "0.1.0"
 __all__ = ["correlate", "load_discovery", "load_validation"]
 
 

@@ -27,18 +27,12 @@ from bridge.exchange.printable import escaped, say
 from bridge.exchange.tables import write_json
 
 SCHEMA_VERSION = 1
-_PACKAGES = (
-    "bridge",
-    "llm_perturb",
-    "critical_weight_analysis",
-    "torch",
-    "transformers",
-    "accelerate",
-    "datasets",
-    "numpy",
-    "pandas",
-    "scipy",
-)
+# Import name and distribution of each package whose version a manifest records.
+_PACKAGES = {
+    "bridge": "critical-weights-bridge",
+    "llm_perturb": "critical-weights-perturb",
+    "critical_weight_analysis": "critical-weights-discovery",
+} | {name: name for name in ("torch", "transformers", "accelerate", "datasets", "numpy", "pandas", "scipy")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -352,9 +346,9 @@ def _now() -> str:
 
 def _host() -> dict[str, Any]:
     versions = {}
-    for package in _PACKAGES:
+    for package, distribution in _PACKAGES.items():
         try:
-            versions[package] = metadata.version(package)
+            versions[package] = metadata.version(distribution)
         except metadata.PackageNotFoundError:
             continue
     return {

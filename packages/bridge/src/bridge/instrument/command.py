@@ -10,7 +10,7 @@ from bridge.exchange.discovery_run import Discovery
 from bridge.exchange.errors import RequestError
 from bridge.instrument import process
 
-CONFIG = Path(__file__).resolve().parents[5] / "configs" / "accelerate_config.yaml"
+CONFIG = Path(__file__).parent / "accelerate_config.yaml"
 
 
 def launcher(python: Path, num_processes: int, device: str) -> list[str]:

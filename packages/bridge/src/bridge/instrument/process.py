@@ -1,6 +1,7 @@
 """Run the measuring script of llm_perturb in its own environment: show its output, and let it never outlive this."""
 
 import codecs
+import importlib.util
 import os
 import re
 import signal
@@ -16,9 +17,26 @@ from bridge.exchange.run_folder import is_locked
 from bridge.instrument import ancestors
 
 _LLM_PERTURB = Path(__file__).resolve().parents[4] / "llm_perturb"
-SCRIPT = _LLM_PERTURB / "scripts" / "run_topk_perturb.py"
-MERGE = _LLM_PERTURB / "scripts" / "merge_shards.py"
-PYTHON = _LLM_PERTURB / ".venv" / "bin" / "python"  # never resolved: through the link, Python finds its environment
+_INSTALLED = importlib.util.find_spec("llm_perturb")  # beside this package, where both were installed from wheels
+
+
+def _script(name: str) -> Path:
+    """A script of the instrument: that of the repository, or the command of an installed llm_perturb."""
+    script = _LLM_PERTURB / "scripts" / name
+    if not script.is_file() and _INSTALLED and _INSTALLED.origin:
+        return Path(_INSTALLED.origin).parent / "commands" / name
+    return script
+
+
+def _python() -> Path:
+    """The Python of llm_perturb's environment in the repository; without one, this Python if it has llm_perturb."""
+    python = _LLM_PERTURB / ".venv" / "bin" / "python"  # never resolved: through the link, Python finds its environment
+    return Path(sys.executable) if not python.is_file() and _INSTALLED else python
+
+
+SCRIPT = _script("run_topk_perturb.py")
+MERGE = _script("merge_shards.py")
+PYTHON = _python()
 _SECONDS_TO_END = 30.0
 _TAIL = 16_000  # characters of output; the launcher adds many after the instrument's own last line
 _REFUSED = re.compile(r"exitcode\s*: 2\b")

@@ -21,3 +21,7 @@ def merge(*, from_: list[str], run: RunOptions) -> None:
 def main() -> None:
     """Run the command on the words of the command line."""
     flags.run(merge)
+
+
+if __name__ == "__main__":
+    main()

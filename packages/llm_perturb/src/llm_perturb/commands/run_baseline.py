@@ -23,3 +23,7 @@ def baseline(*, model: ModelOptions, corpus: CorpusOptions, batch_size: int = 1,
 def main() -> None:
     """Run the command on the words of the command line."""
     flags.run(baseline)
+
+
+if __name__ == "__main__":
+    main()

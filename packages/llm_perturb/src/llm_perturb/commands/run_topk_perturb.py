@@ -34,3 +34,7 @@ def perturb(
 def main() -> None:
     """Run the command on the words of the command line."""
     flags.run(perturb)
+
+
+if __name__ == "__main__":
+    main()
