@@ -3,7 +3,7 @@
 import torch
 from tiny_models import build
 from torch import nn
-from transformers import BertConfig, BertLMHeadModel, Gemma3nForCausalLM, Gemma3nTextConfig
+from transformers import BertConfig, BertLMHeadModel
 
 
 class _Product(torch.autograd.Function):
@@ -85,21 +85,6 @@ def repeated_layer():
     model = build("gpt2")
     model.transformer.h[1] = model.transformer.h[0]
     model.config.use_cache = False  # it would be the same layer's cache both times
-    return model
-
-
-def shared_states():
-    """Gemma3n, whose last layers take keys and values of others."""
-    torch.manual_seed(0)
-    config = Gemma3nTextConfig(
-        vocab_size=50, vocab_size_per_layer_input=50, hidden_size=8, hidden_size_per_layer_input=4, head_dim=4,
-        intermediate_size=20, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1, laurel_rank=2,
-        altup_num_inputs=2, max_position_embeddings=16, sliding_window=4, num_kv_shared_layers=2,
-        layer_types=["sliding_attention", "full_attention"] * 2, activation_sparsity_pattern=[0.0] * 4, pad_token_id=0,
-    )  # fmt: skip
-    model = Gemma3nForCausalLM(config).double().eval().requires_grad_(False)
-    for parameter in model.parameters():
-        parameter.add_(0.2 * torch.randn_like(parameter))
     return model
 
 

@@ -19,7 +19,7 @@ from decoders import DECODERS, build_decoder
 from llm_perturb.evaluation import models
 from reference import naive_sensitivities
 from test_layerwise_engine import ALL, assert_same_sums, matrices
-from tiny_models import word_tokenizer
+from tiny_models import shared_key_values, word_tokenizer
 from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 
@@ -64,7 +64,7 @@ def test_the_model_is_left_as_it_was(model):
         (odd_models.counting, r"its losses differ from those of a plain forward pass by 0\.\d+ of their size"),
         (odd_models.shared_layer, r"transformer\.h\.0\.mlp\.\S+ acts in more than one place: \S+h\.0, \S+h\.1"),
         (odd_models.repeated_layer, "its layers are not called one after another, each once"),
-        (odd_models.shared_states, r"model\.layers\.0 takes more than the hidden state from what is before it"),
+        (shared_key_values, r"model\.layers\.0 takes more than the hidden state from what is before it"),
     ],
 )
 def test_the_whole_model_engine_takes_over_and_says_why(build, reason, sequences):
@@ -170,7 +170,7 @@ def save(model, folder):
 
 
 def test_streamed_weights_that_must_be_held_are_refused_with_the_reason(tmp_path):
-    save(odd_models.shared_states(), tmp_path)
+    save(shared_key_values(), tmp_path)
     loaded = models.load(str(tmp_path), weights="streamed")
     with pytest.raises(RequestError, match="--weights resident: it is run as a whole, because .* takes more than the"):
         engine_for(loaded.model, Settings(checkpoint=loaded.checkpoint))

@@ -26,7 +26,7 @@ from llm_perturb.evaluation import models
 from llm_perturb.evaluation.perplexity import sequence_losses
 from reference import naive_score, naive_sensitivities, naive_top
 from safetensors.torch import load_file, save_file
-from tiny_models import build
+from tiny_models import build, shared_key_values
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -219,7 +219,7 @@ def test_says_where_the_files_are_and_shows_the_first_rows(finished):
 
 
 def test_a_model_that_cannot_be_run_layer_by_layer_is_measured_whole_and_the_log_says_why(tmp_path, texts):
-    save(odd_models.shared_states().float(), tmp_path / "model")
+    save(shared_key_values().float(), tmp_path / "model")
     words = flags(tmp_path / "model", texts, tmp_path / "out", "--topk", 5, "--no-save-plots", "--experiment-id", "x")
     assert phase1(*words) == 0
     folder = tmp_path / "out" / "critical_analysis_x"

@@ -50,8 +50,7 @@ def quiet_surroundings(monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)  # two threads on a busy machine wait for each other
 
 
-@pytest.fixture
-def flags(inputs, tmp_path):
+def common_flags(inputs, output):
     """What every command here says."""
     return {
         "model": str(inputs / "model"),
@@ -59,9 +58,14 @@ def flags(inputs, tmp_path):
         "dtype": "float64",
         "device": "cpu",
         "max_length": 24,
-        "output": str(tmp_path / "out"),
+        "output": str(output),
         "experiment_id": "x",
     }
+
+
+@pytest.fixture
+def flags(inputs, tmp_path):
+    return common_flags(inputs, tmp_path / "out")
 
 
 def words_of(flags):
@@ -569,16 +573,7 @@ MANY = {"target_layer": [UP, DENSE], "k": [1, 5], "seeds": list(range(25)), "sel
 def killed(inputs, tmp_path_factory):
     """The folder of a run that was killed in the middle, its last record cut in half."""
     output = tmp_path_factory.mktemp("killed")
-    flags = {
-        "model": str(inputs / "model"),
-        "data_file": str(inputs / "texts.txt"),
-        "dtype": "float64",
-        "device": "cpu",
-        "max_length": 24,
-        "output": str(output),
-        "experiment_id": "x",
-        "per_weight": str(inputs / "single.csv"),
-    }
+    flags = common_flags(inputs, output) | {"per_weight": str(inputs / "single.csv")}
     process = start(flags | MANY)
     log = output / "perturb_x/progress-0.jsonl"
     deadline = time.monotonic() + 120
@@ -598,16 +593,7 @@ def killed(inputs, tmp_path_factory):
 def uninterrupted(inputs, tmp_path_factory):
     """The table of the same request, measured without a break under two processes of accelerate."""
     output = tmp_path_factory.mktemp("two")
-    flags = {
-        "model": str(inputs / "model"),
-        "data_file": str(inputs / "texts.txt"),
-        "dtype": "float64",
-        "device": "cpu",
-        "max_length": 24,
-        "output": str(output),
-        "experiment_id": "x",
-        "per_weight": str(inputs / "single.csv"),
-    }
+    flags = common_flags(inputs, output) | {"per_weight": str(inputs / "single.csv")}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

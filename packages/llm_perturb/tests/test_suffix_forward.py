@@ -12,9 +12,8 @@ from llm_perturb.selection import Target
 from llm_perturb.suffix_forward import Restart, decoder_layers
 from llm_perturb.sweep import sweep
 from reference import naive_losses, zeroed
-from tiny_models import BUILDERS, build
+from tiny_models import BUILDERS, build, shared_key_values
 from torch import nn
-from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
 
 N_LAYERS = 3
 
@@ -283,17 +282,7 @@ def test_states_that_layers_share_are_right_in_full_passes(sequences, reason, ca
 
 
 def test_keys_and_values_that_layers_share(sequences, capsys):
-    torch.manual_seed(0)
-    config = Gemma3nTextConfig(
-        vocab_size=50, vocab_size_per_layer_input=50, hidden_size=8, hidden_size_per_layer_input=4, head_dim=4,
-        intermediate_size=20, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1, laurel_rank=2,
-        altup_num_inputs=2, max_position_embeddings=16, sliding_window=4, num_kv_shared_layers=2,
-        layer_types=["sliding_attention", "full_attention"] * 2, activation_sparsity_pattern=[0.0] * 4, pad_token_id=0,
-    )  # fmt: skip
-    model = Gemma3nForCausalLM(config).double().eval().requires_grad_(False)
-    for parameter in model.parameters():
-        parameter.add_(0.2 * torch.randn_like(parameter))
-    sweep_of(model, sequences)
+    sweep_of(shared_key_values(), sequences)
     assert capsys.readouterr().err.startswith(FULL)
 
 
