@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pandas as pd
@@ -12,7 +13,10 @@ from llm_perturb.perturbation_run import measure_perturbations
 from safetensors.torch import load_file
 from tiny_models import BUILDERS, build, random_sequences, save_checkpoint
 
-torch.set_num_threads(1)  # the last bit of a sum depends on how many share it, and tables are compared byte for byte
+# The last bit of a sum depends on how many threads share it, and tables are compared byte for byte. A command that
+# runs in this process would take all cores, also for the tests after it, if nobody had chosen a number.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 
 @pytest.fixture(params=sorted(BUILDERS))

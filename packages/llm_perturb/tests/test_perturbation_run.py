@@ -47,7 +47,6 @@ def inputs(tmp_path_factory):
 def quiet_surroundings(monkeypatch):
     monkeypatch.delenv("TARGET_LAYER", raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)  # two threads on a busy machine wait for each other
 
 
 def common_flags(inputs, output):
