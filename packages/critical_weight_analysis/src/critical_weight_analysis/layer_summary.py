@@ -31,7 +31,7 @@ class Summary:
 
     def __init__(self, names: list[str]) -> None:
         self._names = names
-        self._rows: dict[str, dict] = {}
+        self._rows: dict[str, dict[str, str | int | float]] = {}
 
     def update(self, name: str, scores: Tensor) -> None:
         """Take in the scores of one parameter, of any shape."""

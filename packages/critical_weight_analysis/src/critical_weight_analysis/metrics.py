@@ -42,6 +42,12 @@ class Sensitivity:
 Formula = Callable[[Sensitivity], Tensor]
 
 
+def _computed(field: Tensor | None) -> Tensor:
+    """A field of ``Sensitivity`` that the metric says it needs."""
+    assert field is not None, "a formula reads a field that is not among its metric's needs"
+    return field
+
+
 @dataclass(frozen=True, kw_only=True)
 class Metric:
     """A sensitivity metric: the one place that says what it is.
@@ -104,7 +110,8 @@ def grad_x_weight(sensitivity: Sensitivity) -> Tensor:
 
     Mozer & Smolensky 1989; Molchanov et al. 2019.
     """
-    return (sensitivity.grad * sensitivity.weight.to(sensitivity.grad.dtype)).abs_()
+    grad = _computed(sensitivity.grad)
+    return (grad * sensitivity.weight.to(grad.dtype)).abs_()
 
 
 @metric(
@@ -114,13 +121,13 @@ def grad_x_weight(sensitivity: Sensitivity) -> Tensor:
 )
 def grad_squared(sensitivity: Sensitivity) -> Tensor:
     """(1/n) Σ_i (dL_i/dθ)²: the diagonal of the empirical Fisher over sequences (SqueezeLLM, Kim et al. 2024)."""
-    return sensitivity.fisher
+    return _computed(sensitivity.fisher)
 
 
 @metric("grad", formula="(∂L/∂θ)²: the square of the mean gradient, the corpus taken as one batch")
 def grad_squared_batch(sensitivity: Sensitivity) -> Tensor:
     """(dL/dθ)²: the square of the mean gradient, the corpus taken as one batch."""
-    return sensitivity.grad.square()
+    return _computed(sensitivity.grad).square()
 
 
 @metric("tokens", formula="mean over predicted tokens of the squared contribution of each position to ∂S_i/∂θ")
@@ -130,7 +137,7 @@ def grad_squared_token(sensitivity: Sensitivity) -> Tensor:
     G_it is what position t contributes to dS_i/dθ; for a linear map the product of its input and the gradient at
     its output there, so that the sum is a product of two squared matrices.
     """
-    return sensitivity.tokens
+    return _computed(sensitivity.tokens)
 
 
 @metric(
@@ -144,13 +151,15 @@ def obd(sensitivity: Sensitivity) -> Tensor:
 
     Optimal Brain Damage, LeCun et al. 1990, with the empirical Fisher as h.
     """
-    return sensitivity.weight.to(sensitivity.curvature.dtype).square().mul_(sensitivity.curvature).mul_(0.5)
+    curvature = _computed(sensitivity.curvature)
+    return sensitivity.weight.to(curvature.dtype).square().mul_(curvature).mul_(0.5)
 
 
 @metric("grad", "curvature", formula="|−θ ∂L/∂θ + ½ θ² h|: both terms of the Taylor series", unit="nats per token")
 def taylor2(sensitivity: Sensitivity) -> Tensor:
     """|-θ dL/dθ + ½ θ² h|: both terms of the Taylor series (nats per token)."""
-    return obd(sensitivity).addcmul_(sensitivity.weight.to(sensitivity.grad.dtype), sensitivity.grad, value=-1).abs_()
+    grad = _computed(sensitivity.grad)
+    return obd(sensitivity).addcmul_(sensitivity.weight.to(grad.dtype), grad, value=-1).abs_()
 
 
 @metric(formula="|θ|: the baseline that a metric must beat", baseline=True)
@@ -166,10 +175,10 @@ def wanda(sensitivity: Sensitivity) -> Tensor:
     A table that is looked up is multiplied with ones and zeros; where it is the output head's weight as well, the
     squares of both uses are added: the score is the norm of all that θ adds to any result.
     """
-    return magnitude(sensitivity).mul_(sensitivity.inputs.sqrt())
+    return magnitude(sensitivity).mul_(_computed(sensitivity.inputs).sqrt())
 
 
 @metric("hessian", formula="|diagonal of the Hessian|, estimated with Rademacher vectors", source="Hutchinson 1990")
 def hutchinson_diag(sensitivity: Sensitivity) -> Tensor:
     """|d²L/dθ²|, the diagonal of the Hessian as Hutchinson (1990) estimates it from Rademacher vectors."""
-    return sensitivity.hessian.abs()
+    return _computed(sensitivity.hessian).abs()

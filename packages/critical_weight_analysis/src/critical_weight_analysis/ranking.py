@@ -6,8 +6,9 @@ so a ranking has one result, whatever the order in which the parameters arrive.
 """
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -88,15 +89,16 @@ def _first(flat: Tensor, value: Tensor, n: int) -> Tensor:
     return torch.cat(found)
 
 
-def where(comparison: Callable, flat: Tensor, bound: Tensor | float) -> Tensor:
+def where(comparison: Callable[[Any, Any], Any], flat: Tensor, bound: Tensor | float) -> Tensor:
     """Indices, ascending, of the scores (m,) that ``comparison`` (operator.ge, ...) with the bound finds true.
 
     NumPy's comparison and search are several times faster than torch's on a CPU.
     """
     if flat.device.type != "cpu":
-        return comparison(flat, bound).nonzero()[:, 0]
-    bound = np.asarray(bound, dtype=flat.numpy().dtype)
-    return torch.from_numpy(np.flatnonzero(comparison(flat.numpy(), bound)))
+        true: Tensor = comparison(flat, bound)
+        return true.nonzero()[:, 0]
+    scores = flat.numpy()
+    return torch.from_numpy(np.flatnonzero(comparison(scores, np.asarray(bound, dtype=scores.dtype))))
 
 
 def kth_smallest(scores: Tensor, k: int) -> float:
@@ -171,7 +173,7 @@ class Ranking:
         per_layer: whether each parameter's own top-K is kept as well.
     """
 
-    def __init__(self, shapes: dict[str, Sequence[int]], k: int, per_layer: bool = True) -> None:
+    def __init__(self, shapes: Mapping[str, Sequence[int]], k: int, per_layer: bool = True) -> None:
         self.k, self.per_layer = k, per_layer
         self._order = {name: number for number, name in enumerate(shapes)}
         names = list(shapes)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -177,7 +178,7 @@ def _drawn(name: str, n_weights: int) -> Tensor:
 
 def _at(sensitivity: Sensitivity, index: Tensor) -> Sensitivity:
     """The same quantities at some weights only, so that all formulas can be had without all their scores."""
-    tensors = {
+    tensors: dict[str, Any] = {
         field: tensor.detach().reshape(-1)[index.to(tensor.device)]
         for field, tensor in vars(sensitivity).items()
         if isinstance(tensor, Tensor)
