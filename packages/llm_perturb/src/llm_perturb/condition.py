@@ -8,8 +8,8 @@ from bridge.exchange import layout
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llm_perturb.evaluation.parameters import stored_transposed
 from llm_perturb.evaluation.perplexity import Measured
+from llm_perturb.output_channels import channel_axes
 from llm_perturb.perturbation import Perturbation
 from llm_perturb.selection import Target, generator
 
@@ -100,11 +100,12 @@ def values_under(
     Args:
         perturbation: the change.
         seed: of ``gaussian_noise``.
-        model: tells how its matrices are stored.
+        model: tells which weights form an output channel, for ``quantize``.
     """
 
     def values(name: str, tensor: Tensor, index: Tensor) -> Tensor:
         rng = generator([seed, "noise", name])
-        return perturbation.new_values(tensor, index, stored_transposed(model, name), rng)
+        axes = channel_axes(model, name) if perturbation.kind == "quantize" else ()
+        return perturbation.new_values(tensor, index, axes, rng)
 
     return values
