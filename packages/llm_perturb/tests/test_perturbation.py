@@ -227,7 +227,9 @@ def test_every_bit_comes_back(dtype, kind):
         return Perturbation(kind).new_values(stored, index, (0,), np.random.default_rng(0))
 
     with perturbed({"p": parameter}, {"p": torch.arange(16)}, change) as n_changed:
-        assert int((bits(parameter.detach()) != before).sum()) == n_changed > 0
+        other_bits = bits(parameter.detach()) != before
+        both_zero = (parameter == 0) & (before.view(dtype) == 0)
+        assert int((other_bits & ~both_zero).sum()) == n_changed > 0
     assert torch.equal(bits(parameter.detach()), before)
 
 
@@ -249,12 +251,12 @@ def test_only_the_chosen_weights_change():
         assert parameters["b"].view(-1)[[3, 17]].tolist() == [0.0, 0.0]
 
 
-def test_only_weights_whose_bits_move_are_counted():
+def test_only_weights_whose_value_changes_are_counted():
     parameters = two_parameters()
     parameters["a"].data.view(-1)[0] = 0.0
     parameters["a"].data.view(-1)[1] = -0.0
     with perturbed(parameters, {"a": torch.tensor([0, 1, 2]), "b": torch.tensor([5])}, zero) as n_changed:
-        assert n_changed == 3  # -0.0 becomes 0.0: another bit
+        assert n_changed == 2  # -0.0 becomes 0.0: the same number
 
 
 @pytest.mark.parametrize("exception", [ValueError, KeyboardInterrupt, SystemExit, GeneratorExit])

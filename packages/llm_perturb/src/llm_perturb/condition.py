@@ -64,7 +64,7 @@ class Outcome:
     Attributes:
         condition: what was measured.
         measured: the sequences under the perturbed model.
-        n_changed: how many weights had other bits than before.
+        n_changed: how many weights had another value than before.
     """
 
     condition: Condition
@@ -73,12 +73,12 @@ class Outcome:
 
     @property
     def failure(self) -> str | None:
-        """Why the target must not be reported: weights that were chosen for their score have the bits they had."""
+        """Why the target must not be reported: weights that were chosen for their score have the values they had."""
         if self.n_changed or not layout.is_top(self.condition.selection):
             return None
         return (
             f"{self.condition.perturbation.label} of {self.condition.selection} in {self.condition.target.layer} "
-            "changes no bit of the model, so its effect cannot be measured"
+            "changes no weight of the model, so its effect cannot be measured"
         )
 
     @property

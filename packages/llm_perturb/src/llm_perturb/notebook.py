@@ -114,7 +114,7 @@ def perturbed(
         seed: of ``gaussian_noise``.
 
     Yields:
-        How many weights have other bits than before.
+        How many weights have another value than before.
 
     Raises:
         RequestError: an unknown parameter, an index out of range, a mask of another shape, no weight at all.

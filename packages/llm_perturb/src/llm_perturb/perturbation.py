@@ -133,6 +133,11 @@ def bits(values: Tensor) -> Tensor:
     return values.view(_BITS[values.dtype])
 
 
+def changed(before: Tensor, after: Tensor) -> Tensor:
+    """Which values are others: bool (m,). -0 is 0, and a NaN is another value only with other bits."""
+    return (bits(before) != bits(after)) & (before != after)
+
+
 @contextmanager
 def perturbed(
     parameters: dict[str, Parameter], chosen: dict[str, Tensor], change: Callable[[str, Tensor, Tensor], Tensor]
@@ -145,7 +150,7 @@ def perturbed(
         change: from name, tensor and indices to the new values.
 
     Yields:
-        How many weights have other bits than before.
+        How many weights have another value than before.
 
     Raises:
         RunError: a weight did not take its new value, or was not restored.
@@ -158,7 +163,7 @@ def perturbed(
         for name in chosen:
             flat[name][index[name]] = new[name]
         _compare(parameters, index, new, "did not take the new value")
-        yield sum(int((bits(new[name]) != bits(saved[name])).sum()) for name in chosen)
+        yield sum(int(changed(saved[name], new[name]).sum()) for name in chosen)
     finally:
         for name in chosen:
             flat[name][index[name]] = saved[name]
