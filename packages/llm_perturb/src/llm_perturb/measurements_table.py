@@ -200,6 +200,7 @@ def _write_losses(path: Path, records: list[dict[str, Any]], baseline: Measured,
 
 def _print_rows(frame: pd.DataFrame) -> None:
     names = {"top": "TOPK", "random": "CONTROL", "matched": "MATCHED", "bottom": "BOTTOMK"}
+    row: Any  # a named tuple of pandas
     for row in frame.itertuples():
         kind = row.selection.split("_")[0]
         details = [row.target_layer + _index_text(row), row.selection]

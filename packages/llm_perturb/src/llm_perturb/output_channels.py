@@ -105,7 +105,7 @@ class _WatchProducts(TorchDispatchMode):
     """
 
     def __init__(self, parameters: Mapping[str, Parameter]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._parameters = {p.untyped_storage().data_ptr(): (name, p) for name, p in parameters.items()}
         self.contracted: set[tuple[str, tuple[int, ...]]] = set()
 
