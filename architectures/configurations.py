@@ -54,7 +54,7 @@ _OWN: dict[str, dict[str, Any]] = {
     ),
     "xmod": _DECODER | {"languages": ["en_XX"], "default_language": "en_XX", "pad_token_id": 0},
     "big_bird": _DECODER | {"attention_type": "original_full"},
-    **dict.fromkeys(["xlm", "emu3_text_model"], {"pad_token_id": 0}),
+    "xlm": {"pad_token_id": 0},
     "modernbert-decoder": {"pad_token_id": 0},
     "reformer": _DECODER | {
         "pad_token_id": 0, "attn_layers": ["local", "lsh", "local"], "axial_pos_shape": [8, 8],
