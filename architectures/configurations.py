@@ -26,6 +26,7 @@ _SIZES: dict[str, Any] = {
     "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "qk_head_dim": 8,
     "v_head_dim": 8, "index_n_heads": 2, "index_head_dim": 8, "index_topk": 4, "num_kv_shared_layers": 1,
     "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    "linear_head_dim": 8,
     # experts
     "num_local_experts": 4, "num_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4,
     "num_experts_per_tok": 2, "moe_k": 2, "moe_topk": 2,
@@ -71,10 +72,11 @@ _OWN: dict[str, dict[str, Any]] = {
         "num_layers": 4, "num_hidden_layers": 4, "attention_types": [[["global", "local"], 2]], "window_size": 4,
     },
     **dict.fromkeys(
-        ["axk1", "deepseek_v2", "deepseek_v3", "dots3_note_text", "longcat_flash", "minicpm3", "youtu"],
+        ["axk1", "deepseek_v2", "deepseek_v3", "dots3_note_text", "minicpm3", "youtu"],
         _LATENT_ATTENTION,
     ),
     **dict.fromkeys(["axk2", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa"], _LATENT_ATTENTION | {"n_group": 1}),
+    "longcat_flash": _LATENT_ATTENTION | {"num_layers": 2},
     "gemma3n_text": _ALTERNATING | {
         "num_kv_shared_layers": 2, "activation_sparsity_pattern": [0.5, 0.5, 0.0, 0.0],
     },

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from bridge.exchange.errors import RequestError
+from bridge.exchange.errors import RequestError, RunError
 from torch import Tensor
 
 from architectures import reference, subject, tiny
@@ -23,7 +23,7 @@ ALLOWED = {"float64": 1e-4, "float32": 1e-2}
 N_PARAMETERS = 8  # that weights are zeroed of
 N_SET, N_SINGLE = 10, 2  # weights of a set, and weights zeroed alone, of each of these parameters
 OF_LAYER = 1e-2  # share of a layer's largest gradient below which one may be nothing but rounding
-OF_LOSS = 1e-6  # share of a loss below which a change of it may be nothing but rounding
+OF_LOSS = 1e-3  # share of a loss below which a change of it is compared with this share: float32 logits round more
 
 
 @dataclass
@@ -83,7 +83,9 @@ def examine(model_type: str, float32: bool = True) -> Result:
         warnings.simplefilter("ignore")
         folder = Path(name)
         tiny.save(model, folder)
-        _examine(result, reference.in_dtype(model, torch.float64), folder, float32)
+        _examine(result, reference.in_float64(model, folder), folder, float32)
+    for text in ("reason", "streamed", "instrument"):
+        setattr(result, text, getattr(result, text).replace(name, "FOLDER"))
     result.seconds = time.monotonic() - begun
     return result
 
@@ -102,10 +104,10 @@ def _examine(result: Result, model: torch.nn.Module, folder: Path, float32: bool
 
 
 def _guarded(result: Result, what: str, step: Callable[[], None]) -> None:
-    """Do a step; a refusal in one line is an outcome, and any other exception a problem."""
+    """Do a step; a refusal or failure in one line is an outcome, and any other exception a problem."""
     try:
         step()
-    except RequestError as refusal:
+    except (RequestError, RunError) as refusal:
         _refused(result, what, _line(refusal))
     except Exception as error:  # the very thing that is looked for
         frame = traceback.extract_tb(error.__traceback__)[-1]
@@ -197,16 +199,18 @@ def _instrument(
     """Sets and single weights of a few parameters, those with the largest abs(θ dL/dθ)."""
     sequences = tiny.sequences()
     sets, singles = dict(_chosen(model, right, N_SET)), dict(_chosen(model, right, N_SINGLE))
-    before = torch.empty(0)
+    right_before = reference.losses(model, sequences)
+    before = right_before
     n_measured = 0
     for name, index, found in subject.perturbed_losses(folder, "float64", batch, sets, singles):
         where = f"instrument, batch {batch}: {len(index)} of {name}"
         if not name:
-            before = reference.losses(model, sequences)
-            result.note(((found - before).abs() / before).max().item(), f"instrument, batch {batch}: baseline")
+            before = found
+            difference = ((before - right_before).abs() / right_before).max().item()
+            result.note(difference, f"instrument, batch {batch}: baseline")
             continue
         n_measured += 1
-        expected = reference.losses_without(model, name, index, sequences) - before
+        expected = reference.losses_without(model, name, index, sequences) - right_before
         scale = max(expected.abs().max().item(), OF_LOSS * before.max().item())
         result.note((found - before - expected).abs().max().item() / scale, where)
     if n_measured != (N_SINGLE + 1) * len(sets):

@@ -3,12 +3,12 @@
 Imports nothing of the tools.
 """
 
-import copy
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,15 @@ class Sums:
     curvature: Tensor
 
 
-def in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """A copy of the model that computes in a dtype; the grouped products of experts have no float64."""
-    twin = copy.deepcopy(model).to(dtype).eval().requires_grad_(False)
-    if dtype == torch.float64:
-        twin.set_experts_implementation("eager")
+def in_float64(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """The model as transformers loads it from its checkpoint to compute in float64, with the parameters that it has.
+
+    Constants, such as the frequencies of rotary embeddings, are those of transformers in this dtype.
+    """
+    twin = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval().requires_grad_(False)
+    twin.set_experts_implementation("eager")  # the grouped products of experts have no float64
+    for name, parameter in model.named_parameters():
+        twin.get_parameter(name).copy_(parameter)
     return twin
 
 

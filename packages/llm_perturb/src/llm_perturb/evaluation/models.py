@@ -17,6 +17,7 @@ from bridge.exchange.fingerprint import Fingerprint
 from bridge.exchange.layout import ALL
 from bridge.exchange.printable import check_printable, say
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations.heterogeneity.configuration_utils import AmbiguousGlobalPerLayerAttributeError
 from transformers.utils.hub import resolve_revision
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -291,7 +292,7 @@ def free_bytes(device: torch.device) -> int:
 def _heads(model: PreTrainedModel) -> dict[str, str | int]:
     """Model type and sizes of the attention, where the config tells: by them, fused projections are taken apart."""
     config = model.config.get_text_config()
-    n_heads, width = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
+    n_heads, width = _entry(config, "num_attention_heads"), _entry(config, "hidden_size")
     if not n_heads or not width:
         return {"model_type": config.model_type}
     return {
@@ -299,7 +300,7 @@ def _heads(model: PreTrainedModel) -> dict[str, str | int]:
         "hidden_size": width,
         "num_attention_heads": n_heads,
         "num_key_value_heads": _key_value_heads(config, n_heads),
-        "head_dim": getattr(config, "head_dim", None) or width // n_heads,
+        "head_dim": _entry(config, "head_dim") or width // n_heads,
     }
 
 
@@ -307,7 +308,15 @@ def _key_value_heads(config: PreTrainedConfig, n_heads: int) -> int:
     """How many heads of keys and values; Falcon and GPT-BigCode say so by flags of their own."""
     if hasattr(config, "multi_query") and not getattr(config, "new_decoder_architecture", False):
         return 1 if config.multi_query else n_heads
-    return getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None) or n_heads
+    return _entry(config, "num_key_value_heads") or _entry(config, "num_kv_heads") or n_heads
+
+
+def _entry(config: PreTrainedConfig, name: str) -> int | None:
+    """A number of the configuration; None where it has none, or others from layer to layer."""
+    try:
+        return getattr(config, name, None)
+    except AmbiguousGlobalPerLayerAttributeError:
+        return None
 
 
 def check_device(device: str) -> torch.device:
