@@ -1,5 +1,6 @@
 """Tiny random models, and checkpoints of them that any tool loads."""
 
+import string
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from architectures.configurations import configuration
 
 MAX_PARAMETERS = 10_000_000
 LENGTHS = (7, 12, 5, 12, 9, 6)  # tokens of the sequences, two alike
-WORDS = 60  # ids below this are used, but for the first three, which are special in some model types
+LETTERS = (string.ascii_letters + string.digits)[:60]  # the tokens; the first three are special in some model types
 
 
 class NotBuilt(Exception):  # noqa: N818 - an outcome that the table tells, not an error
@@ -50,14 +51,14 @@ def build(model_type: str) -> PreTrainedModel:
 def sequences() -> list[Tensor]:
     """Random ids, (T_i + 1,) each."""
     generator = torch.Generator().manual_seed(1)
-    return [torch.randint(3, WORDS, (length,), generator=generator) for length in LENGTHS]
+    return [torch.randint(3, len(LETTERS), (length,), generator=generator) for length in LENGTHS]
 
 
 def save(model: PreTrainedModel, folder: Path) -> None:
-    """Write a checkpoint with a tokenizer whose word ``w7`` is the id 7, and the sequences as ``texts.txt``."""
+    """Write a checkpoint with a tokenizer of single letters, and the sequences as ``texts.txt``."""
     model.save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(WORDS)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(folder)
-    lines = [" ".join(f"w{number}" for number in ids.tolist()) for ids in sequences()]
+    letters = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(LETTERS)}, merges=[]))
+    letters.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(tokenizer_object=letters).save_pretrained(folder)
+    lines = ["".join(LETTERS[number] for number in ids.tolist()) for ids in sequences()]
     (folder / "texts.txt").write_text("\n".join(lines) + "\n")
