@@ -10,7 +10,7 @@ _INTRODUCTION = """\
 # Architectures
 
 Every model type that transformers maps to a causal language model, as a tiny model with random parameters: written by
-`nox -s architectures`, which takes about a quarter of an hour. transformers {transformers}, torch {torch}, CPU.
+`nox -s architectures`, which takes about ten minutes. transformers {transformers}, torch {torch}, CPU.
 
 Each model is saved, and loaded as the commands load it: in memory and streamed. In float64 every gradient, and its
 squares over sequences, by the engine that the discovery chooses ({batches} sequences at a time) and by the whole-model
