@@ -242,3 +242,14 @@ def benchmark(session: nox.Session) -> None:
     names = session.posargs or sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py"))
     for name in names:
         session.run(tool("critical_weight_analysis", "python"), str(ROOT / "benchmarks" / f"{name}.py"), external=True)
+
+
+@nox.session(venv_backend="none", requires=["env(critical_weight_analysis)"])
+def architectures(session: nox.Session) -> None:
+    """Compare every causal model type of transformers with plain autograd, and write docs/architectures.md.
+
+    ``nox -s architectures -- TYPE ...`` for some of them.
+    """
+    one_thread = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": ""}
+    python = tool("critical_weight_analysis", "python")
+    session.run(python, "-m", "architectures", *session.posargs, env=one_thread, external=True)

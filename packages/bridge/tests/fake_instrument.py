@@ -85,7 +85,7 @@ def run_topk_perturb(
     records = run.records()[: {"short": -5, "lost": -1}.get(MODE)]
     table = pd.DataFrame([record for record in records if MODE != "broken" or record["target_layer"] != broken])
     if MODE == "broken":
-        error = f"zero of top_obd in {broken} changes no bit of the model, so its effect is not known"
+        error = f"zero of top_obd in {broken} changes no weight of the model, so its effect is not known"
         run.update(failed_targets={broken: error})
         if not len(table) or os.environ.get("FAKE_ALSO"):
             run.finish("failed", error=os.environ.get("FAKE_ALSO") or error)

@@ -26,15 +26,17 @@ def test_caveats_name_what_weakens_the_result(change, limit):
 
 
 def test_caveats_of_the_corpus_and_the_manifests(example):
-    table = example.measurements.assign(n_sequences=4, n_weights=20, corpus_sha256="00")
+    table = example.measurements.assign(n_sequences=4, n_weights=20, n_changed=12, corpus_sha256="00")
     manifest = synthetic.manifest("validation") | {"warnings": ["the corpus is short"]}
     text = "\n".join(caveats(replace(example, measurements=table, validation_manifest=manifest)))
     assert "With 4 sequences no interval of an effect is given (at least 6)." in text
     assert "fewer than k weights were perturbed" in text
+    assert "some of the chosen weights have the same value under the perturbation" in text
     assert "other token sequences" in text
     assert "Warning of the validation: the corpus is short" in text
     assert "model.embed_tokens.weight = lm_head.weight" in text
     assert "same texts" in "\n".join(caveats(example))
+    assert "the same value under" not in "\n".join(caveats(replace(example, measurements=table.assign(n_changed=20))))
 
 
 def test_a_model_of_few_layers_has_no_restricted_range():

@@ -21,6 +21,13 @@ def bridge(monkeypatch, capsys, *words) -> tuple[int, str, str]:
     return code, *capsys.readouterr()
 
 
+def test_a_folder_with_a_comma_in_its_name_is_one_folder(tmp_path, monkeypatch, capsys):
+    make_discovery(tmp_path / "run,1")
+    code, out, err = bridge(monkeypatch, capsys, "targets", "--from", tmp_path / "run,1", "--top", 2, "--k", 20)
+    assert (code, err) == (0, "")
+    assert out.startswith('TARGET_LAYER="model.layers.')
+
+
 def test_targets_as_shell_assignment_list_and_csv(tmp_path, monkeypatch, capsys):
     folder = make_discovery(tmp_path)
     code, out, err = bridge(monkeypatch, capsys, "targets", "--from", tmp_path, "--top", 2, "--k", 20)

@@ -57,31 +57,35 @@ QUERY_KEY_VALUE = ("attention query", "attention key", "attention value")
 C_ATTN = "transformer.h.0.attn.c_attn.weight"
 C_ATTN_BIAS = "transformer.h.0.attn.c_attn.bias"
 NEOX = "gpt_neox.layers.0.attention.query_key_value.weight"
-TWO_HEADS_OF_4 = {"num_attention_heads": 2, "head_dim": 4}
+TWO_HEADS_OF_4 = {
+    "model_type": "gpt_neox", "hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 4,
+}  # fmt: skip
+GPT2 = TWO_HEADS_OF_4 | {"model_type": "gpt2", "hidden_size": 64, "head_dim": 32}
 
 
 @pytest.mark.parametrize(
     ("column", "part"), [(0, "query"), (63, "query"), (64, "key"), (127, "key"), (128, "value"), (191, "value")]
 )
 def test_columns_of_c_attn_are_query_key_value_in_thirds(column, part):
-    assert fused_projection(C_ATTN, 64 * 192, {}).component(7, column) == f"attention {part}"
-    assert fused_projection(C_ATTN_BIAS, 192, {}).component(column, None) == f"attention {part}"
+    assert fused_projection(C_ATTN, 64 * 192, GPT2).component(7, column) == f"attention {part}"
+    assert fused_projection(C_ATTN_BIAS, 192, GPT2).component(column, None) == f"attention {part}"
 
 
 @pytest.mark.parametrize(("row", "part"), [(0, "query"), (8, "key"), (23, "value"), (24, "query"), (40, "value")])
 def test_rows_of_query_key_value_are_interleaved_by_head(row, part):
-    fused = fused_projection(NEOX, 48 * 16, {"num_attention_heads": 2, "head_dim": 8})
+    fused = fused_projection(NEOX, 48 * 16, TWO_HEADS_OF_4 | {"hidden_size": 16, "head_dim": 8})
     assert fused.component(row, 3) == f"attention {part}"
 
 
 @pytest.mark.parametrize(
     ("parameter", "n_weights", "model"),
     [
-        (C_ATTN, 100, {}),  # no (d, 3 d)
-        (NEOX, 24 * 8, {}),
-        # 71 heads of query, one of key and one of value
-        ("transformer.h.0.self_attention.query_key_value.weight", 4672 * 4544,
-         {"num_attention_heads": 71, "head_dim": 64}),
+        (C_ATTN, 64 * 192, {}),
+        (C_ATTN, 64 * 192, GPT2 | {"model_type": "not in the table"}),
+        (C_ATTN, 100, GPT2),
+        ("transformer.h.0.crossattention.c_attn.weight", 64 * 128, GPT2),
+        (NEOX, 24 * 8, {"num_attention_heads": 2, "head_dim": 4}),  # as manifests of earlier versions
+        (NEOX, 16 * 8, TWO_HEADS_OF_4),
         ("gpt_neox.layers.0.attention.dense.weight", 24 * 8, TWO_HEADS_OF_4),
         ("model.layers.0.mlp.up_proj.weight", 3 * 64 * 64, TWO_HEADS_OF_4),
     ],
@@ -96,6 +100,24 @@ def test_bias_and_weight_of_query_key_value_have_the_same_order(bias):
     assert fused_projection(name, 24 if bias else 24 * 8, TWO_HEADS_OF_4).runs == tuple(
         (component, 4) for component in QUERY_KEY_VALUE
     )
+
+
+def shares(parameter, n_weights, model, n_rows):
+    """The share of rows that each component has."""
+    fused = fused_projection(parameter, n_weights, model)
+    parts = [fused.component(row, 0) for row in range(n_rows)]
+    return [parts.count(component) / n_rows for component in QUERY_KEY_VALUE]
+
+
+def test_grouped_queries_have_a_larger_share_than_keys_and_values():
+    """Falcon: eight query heads of 4 in two groups; GPT-BigCode: two query heads, one key, one value."""
+    falcon = {
+        "model_type": "falcon", "hidden_size": 32, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 4,
+    }  # fmt: skip
+    name = "transformer.h.0.self_attention.query_key_value.weight"
+    assert shares(name, 48 * 32, falcon, 48) == [2 / 3, 1 / 6, 1 / 6]
+    bigcode = TWO_HEADS_OF_4 | {"model_type": "gpt_bigcode", "num_key_value_heads": 1}
+    assert shares(C_ATTN, 16 * 8, bigcode, 16) == [0.5, 0.25, 0.25]
 
 
 def test_runs_may_have_different_lengths_and_begin_again():
@@ -113,7 +135,7 @@ def test_gate_and_up_projection_may_be_taken_apart_too():
 
 def test_the_components_of_a_model_are_taken_apart_where_that_is_possible():
     mlp = "transformer.h.0.mlp.c_fc.weight"
-    gpt2 = ModelComponents({C_ATTN: 3 * 64 * 64, mlp: 7}, {})
+    gpt2 = ModelComponents({C_ATTN: 3 * 64 * 64, mlp: 7}, GPT2)
     assert gpt2.of_parameter(C_ATTN) == QUERY_KEY_VALUE
     assert gpt2.of_parameter(mlp) == ("mlp in",)
     assert gpt2.of_weight(C_ATTN, 0, 70) == "attention key"

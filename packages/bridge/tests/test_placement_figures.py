@@ -27,7 +27,10 @@ def test_weights_of_a_fused_projection_are_counted_in_their_parts():
     name = "gpt_neox.layers.2.attention.query_key_value.weight"
     top = pd.DataFrame({"parameter": [name] * 3, "row": [0, 5, 13], "col": 0})  # two heads of 4
     summary = pd.DataFrame({"parameter": [name, "gpt_neox.embed_in.weight"], "n_weights": [24 * 8, 10]})
-    counts = component_counts(top, summary, {"num_attention_heads": 2, "head_dim": 4})
+    model = {
+        "model_type": "gpt_neox", "hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 4,
+    }  # fmt: skip
+    counts = component_counts(top, summary, model)
     assert counts[2].to_dict() == {
         "attention key": 1, "attention query": 2, "attention value": 0, "embedding": 0,
     }  # fmt: skip

@@ -11,6 +11,10 @@ from bridge.analysis.profiles import (
     top_weight_profiles,
 )
 
+TWO_HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2}
+NEOX = TWO_HEADS | {"model_type": "gpt_neox", "hidden_size": 16, "head_dim": 8}
+GPT2 = TWO_HEADS | {"model_type": "gpt2", "hidden_size": 64, "head_dim": 32}
+
 
 def test_relative_depth_is_the_middle_of_the_layer():
     assert [relative_depth(depth, 4) for depth in range(4)] == [0.125, 0.375, 0.625, 0.875]
@@ -40,8 +44,7 @@ def test_neox_projections_are_told_apart_by_the_heads_of_the_model():
     name = "gpt_neox.layers.0.attention.query_key_value.weight"
     top = pd.DataFrame({"parameter": [name] * 4, "row": [0, 9, 47, 24], "col": 0})  # two heads of 8
     summary = pd.DataFrame({"parameter": [name], "n_weights": [48 * 16], "score_sum": [1.0]})
-    model = {"num_attention_heads": 2, "head_dim": 8}
-    profile = top_weight_profiles([top], [summary], [model])[0].sum(axis=1)
+    profile = top_weight_profiles([top], [summary], [NEOX])[0].sum(axis=1)
     assert profile[["attention query", "attention key", "attention value"]].tolist() == [0.5, 0.25, 0.25]
     assert top_weight_profiles([top], [summary], [{}])[0].loc["attention query_key_value"].sum() == 1
 
@@ -50,7 +53,7 @@ def test_gpt2_projections_are_told_apart_by_column():
     name = "transformer.h.0.attn.c_attn.weight"
     top = pd.DataFrame({"parameter": [name] * 4, "row": 0, "col": [0, 64, 128, 191]})
     summary = pd.DataFrame({"parameter": [name], "n_weights": [3 * 64 * 64], "score_sum": [1.0]})
-    profile = top_weight_profiles([top], [summary], [{}])[0].sum(axis=1)
+    profile = top_weight_profiles([top], [summary], [GPT2])[0].sum(axis=1)
     assert profile[["attention query", "attention key", "attention value"]].tolist() == [0.25, 0.25, 0.5]
 
 

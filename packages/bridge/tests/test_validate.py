@@ -596,7 +596,7 @@ def test_failing_target_is_recorded_and_the_rest_goes_on(tmp_path, output, pytho
     manifest = read_manifest(folder)
     assert manifest["status"] == "complete"
     assert list(manifest["failed_targets"]) == [targets[2]]
-    assert "changes no bit of the model" in manifest["failed_targets"][targets[2]]
+    assert "changes no weight of the model" in manifest["failed_targets"][targets[2]]
     assert f"{targets[2]} could not be measured" in (folder / "report.md").read_text().replace("\\", "")
     assert caught.value.lines[0] == f"report: {folder / 'report.html'}"
     assert len(pd.read_csv(folder / "correlations.csv")) == 2

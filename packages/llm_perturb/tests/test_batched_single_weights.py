@@ -212,7 +212,7 @@ def test_a_copy_that_does_not_get_its_change_is_found_out(sequences, monkeypatch
     def wrong(model, condition):
         change = real(model, condition)
         return batched_single_weights.Change(
-            change.module, 1 - min(change.feature, 1), change.weights, change.changes_bits
+            change.module, 1 - min(change.feature, 1), change.weights, change.changes_value
         )
 
     monkeypatch.setattr("llm_perturb.sweep.change_of", wrong)

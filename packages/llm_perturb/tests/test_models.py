@@ -1,5 +1,6 @@
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from bridge.exchange.errors import RequestError
 from llm_perturb.evaluation import models
 from safetensors.torch import load_file, save_file
 from tiny_models import save_checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 
 @pytest.fixture(scope="module")
@@ -232,3 +233,15 @@ def test_a_shard_that_is_missing_is_named(damaged):
 def test_a_device_that_is_not_to_be_had_is_refused(device):
     with pytest.raises(RequestError, match=f"--device {device}"):
         models.check_device(device)
+
+
+def test_the_heads_of_a_model_are_recorded_where_all_layers_have_the_same():
+    """Gemma 4 has another size of head in each kind of layer; Falcon and GPT-BigCode have flags of their own."""
+    heads = {
+        name: models._heads(SimpleNamespace(config=AutoConfig.for_model(name, **options)))
+        for name, options in {"gemma4_text": {}, "falcon": {"multi_query": True}, "gpt_bigcode": {}}.items()
+    }
+    assert heads["gemma4_text"]["model_type"] == "gemma4_text"
+    assert [heads[name]["num_key_value_heads"] for name in ("falcon", "gpt_bigcode")] == [1, 1]
+    grouped = AutoConfig.for_model("falcon", new_decoder_architecture=True, num_attention_heads=8, num_kv_heads=2)
+    assert models._heads(SimpleNamespace(config=grouped))["num_key_value_heads"] == 2

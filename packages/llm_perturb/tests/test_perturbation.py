@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from bridge.exchange.errors import RunError
-from llm_perturb.evaluation.parameters import named_parameters, stored_transposed
+from llm_perturb.evaluation.parameters import named_parameters
 from llm_perturb.perturbation import Perturbation, bits, flip_bit, perturbed, round_to_grid
 from reference import every_bit
 from tiny_models import build
@@ -20,9 +20,9 @@ INTEGERS = {
 }
 
 
-def changed(kind, tensor, index, transposed=False, seed=0, **numbers):
+def changed(kind, tensor, index, seed=0, **numbers):
     rng = np.random.default_rng(seed)
-    return Perturbation(kind, **numbers).new_values(tensor, torch.tensor(index), transposed, rng)
+    return Perturbation(kind, **numbers).new_values(tensor, torch.tensor(index), (0,), rng)
 
 
 def matrix(dtype=torch.float32, shape=(5, 4), seed=1):
@@ -126,48 +126,59 @@ def test_a_bit_flipped_twice_is_the_same_bits(dtype):
         assert (bits(flip_bit(values, bit)) != bits(values)).all()
 
 
-def naive_quantized(weight, transposed, n_bits):
+def naive_quantized(weight, channels, n_bits):
     """Loops over output channels: the largest |θ| of a channel is the last of 2^(n-1) - 1 steps on either side."""
-    found = weight.copy()
-    for channel in range(weight.shape[1] if transposed else weight.shape[0]):
-        line = weight[:, channel] if transposed else weight[channel]
-        step = np.abs(line).max() / (2 ** (n_bits - 1) - 1)
-        rounded = np.array([np.round(value / step) * step if step > 0 else value for value in line])
-        if transposed:
-            found[:, channel] = rounded
-        else:
-            found[channel] = rounded
-    return found
+    quantized = weight.copy()
+    for channel in channels:
+        step = np.abs(weight[channel]).max() / (2 ** (n_bits - 1) - 1)
+        values = weight[channel].reshape(-1)
+        rounded = np.array([np.round(value / step) * step if step > 0 else value for value in values])
+        quantized[channel] = rounded.reshape(weight[channel].shape)
+    return quantized
 
 
-@pytest.mark.parametrize("n_bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("name", ["transformer.h.1.mlp.c_fc.weight", "transformer.wte.weight"])
-def test_quantize_rounds_per_output_channel_as_the_module_is_stored(name, n_bits):
-    model = build("gpt2")
-    weight = model.get_parameter(name).detach()
-    transposed = stored_transposed(model, name)
-    found = round_to_grid(weight, torch.arange(weight.numel()), transposed, n_bits).view_as(weight)
-    expected = naive_quantized(weight.numpy(), name.endswith("c_fc.weight"), n_bits)
-    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-12)
-    assert len(found[:, 0].unique() if transposed else found[0].unique()) <= 2**n_bits - 1
+ROWS = [np.s_[row] for row in range(5)]
+COLUMNS = [np.s_[:, column] for column in range(4)]
+EXPERT_ROWS = [np.s_[expert, row] for expert in range(3) for row in range(5)]
+EXPERT_COLUMNS = [np.s_[expert, :, column] for expert in range(3) for column in range(4)]
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-def test_quantize_of_some_weights_is_that_of_all_of_them_there(transposed):
+@pytest.mark.parametrize("n_bits", [2, 3, 8])
+@pytest.mark.parametrize(
+    ("shape", "axes", "channels"),
+    [
+        pytest.param((5, 4), (0,), ROWS, id="Linear (O, I)"),
+        pytest.param((5, 4), (1,), COLUMNS, id="Conv1D (I, O)"),
+        pytest.param((5, 4, 3), (0,), ROWS, id="convolution (O, I, width)"),
+        pytest.param((3, 5, 4), (0, 1), EXPERT_ROWS, id="experts (E, O, I)"),
+        pytest.param((3, 5, 4), (0, 2), EXPERT_COLUMNS, id="experts (E, I, O)"),
+        pytest.param((7,), (), [np.s_[:]], id="vector"),
+    ],
+)
+def test_quantize_rounds_each_output_channel_on_its_own_grid(shape, axes, channels, n_bits):
+    weight = matrix(torch.float64, shape)
+    weight[tuple(0 for _ in shape)] = 10  # one channel with larger steps
+    quantized = round_to_grid(weight, torch.arange(weight.numel()), axes, n_bits).view_as(weight).numpy()
+    np.testing.assert_allclose(quantized, naive_quantized(weight.numpy(), channels, n_bits), rtol=1e-12)
+    assert all(len(np.unique(quantized[channel])) <= 2**n_bits - 1 for channel in channels)
+
+
+@pytest.mark.parametrize("axes", [(0,), (1,)])
+def test_quantize_of_some_weights_is_that_of_all_of_them_there(axes):
     tensor, index = matrix(shape=(6, 9)), torch.tensor([50, 3, 17, 8])
-    every = round_to_grid(tensor, torch.arange(54), transposed, 4)
-    assert torch.equal(round_to_grid(tensor, index, transposed, 4), every[index])
+    every = round_to_grid(tensor, torch.arange(54), axes, 4)
+    assert torch.equal(round_to_grid(tensor, index, axes, 4), every[index])
 
 
 def test_quantize_keeps_the_largest_of_a_channel_and_all_of_a_zero_channel():
     tensor = torch.tensor([[0.3, -2.0, 0.1], [0.0, 0.0, 0.0]])
-    found = round_to_grid(tensor, torch.arange(6), False, 4)
+    found = round_to_grid(tensor, torch.arange(6), (0,), 4)
     assert found[1] == -2.0
     assert found[3:].tolist() == [0.0, 0.0, 0.0]
 
 
 def test_quantize_of_a_vector_has_one_grid():
-    found = round_to_grid(torch.tensor([7.0, 3.4, -3.6, 0.2]), torch.arange(4), False, 4)
+    found = round_to_grid(torch.tensor([7.0, 3.4, -3.6, 0.2]), torch.arange(4), (), 4)
     assert found.tolist() == [7.0, 3.0, -4.0, 0.0]
 
 
@@ -213,10 +224,12 @@ def test_every_bit_comes_back(dtype, kind):
     before = bits(parameter.detach()).clone()
 
     def change(name, stored, index):
-        return Perturbation(kind).new_values(stored, index, False, np.random.default_rng(0))
+        return Perturbation(kind).new_values(stored, index, (0,), np.random.default_rng(0))
 
     with perturbed({"p": parameter}, {"p": torch.arange(16)}, change) as n_changed:
-        assert int((bits(parameter.detach()) != before).sum()) == n_changed > 0
+        other_bits = bits(parameter.detach()) != before
+        both_zero = (parameter == 0) & (before.view(dtype) == 0)
+        assert int((other_bits & ~both_zero).sum()) == n_changed > 0
     assert torch.equal(bits(parameter.detach()), before)
 
 
@@ -238,12 +251,12 @@ def test_only_the_chosen_weights_change():
         assert parameters["b"].view(-1)[[3, 17]].tolist() == [0.0, 0.0]
 
 
-def test_only_weights_whose_bits_move_are_counted():
+def test_only_weights_whose_value_changes_are_counted():
     parameters = two_parameters()
     parameters["a"].data.view(-1)[0] = 0.0
     parameters["a"].data.view(-1)[1] = -0.0
     with perturbed(parameters, {"a": torch.tensor([0, 1, 2]), "b": torch.tensor([5])}, zero) as n_changed:
-        assert n_changed == 3  # -0.0 becomes 0.0: another bit
+        assert n_changed == 2  # -0.0 becomes 0.0: the same number
 
 
 @pytest.mark.parametrize("exception", [ValueError, KeyboardInterrupt, SystemExit, GeneratorExit])

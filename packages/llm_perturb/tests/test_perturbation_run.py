@@ -536,7 +536,9 @@ def test_a_target_that_fails_leaves_the_others_their_table(flags, capfd, inputs,
     asked = flags | {"target_layer": [UP, DENSE], "k": 1, "selection": ["top", "random"]}
     code, _, complaints = call(capfd, asked | {"model": str(tmp_path / "zeros")})
     assert code == 1
-    assert complaints[-1].startswith(f"{SCRIPT}: error: zero of top_grad_x_weight in {UP} changes no bit of the model")
+    assert complaints[-1].startswith(
+        f"{SCRIPT}: error: zero of top_grad_x_weight in {UP} changes no weight of the model"
+    )
     assert complaints[-1].endswith("(1 targets failed, the table has the others)")
     manifest = manifest_of(run_of(flags))
     assert manifest["status"] == "failed"

@@ -24,7 +24,7 @@ from llm_perturb.condition import Condition, new_values
 from llm_perturb.evaluation.causality import COMMON, LENGTH, probe_sequences, tolerance
 from llm_perturb.evaluation.parameters import layer_of
 from llm_perturb.evaluation.perplexity import Measured, in_order
-from llm_perturb.perturbation import bits
+from llm_perturb.perturbation import changed
 from llm_perturb.suffix_forward import Restart, decoder_layers
 
 AT_ONCE = 1024  # tokens in a batch of copies; more were no faster
@@ -46,12 +46,12 @@ Unit = Condition | Copies
 
 @dataclass(frozen=True)
 class Change:
-    """One weight of a linear map: the map, its output feature, the feature's weights (I,), whether any bit is new."""
+    """One weight of a linear map: the map, its output feature, the feature's weights (I,), whether its value is new."""
 
     module: nn.Module
     feature: int
     weights: Tensor
-    changes_bits: bool
+    changes_value: bool
 
 
 def group(model: PreTrainedModel, conditions: Sequence[Condition]) -> list[Unit]:
@@ -137,15 +137,15 @@ def change_of(model: PreTrainedModel, condition: Condition) -> Change:
     transposed = isinstance(module, Conv1D)
     weights = (tensor[:, col] if transposed else tensor[row]).clone()
     weights[row if transposed else col] = new[0]
-    changes_bits = not torch.equal(bits(new), bits(tensor.view(-1)[index]))
-    return Change(module, col if transposed else row, weights, changes_bits)
+    changes_value = bool(changed(tensor.view(-1)[index], new).any())
+    return Change(module, col if transposed else row, weights, changes_value)
 
 
 def unchanged(change: Change) -> Change:
     """The same feature with the weights that the model has: a change of nothing, made the same way."""
     weight = change.module.weight.detach()
     own = weight[:, change.feature] if isinstance(change.module, Conv1D) else weight[change.feature]
-    return Change(change.module, change.feature, own, changes_bits=False)
+    return Change(change.module, change.feature, own, changes_value=False)
 
 
 @contextmanager

@@ -8,8 +8,8 @@ from bridge.exchange import layout
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llm_perturb.evaluation.parameters import stored_transposed
 from llm_perturb.evaluation.perplexity import Measured
+from llm_perturb.output_channels import channel_axes
 from llm_perturb.perturbation import Perturbation
 from llm_perturb.selection import Target, generator
 
@@ -64,7 +64,7 @@ class Outcome:
     Attributes:
         condition: what was measured.
         measured: the sequences under the perturbed model.
-        n_changed: how many weights had other bits than before.
+        n_changed: how many weights had another value than before.
     """
 
     condition: Condition
@@ -73,12 +73,12 @@ class Outcome:
 
     @property
     def failure(self) -> str | None:
-        """Why the target must not be reported: weights that were chosen for their score have the bits they had."""
+        """Why the target must not be reported: weights that were chosen for their score have the values they had."""
         if self.n_changed or not layout.is_top(self.condition.selection):
             return None
         return (
             f"{self.condition.perturbation.label} of {self.condition.selection} in {self.condition.target.layer} "
-            "changes no bit of the model, so its effect cannot be measured"
+            "changes no weight of the model, so its effect cannot be measured"
         )
 
     @property
@@ -100,11 +100,12 @@ def values_under(
     Args:
         perturbation: the change.
         seed: of ``gaussian_noise``.
-        model: tells how its matrices are stored.
+        model: tells which weights form an output channel, for ``quantize``.
     """
 
     def values(name: str, tensor: Tensor, index: Tensor) -> Tensor:
         rng = generator([seed, "noise", name])
-        return perturbation.new_values(tensor, index, stored_transposed(model, name), rng)
+        axes = channel_axes(model, name) if perturbation.kind == "quantize" else ()
+        return perturbation.new_values(tensor, index, axes, rng)
 
     return values

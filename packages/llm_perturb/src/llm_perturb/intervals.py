@@ -214,7 +214,7 @@ def interval_around(estimate: float | np.ndarray, spread: Spread, n_clusters: in
     """
     if n_clusters < MIN_CLUSTERS:
         return NO_INTERVAL
-    q = stats.t.ppf((1 + LEVEL) / 2, spread.dof)
+    q = np.asarray(stats.t.ppf((1 + LEVEL) / 2, spread.dof))
     se = np.sqrt(spread.variance)
     with np.errstate(divide="ignore", invalid="ignore"):
         skewness = np.where(se > 0, spread.third / se**3, 0.0)

@@ -13,6 +13,7 @@ from llm_perturb.batched_single_weights import Copies, Unit
 from llm_perturb.condition import Condition
 from llm_perturb.evaluation.lm_loss import is_plain
 from llm_perturb.evaluation.parameters import layer_of, match, named_parameters
+from llm_perturb.output_channels import check_channels
 from llm_perturb.perturbation import Perturbation
 from llm_perturb.perturbation_options import PerturbationOptions
 from llm_perturb.selection import Target, draw
@@ -97,7 +98,8 @@ def plan_of(options: PerturbationOptions, model: PreTrainedModel) -> Plan:
 
     Raises:
         RequestError: no target or an unknown one, too few weights, a list of another model, a perturbation that the
-            dtype does not allow, or ``--kl`` for a model without a plain head.
+            dtype does not allow, ``quantize`` where output channels are not known, or ``--kl`` for a model without a
+            plain head.
     """
     layers = options.target_layers
     if not layers and not options.per_weight:
@@ -130,6 +132,9 @@ def plan_of(options: PerturbationOptions, model: PreTrainedModel) -> Plan:
         fixed=fixed,
     )
     plan.check()
+    if any(perturbation.kind == "quantize" for perturbation in perturbations):
+        names = {name: None for condition in plan.conditions() for name in condition.target.parameters}
+        check_channels(model, names)
     return plan
 
 

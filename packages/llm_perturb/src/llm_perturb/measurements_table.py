@@ -48,7 +48,7 @@ def record_of(outcome: Outcome, baseline: Measured, before: Perplexity, corpus: 
     }
     if measured.divergence is not None:
         record["divergence"] = measured.divergence.tolist()
-    return record | {"n_changed": outcome.n_changed, "failure": outcome.failure}
+    return record | {"failure": outcome.failure}
 
 
 def failures(records: list[dict[str, Any]]) -> dict[str, str]:
@@ -84,6 +84,7 @@ def row_of(outcome: Outcome, baseline: Measured, before: Perplexity, corpus: Cor
         "k": condition.k,
         "seed": condition.seed,
         "n_weights": len(condition.positions),
+        "n_changed": outcome.n_changed,
         "score_sum": condition.score_sum,
         "baseline_nll": before.nll,
         "perturbed_nll": before.nll + delta_nll,
@@ -169,10 +170,10 @@ def _warn(run: Run, records: list[dict[str, Any]]) -> None:
     for record in records:
         row = record["row"]
         what = f"{row['perturbation']} of {row['selection']}, k={row['k']}, in {row['target_layer']}"
-        if record["n_changed"] == 0:
-            run.warn(f"{what} changed no bit of the model")
+        if row["n_changed"] == 0:
+            run.warn(f"{what} changed no weight of the model")
         elif row["delta_nll"] == 0 and layout.is_top(row["selection"]):
-            run.warn(f"{what} changed {record['n_changed']} weights and no loss at all")
+            run.warn(f"{what} changed {row['n_changed']} weights and no loss at all")
         if row["n_weights"] < row["k"]:
             run.warn(f"{what}: the CSV holds {row['n_weights']} weights of this target, fewer than k")
         if not math.isfinite(row["delta_nll"]):
@@ -199,6 +200,7 @@ def _write_losses(path: Path, records: list[dict[str, Any]], baseline: Measured,
 
 def _print_rows(frame: pd.DataFrame) -> None:
     names = {"top": "TOPK", "random": "CONTROL", "matched": "MATCHED", "bottom": "BOTTOMK"}
+    row: Any  # a named tuple of pandas
     for row in frame.itertuples():
         kind = row.selection.split("_")[0]
         details = [row.target_layer + _index_text(row), row.selection]

@@ -114,7 +114,7 @@ def perturbed(
         seed: of ``gaussian_noise``.
 
     Yields:
-        How many weights have other bits than before.
+        How many weights have another value than before.
 
     Raises:
         RequestError: an unknown parameter, an index out of range, a mask of another shape, no weight at all.
@@ -145,8 +145,8 @@ def _chosen(model: PreTrainedModel, weights: Weights) -> dict[str, Tensor]:
     """For each parameter that has any of the weights, their flat indices, int64 (m,), ascending, each once."""
     parameters, first_names = named_parameters(model), all_names(model)
     if isinstance(weights, str | Path):
-        rows = read_weight_list(str(weights), parameters)
-        table = pd.DataFrame({"name": rows.names, "index": rows.indices})
+        listed = read_weight_list(str(weights), parameters)
+        table = pd.DataFrame({"name": listed.names, "index": listed.indices})
     elif isinstance(weights, pd.DataFrame):
         missing = [column for column in layout.WEIGHT_KEY if column not in weights]
         if missing:

@@ -62,13 +62,15 @@ class Perturbation:
         if self.kind == "gaussian_noise" and self.sigma <= 0:
             raise RequestError(f"--sigma must be above 0, not {self.sigma}")
 
-    def new_values(self, tensor: Tensor, index: Tensor, transposed: bool, rng: np.random.Generator) -> Tensor:
+    def new_values(
+        self, tensor: Tensor, index: Tensor, channel_axes: tuple[int, ...], rng: np.random.Generator
+    ) -> Tensor:
         """The new values of the weights of ``tensor`` at the flat ``index`` (m,): (m,), same dtype.
 
         Args:
             tensor: the stored tensor.
             index: int64 (m,).
-            transposed: whether a matrix is stored (in, out); ``quantize`` needs to know the output channel.
+            channel_axes: the axes whose indices name an output channel, for ``quantize``.
             rng: the source of ``gaussian_noise``.
         """
         values = tensor.view(-1)[index]
@@ -83,7 +85,7 @@ class Perturbation:
         if self.kind == "bit_flip":
             return flip_bit(values, self.bit)
         assert self.kind == "quantize", self.kind
-        return round_to_grid(tensor, index, transposed, self.n_bits)
+        return round_to_grid(tensor, index, channel_axes, self.n_bits)
 
 
 def add_noise(tensor: Tensor, values: Tensor, sigma: float, rng: np.random.Generator) -> Tensor:
@@ -105,20 +107,35 @@ def flip_bit(values: Tensor, bit: int | None) -> Tensor:
     return (bits(values) ^ mask).view(values.dtype)
 
 
-def round_to_grid(tensor: Tensor, index: Tensor, transposed: bool, n_bits: int) -> Tensor:
-    """Round to nearest on a symmetric grid of 2^n_bits - 1 levels per output channel."""
-    matrix = tensor.view(tensor.shape[0], -1) if tensor.ndim > 1 else tensor.view(1, -1)
-    n_columns = matrix.shape[1]
-    largest = matrix.double().abs().amax(dim=0 if transposed else 1)  # of each output channel
-    channel = index % n_columns if transposed else index // n_columns
-    step = (largest / (2 ** (n_bits - 1) - 1))[channel]
-    values = matrix.reshape(-1)[index].double()
-    return torch.where(step > 0, (values / step).round() * step, values).to(tensor.dtype)
+def round_to_grid(tensor: Tensor, index: Tensor, channel_axes: tuple[int, ...], n_bits: int) -> Tensor:
+    """Round to nearest on a symmetric grid of 2^n_bits - 1 levels per output channel.
+
+    step = max |θ| of the channel / (2^(n_bits - 1) - 1); round(θ / step) step.
+
+    Args:
+        tensor: the stored tensor.
+        index: flat, int64 (m,).
+        channel_axes: the axes of ``tensor`` whose indices together name an output channel; none: one grid for all.
+        n_bits: 2 or more.
+    """
+    tensor = tensor.reshape(tensor.shape or (1,))
+    others = [axis for axis in range(tensor.ndim) if axis not in channel_axes]
+    assert others, "a channel has more than one weight"
+    largest = tensor.abs().amax(dim=others, keepdim=True).double()  # of each channel; size 1 along the other axes
+    step = largest / (2 ** (n_bits - 1) - 1)
+    at = torch.unravel_index(index, tensor.shape)
+    steps, values = step.expand(tensor.shape)[at], tensor[at].double()  # (m,), (m,)
+    return torch.where(steps > 0, (values / steps).round() * steps, values).to(tensor.dtype)
 
 
 def bits(values: Tensor) -> Tensor:
     """The same memory as integers: NaN equals itself there, and 0 differs from -0."""
     return values.view(_BITS[values.dtype])
+
+
+def changed(before: Tensor, after: Tensor) -> Tensor:
+    """Which values are others: bool (m,). -0 is 0, and a NaN is another value only with other bits."""
+    return (bits(before) != bits(after)) & (before != after)
 
 
 @contextmanager
@@ -133,7 +150,7 @@ def perturbed(
         change: from name, tensor and indices to the new values.
 
     Yields:
-        How many weights have other bits than before.
+        How many weights have another value than before.
 
     Raises:
         RunError: a weight did not take its new value, or was not restored.
@@ -146,7 +163,7 @@ def perturbed(
         for name in chosen:
             flat[name][index[name]] = new[name]
         _compare(parameters, index, new, "did not take the new value")
-        yield sum(int((bits(new[name]) != bits(saved[name])).sum()) for name in chosen)
+        yield sum(int(changed(saved[name], new[name]).sum()) for name in chosen)
     finally:
         for name in chosen:
             flat[name][index[name]] = saved[name]

@@ -92,9 +92,9 @@ def _check_no_op(model: PreTrainedModel, condition: Condition, restart: Restart,
 
 
 def _measure_together(model: PreTrainedModel, copies: Copies, restart: Restart, baseline: Tensor) -> Iterator[Outcome]:
-    """Single weights as copies; those that change no bit, and all where copies prove wrong, in the model itself."""
+    """Single weights as copies; those that change no value, and all where copies prove wrong, in the model itself."""
     changes = [change_of(model, condition) for condition in copies.conditions]
-    moving = [at for at, change in enumerate(changes) if change.changes_bits]
+    moving = [at for at, change in enumerate(changes) if change.changes_value]
     measured = _measured_copies(model, copies, changes, moving, restart, baseline) if moving else {}
     for at, condition in enumerate(copies.conditions):
         yield Outcome(condition, measured[at], 1) if at in measured else _apply(model, condition, restart)

@@ -63,13 +63,16 @@ def compare(
     draws = table[kinds.isin([layout.RANDOM, "matched"])].groupby([*_GROUP_COLUMNS, "selection"], sort=False)
     seeds = dict(iter(draws["seed"]))
     effects = table["delta_nll"].to_numpy(float)
-    rows = []
-    for (*group, selection, row, col), chosen in tops:
+    rows: list[dict[str, Any]] = []
+    group_key: Any  # a tuple of the values of the columns
+    for group_key, chosen in tops:
+        *group, selection, row, col = group_key
         for control in _controls(selection):
             top, drawn = _pairs(chosen["seed"], seeds.get((*group, control), _NO_SEEDS))
             if drawn:
-                names = dict(zip(_GROUP_COLUMNS, group, strict=True)) | {"selection": selection, "row": row, "col": col}
-                names |= {"control": control} | _effects(effects[top], effects[drawn])
+                names: dict[str, Any] = dict(zip(_GROUP_COLUMNS, group, strict=True))
+                names |= {"selection": selection, "row": row, "col": col, "control": control}
+                names |= _effects(effects[top], effects[drawn])
                 rows.append(names | _sureness(differences[top], differences[drawn], n_tokens, clusters))
     n_clusters = len(by_cluster(n_tokens, clusters))
     rows = [row | {"note": _note(row, n_clusters)} for row in rows]
@@ -87,7 +90,8 @@ def _pairs(top: pd.Series, drawn: pd.Series) -> tuple[list[int], list[int]]:
         return list(top.index[:1]) * len(drawn), list(drawn.index)
     of_seed = dict(zip(drawn, drawn.index, strict=True))
     pairs = [(at, of_seed[seed]) for at, seed in top.items() if seed in of_seed]
-    return [at for at, _ in pairs], [at for _, at in pairs]
+    first: list[Any] = [at for at, _ in pairs]
+    return first, [at for _, at in pairs]
 
 
 def _effects(top: np.ndarray, drawn: np.ndarray) -> dict[str, float]:

@@ -1,15 +1,14 @@
 """What part of a decoder a parameter is: its component and its depth, read from its name.
 
 Known families: GPT-2, GPT-NeoX (Pythia), Llama and its kin (Mistral, Qwen, Gemma, SmolLM2), OPT, GPT-J, BLOOM,
-Phi-3. A name that none of them uses is ``other``. Projections that a model keeps in one tensor are taken apart where
-their order in it is known (``FusedProjection``).
+Phi-3. A name that none of them uses is ``other``. Query, key and value that a model keeps in one tensor are taken apart
+where the attention of its model type is known (``fused_projection``), and stay one component elsewhere.
 """
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 COMPONENTS = (
     "embedding",
@@ -96,39 +95,69 @@ class FusedProjection:
         raise AssertionError("unreachable: the index is below the sum of the lengths")
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Split:
+    """How the attention of a model type takes query, key and value out of one projection.
+
+    Attributes:
+        order: ``grouped``: each key head's queries, then that key, then its value; ``consecutive``: all queries, all
+            keys, all values; ``four parts``: four times the queries, values and keys of a fourth of the heads.
+        axis: of the stored weight (of a bias it is 0).
+    """
+
+    order: Literal["grouped", "consecutive", "four parts"]
+    axis: int = 0
+
+
+_SIZES = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+
+# By model_type, as the attention of transformers splits the output of the projection. Any other is left whole.
+_SPLITS = {
+    "gpt2": _Split(order="consecutive", axis=1),
+    "openai-gpt": _Split(order="consecutive", axis=1),
+    "mpt": _Split(order="consecutive"),
+    "phi3": _Split(order="consecutive"),
+    "dbrx": _Split(order="consecutive"),
+    "gpt_neox": _Split(order="grouped"),
+    "gpt_neox_japanese": _Split(order="grouped"),
+    "bloom": _Split(order="grouped"),
+    "persimmon": _Split(order="grouped"),
+    "falcon": _Split(order="grouped"),
+    "gpt_bigcode": _Split(order="grouped"),
+    "codegen": _Split(order="four parts"),
+}
+
+
 def fused_projection(parameter: str, n_weights: int, model: Mapping[str, Any]) -> FusedProjection | None:
     """How a parameter holds query, key and value; None if it does not, or if their order is not known.
 
-    GPT-2's ``c_attn`` (Conv1D, stored (in, out)): thirds of the columns, or of the entries of the bias.
-    GPT-NeoX's and BLOOM's ``query_key_value``: the rows run over (head, projection, head_dim).
+    The order is that of the model type's attention; the sizes are those of the model's configuration, and must give the
+    size of the parameter.
 
     Args:
         parameter: its full name.
         n_weights: its number of weights.
-        model: the metadata of the model in a discovery's manifest; ``num_attention_heads`` and ``head_dim`` are used.
+        model: the metadata of the model in a discovery's manifest; ``model_type``, ``hidden_size``,
+            ``num_attention_heads``, ``num_key_value_heads`` and ``head_dim`` are used.
     """
-    module = _TENSOR_NAMES.sub("", parameter)
-    if module.endswith("attn.c_attn"):
-        return _thirds_of_conv1d(n_weights, is_bias=parameter.endswith(".bias"))
-    if module.endswith("attention.query_key_value"):
-        n_heads, head_dim = model.get("num_attention_heads"), model.get("head_dim")
-        # With fewer heads of keys than of queries the size is no multiple of this, and the order is another.
-        if n_heads and head_dim and n_weights % (3 * n_heads * head_dim) == 0:
-            return FusedProjection(axis=0, runs=tuple((component, head_dim) for component in QUERY_KEY_VALUE))
-    return None
-
-
-def _thirds_of_conv1d(n_weights: int, is_bias: bool) -> FusedProjection | None:
-    """The thirds of GPT-2's ``c_attn``: its bias (3 d,), or its weight (d, 3 d)."""
-    if is_bias:
-        axis, size = 0, n_weights
+    split = _SPLITS.get(model.get("model_type", ""))
+    sizes: list[Any] = [model.get(key) for key in _SIZES]
+    if split is None or not all(sizes) or decoder_part(parameter).component != FUSED_QUERY_KEY_VALUE:
+        return None
+    width, n_heads, n_key_heads, head_dim = map(int, sizes)
+    length = (n_heads + 2 * n_key_heads) * head_dim
+    is_bias = parameter.endswith(".bias")
+    if n_weights != (length if is_bias else length * width):
+        return None
+    query, key, value = QUERY_KEY_VALUE
+    if split.order == "grouped":
+        runs = (query, n_heads // n_key_heads * head_dim), (key, head_dim), (value, head_dim)
+    elif split.order == "consecutive":
+        runs = (query, n_heads * head_dim), (key, n_key_heads * head_dim), (value, n_key_heads * head_dim)
     else:
-        axis, size = 1, 3 * round((n_weights / 3) ** 0.5)
-        if size * size != 3 * n_weights:
-            return None
-    starts = [-(-third * size // 3) for third in range(4)]  # rounded up where 3 does not divide the size
-    lengths = [end - start for start, end in pairwise(starts)]
-    return FusedProjection(axis=axis, runs=tuple(zip(QUERY_KEY_VALUE, lengths, strict=True)))
+        part = n_heads * head_dim // 4
+        runs = (query, part), (value, part), (key, part)
+    return FusedProjection(axis=0 if is_bias else split.axis, runs=runs)
 
 
 class ModelComponents:

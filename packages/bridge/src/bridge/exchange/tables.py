@@ -22,10 +22,17 @@ from bridge.exchange.printable import check_printable, is_printable
 
 @dataclass(frozen=True)
 class Table:
-    """A form of table: its name in messages, and the type of each column: str, int, float, or int? (may be empty)."""
+    """A form of table.
+
+    Attributes:
+        name: in messages.
+        columns: the type of each column: str, int, float, or int? (may be empty).
+        later: columns that the tables of earlier versions lack.
+    """
 
     name: str
     columns: dict[str, str]
+    later: frozenset[str] = frozenset()
 
 
 TOP_WEIGHTS = Table(
@@ -58,7 +65,8 @@ MEASUREMENTS = Table(
         "perturbation": "str",
         "k": "int",
         "seed": "int?",
-        "n_weights": "int",  # weights really perturbed
+        "n_weights": "int",  # weights that were chosen
+        "n_changed": "int",  # of those, how many have another value under the perturbation
         "score_sum": "float",  # the prediction: the metric's scores of these weights added; empty for random
         "baseline_nll": "float",  # nats per token
         "perturbed_nll": "float",
@@ -73,6 +81,7 @@ MEASUREMENTS = Table(
         "corpus_sha256": "str",
         "model": "str",
     },
+    later=frozenset({"n_changed"}),
 )  # followed by row and col: of a weight that was perturbed alone, else empty
 TARGETS = Table(
     "targets",
@@ -139,11 +148,12 @@ def write_json(path: Path, content: object) -> None:
 
 def write_table(path: Path, frame: pd.DataFrame, table: Table) -> None:
     """Write ``frame`` with the table's columns first, in their order; further columns follow."""
-    missing = [column for column in table.columns if column not in frame]
+    missing = [column for column in table.columns if column not in frame and column not in table.later]
     assert not missing, f"{table.name} lack {missing}"
+    declared = [column for column in table.columns if column in frame]
     extra = [column for column in frame if column not in table.columns]
     with atomic_path(path) as temporary:
-        frame[[*table.columns, *extra]].to_csv(temporary, index=False)
+        frame[[*declared, *extra]].to_csv(temporary, index=False)
 
 
 def read_table(path: Path, table: Table) -> pd.DataFrame:
@@ -161,7 +171,7 @@ def read_table(path: Path, table: Table) -> pd.DataFrame:
     except (OSError, ValueError, csv.Error) as error:
         raise RequestError(f"{path} cannot be read as a CSV of {table.name}: {error}") from None
     header = [check_printable(name, f"{path}: column") for name in lines[0][1]] if lines else []
-    missing = [column for column in table.columns if column not in header]
+    missing = [column for column in table.columns if column not in header and column not in table.later]
     if missing:
         columns_are = "column" if len(missing) == 1 else "columns"
         raise RequestError(f"{path} lacks the {columns_are} {', '.join(missing)} of {table.name}")

@@ -64,6 +64,14 @@ def _measurements(evidence: Evidence) -> list[str]:
     n_small = table[table["n_weights"] < table["k"]]["target_layer"].nunique()
     if n_small:
         sentences.append(f"In {plural(n_small, 'target')} fewer than k weights were perturbed, as no more are there.")
+    if "n_changed" in table:
+        n_same = table[table["n_changed"] < table["n_weights"]]["target_layer"].nunique()
+        if n_same:
+            targets = plural(n_same, "target")
+            sentences.append(
+                f"In {targets} some of the chosen weights have the same value under the perturbation, such as zeros "
+                "that are zeroed: columns n_weights and n_changed of measurements.csv."
+            )
     return sentences
 
 

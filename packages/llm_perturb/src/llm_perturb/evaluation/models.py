@@ -16,7 +16,8 @@ from bridge.exchange.errors import RequestError
 from bridge.exchange.fingerprint import Fingerprint
 from bridge.exchange.layout import ALL
 from bridge.exchange.printable import check_printable, say
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations.heterogeneity.configuration_utils import AmbiguousGlobalPerLayerAttributeError
 from transformers.utils.hub import resolve_revision
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -288,17 +289,34 @@ def free_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
-def _heads(model: PreTrainedModel) -> dict[str, int]:
-    """How many attention heads of which size, where the config tells; fused projections are taken apart by them."""
+def _heads(model: PreTrainedModel) -> dict[str, str | int]:
+    """Model type and sizes of the attention, where the config tells: by them, fused projections are taken apart."""
     config = model.config.get_text_config()
-    n_heads, width = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
+    n_heads, width = _entry(config, "num_attention_heads"), _entry(config, "hidden_size")
     if not n_heads or not width:
-        return {}
+        return {"model_type": config.model_type}
     return {
+        "model_type": config.model_type,
+        "hidden_size": width,
         "num_attention_heads": n_heads,
-        "num_key_value_heads": getattr(config, "num_key_value_heads", None) or n_heads,
-        "head_dim": getattr(config, "head_dim", None) or width // n_heads,
+        "num_key_value_heads": _key_value_heads(config, n_heads),
+        "head_dim": _entry(config, "head_dim") or width // n_heads,
     }
+
+
+def _key_value_heads(config: PreTrainedConfig, n_heads: int) -> int:
+    """How many heads of keys and values; Falcon and GPT-BigCode say so by flags of their own."""
+    if hasattr(config, "multi_query") and not getattr(config, "new_decoder_architecture", False):
+        return 1 if config.multi_query else n_heads
+    return _entry(config, "num_key_value_heads") or _entry(config, "num_kv_heads") or n_heads
+
+
+def _entry(config: PreTrainedConfig, name: str) -> int | None:
+    """A number of the configuration; None where it has none, or others from layer to layer."""
+    try:
+        return getattr(config, name, None)
+    except AmbiguousGlobalPerLayerAttributeError:
+        return None
 
 
 def check_device(device: str) -> torch.device:

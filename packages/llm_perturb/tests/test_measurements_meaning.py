@@ -1,0 +1,75 @@
+"""What a row of the table says, on models where it is easily wrong: zeros among the weights, fused experts."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from bridge.exchange.run_folder import RunOptions
+from bridge.exchange.tables import MEASUREMENTS, TOP_WEIGHTS, read_table
+from llm_perturb.evaluation.corpus import CorpusOptions
+from llm_perturb.evaluation.models import ModelOptions
+from llm_perturb.perturbation_options import PerturbationOptions
+from llm_perturb.perturbation_run import measure_perturbations
+from reference import naive_losses
+from safetensors.torch import load_file, save_file
+from saved_models import save
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+TEXTS = ["a few words", "few a words a few", "words words a few a few", "a a few"]
+DOWN, EXPERTS = "model.layers.0.mlp.down_proj", "model.layers.1.mlp.experts.down_proj"
+
+
+def measured(folder, parameter, indices, singly=False, **options):
+    """The rows of a run on a list of weights, given by flat index: all of them together, then each alone."""
+    (folder / "texts.txt").write_text("\n".join(TEXTS) + "\n")
+    weight = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).get_parameter(parameter).detach()
+    rows = weight.view(weight.shape[0], -1)
+    places = [divmod(int(index), rows.shape[1]) for index in indices]
+    columns = {
+        "rank": range(1, len(places) + 1), "layer": parameter.removesuffix(".weight"), "parameter": parameter,
+        "row": [row for row, _ in places], "col": [col for _, col in places],
+        "value": [rows[place].item() for place in places], "score": [1 / (1 + rank) for rank in range(len(places))],
+    }  # fmt: skip
+    pd.DataFrame(columns)[list(TOP_WEIGHTS.columns)].to_csv(folder / "list.csv", index=False)
+    measure_perturbations(
+        options=PerturbationOptions(target_layer=[parameter], k=[len(places)], selection=["top"], **options,
+                                    weights_csv=[str(folder / "list.csv")],
+                                    per_weight=str(folder / "list.csv") if singly else None),
+        model_options=ModelOptions(model=str(folder), dtype="float64", device="cpu"),
+        corpus_options=CorpusOptions(data_file=str(folder / "texts.txt"), max_length=16),
+        batch_size=1,
+        run_options=RunOptions(output=str(folder), experiment_id="x"),
+    )  # fmt: skip
+    return read_table(folder / "perturb_x/measurements.csv", MEASUREMENTS)
+
+
+@pytest.mark.parametrize("perturbation", ["zero", "sign_flip"])
+def test_n_changed_counts_the_chosen_weights_that_get_another_value(tmp_path, perturbation):
+    save(tmp_path, "llama")
+    state = load_file(tmp_path / "model.safetensors")
+    state[f"{DOWN}.weight"].view(-1)[::2] = 0
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    table = measured(tmp_path, f"{DOWN}.weight", [0, 1, 2, 3, 5], singly=True, perturbation=[perturbation])
+    assert list(table.columns[:8]) == [*list(MEASUREMENTS.columns)[:7], "n_changed"]
+    assert table["n_weights"].tolist() == [5, *[1] * 5]
+    assert table["n_changed"].tolist() == [3, 0, 1, 0, 1, 1]
+
+
+def test_quantize_of_fused_experts_measures_a_grid_for_each_output_channel(tmp_path):
+    model = save(tmp_path, "mixtral")
+    with torch.no_grad():
+        model.get_parameter(EXPERTS)[0, 3] *= 10
+    model.save_pretrained(tmp_path)
+    weight = model.get_parameter(EXPERTS)  # (E, O, I)
+    table = measured(tmp_path, EXPERTS, range(weight[0].numel()), perturbation=["quantize"], n_bits=3)
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    sequences = [torch.tensor(tokenizer(text)["input_ids"]) for text in TEXTS]
+    model.set_experts_implementation("eager")  # float64
+    before = naive_losses(model, sequences).sum()
+    for channel in weight.detach().numpy()[0]:
+        step = np.abs(channel).max() / 3
+        channel[:] = np.round(channel / step) * step
+    after = naive_losses(model, sequences).sum()
+    assert table.delta_nll[0] == pytest.approx(float(after - before) / sum(len(ids) - 1 for ids in sequences), rel=1e-9)
+    assert table.n_changed[0] < table.n_weights[0] == weight[0].numel()  # the largest of each channel stays
