@@ -4,7 +4,7 @@ import pytest
 import torch
 from llm_perturb.evaluation.models import max_positions
 from tiny_models import BUILDERS
-from transformers import AutoModelForCausalLM, MptConfig, RobertaConfig
+from transformers import AutoModelForCausalLM, MambaConfig, MptConfig, RobertaConfig
 
 
 def model_of(config):
@@ -38,6 +38,5 @@ def test_roberta_has_fewer_than_rows():
 
 
 def test_a_model_that_declares_none_has_no_limit():
-    model = model_of(MptConfig(d_model=16, n_heads=2, n_layers=1, vocab_size=32))
-    model.config.max_seq_len = None
-    assert max_positions(model) is None
+    config = MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=32, state_size=4)
+    assert max_positions(model_of(config)) is None
