@@ -669,3 +669,13 @@ def test_a_killed_run_is_not_resumed_with_other_flags(killed, flags, capfd, inpu
 def test_two_processes_shared_the_work(uninterrupted):
     manifest = manifest_of(uninterrupted)
     assert (manifest["status"], manifest["world_size"]) == ("complete", 2)
+
+
+def test_windows_of_a_text_are_one_cluster_of_the_intervals(flags, capfd, tmp_path):
+    (tmp_path / "long.txt").write_text("\n".join("abcdefg"[n] * 40 for n in range(7)) + "\n")
+    asked = {"target_layer": UP, "k": 1, "packing": "windows", "max_length": 14}
+    assert call(capfd, flags | asked | {"data_file": str(tmp_path / "long.txt")})[0] == 0
+    folder = run_of(flags)
+    losses = pd.read_parquet(folder / "sequence_losses.parquet")
+    assert losses["cluster"].tolist()[:20] == sorted([0, 1, 2, 3, 4, 5, 6] * 3)[:20]
+    assert set(pd.read_csv(folder / "measurements.csv")["n_clusters"]) == {7}

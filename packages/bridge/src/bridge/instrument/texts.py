@@ -100,11 +100,10 @@ def corpus_options(discovery: Discovery, other_texts: Mapping[str, Any]) -> dict
     names = {name: options.get(name) for name in ("data_file", "dataset", "dataset_config", "split", "text_column")}
     if names["data_file"]:
         names["data_file"] = str(existing(names["data_file"], "data file", discovery))
-    is_dataset = bool(names["dataset"])
-    if is_dataset and Path(names["dataset"]).exists():
-        names["dataset"] = str(Path(names["dataset"]).absolute())
-        is_dataset = not Path(names["dataset"]).is_file()
-    if not is_dataset:  # a file has no splits, and versions that recorded one did not use it
+    dataset = names["dataset"]
+    if dataset and Path(dataset).exists():
+        names["dataset"] = str(Path(dataset).absolute())
+    if not dataset or Path(dataset).is_file():  # a file has no splits, and versions that recorded one did not use it
         names |= {"dataset_config": None, "split": None}
     return cut | names
 

@@ -106,13 +106,12 @@ def max_positions(model: PreTrainedModel) -> int | None:
     positions = next((number for number in declared if isinstance(number, int) and number > 0), None)
     if positions is None:
         return None
-    skipped = [
-        module.padding_idx + 1
-        for module in model.modules()
-        if isinstance(getattr(module, "position_embeddings", None), torch.nn.Embedding)
-        and isinstance(getattr(module, "padding_idx", None), int)
-    ]
-    return positions - max(skipped, default=0)
+    skipped = 0
+    for module in model.modules():
+        padding: object = getattr(module, "padding_idx", None)
+        if isinstance(padding, int) and isinstance(getattr(module, "position_embeddings", None), torch.nn.Embedding):
+            skipped = padding + 1
+    return positions - skipped
 
 
 @cache

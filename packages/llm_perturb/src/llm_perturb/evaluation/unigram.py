@@ -26,7 +26,8 @@ def unigram_nll(corpus: Corpus, vocabulary: int) -> float:
     counts = predicted.unique(return_counts=True)[1].double()  # (m,)
     n, m = counts.sum(), len(counts)
     p = (counts - 1 + m / vocabulary) / (n - 1 + m)
-    return min((-(counts / n) * p.log()).sum().item(), math.log(vocabulary))
+    nll: float = (-(counts / n) * p.log()).sum().item()
+    return min(nll, math.log(vocabulary))
 
 
 def baseline_warnings(corpus: Corpus, nll: float, vocabulary: int) -> list[str]:
