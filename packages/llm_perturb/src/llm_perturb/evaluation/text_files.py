@@ -164,7 +164,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _read_parquet(path: Path, column: str) -> list[object]:
     import pyarrow  # type: ignore[import-untyped]  # slow to import
-    from pyarrow import parquet  # type: ignore[import-untyped]
+    from pyarrow import parquet
 
     try:
         table = parquet.ParquetFile(pyarrow.BufferReader(_bytes(path, "--dataset")))
