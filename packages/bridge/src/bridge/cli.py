@@ -57,7 +57,8 @@ def validate(*, options: ValidationOptions) -> None:
     """Measure what perturbing the discovered weights really does, and report how well the scores predict it.
 
     Perturbs the top-K weights of the highest-ranked layers, of control layers from the whole range, and of the
-    whole model, with random weights of the same layers for comparison, on the discovery's model and corpus.
+    whole model, with random weights of the same layers for comparison, on the discovery's model, and on its texts or
+    on others (--eval-data-file).
     Writes validation_<id>/ with report.html. The same command started again after a kill resumes the run.
     """
     from bridge.validate import TargetsFailedError

@@ -130,6 +130,10 @@ def _accept(ready: Plan, run: Run, folder: Path, targets: Sequence[str]) -> None
     check_baseline(ready, baseline_of(measurements), folder)
     check_effects(ready, targets, measurements)
     check_single_weights(ready, measurements)
+    manifest = read_manifest(folder)
+    run.update(measured_corpus=manifest["identity"].get("corpus") or {})
+    for warning in manifest.get("warnings") or []:
+        run.warn(f"measurement: {warning}")
     _copy(folder / layout.MEASUREMENTS_FILE, run.folder / layout.MEASUREMENTS_FILE)
 
 

@@ -1,7 +1,7 @@
 """Phase 1 as a command: check the request, discover, write the run folder."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from llm_perturb.evaluation.fingerprint import check_agreement
 from llm_perturb.evaluation.models import LoadedModel, ModelOptions
 from llm_perturb.evaluation.parameters import in_scope
 from llm_perturb.evaluation.processes import Processes
+from llm_perturb.evaluation.unigram import baseline_warnings
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -159,7 +160,8 @@ def run(options: Options) -> None:
     with _kept(opened):
         _log.info("%s, %s", loaded.metadata["id"], loaded.metadata["dtype"])
         _log.info("%d weights of %d parameters in scope", request.n_weights, len(request.parameters))
-        _log.info("%(n_sequences)d sequences, %(n_tokens)d predicted tokens, from %(source)s", request.corpus.metadata)
+        _log.info("%s", request.corpus.summary)
+        _warn(request.corpus.warnings, opened)
         _log.info("%s", engine.account)
         found, settings = _discover(engine, request, replace(settings, scratch=folder), opened)
         tops = {m: {k: ranking.top(k) for k in request.options.topk} for m, ranking in found.rankings.items()}
@@ -299,8 +301,18 @@ def _check_baseline(request: Request, losses: Tensor, opened: run_folder.Run | N
     _log.info("baseline: %(nll).6f nats per token, perplexity %(ppl).6g", found)
     if request.expected:
         baseline.check_same(request.expected, found, request.options.baseline)
+    vocabulary = request.loaded.model.config.get_text_config().vocab_size
+    _warn(baseline_warnings(request.corpus, found["nll"], vocabulary), opened)
     if opened:
         write_json(opened.folder / BASELINE_FILE, found)
+
+
+def _warn(warnings: Sequence[str], opened: run_folder.Run | None) -> None:
+    """Warn in the log, and, by the process that has opened the run, on stderr and in the manifest."""
+    for warning in warnings:
+        _log.warning("%s", warning)
+        if opened:
+            opened.warn(warning)
 
 
 def _halves(engine: Engine, request: Request, settings: Settings) -> Iterator[stability.Halves]:

@@ -14,6 +14,7 @@ from llm_perturb.evaluation.corpus import Corpus, CorpusOptions, read_texts, tok
 from llm_perturb.evaluation.models import LoadedModel, ModelOptions
 from llm_perturb.evaluation.perplexity import Perplexity, check_padding, sequence_losses, summarize
 from llm_perturb.evaluation.processes import Processes
+from llm_perturb.evaluation.unigram import baseline_warnings
 
 
 def measure_baseline(
@@ -43,6 +44,7 @@ def measure_baseline(
         identity = setup_identity(model_options, corpus_options, loaded, corpus, batch_size)
         run = open_run(output, layout.BASELINE, identity, run_options.experiment_id, fingerprint=loaded.fingerprint)
         with run.recorded():
+            tell_of_texts(run, corpus)
             losses = sequence_losses(loaded.model, corpus.sequences, batch_size, "baseline")
             check_padding(loaded.model, corpus.sequences, losses, batch_size)
             write_baseline(run, loaded, corpus, summarize(losses, corpus))
@@ -60,8 +62,15 @@ def setup_identity(
     return {"options": options, "model": loaded.metadata, "corpus": corpus.metadata}
 
 
+def tell_of_texts(run: Run, corpus: Corpus) -> None:
+    """Print what was read, and warn of what of it is not measured."""
+    say(corpus.summary)
+    for warning in corpus.warnings:
+        run.warn(warning)
+
+
 def write_baseline(run: Run, loaded: LoadedModel, corpus: Corpus, perplexity: Perplexity) -> None:
-    """Write ``baseline.json`` and print the perplexity."""
+    """Write ``baseline.json``, print the perplexity, and warn of a model that predicts nothing."""
     content = {
         "model": loaded.metadata["id"],
         "revision": loaded.metadata["revision"],
@@ -75,3 +84,5 @@ def write_baseline(run: Run, loaded: LoadedModel, corpus: Corpus, perplexity: Pe
         f"BASELINE_PERPLEXITY: {perplexity.ppl:.6g}  ({perplexity.nll:.6f} nats per token, "
         f"{perplexity.n_tokens} tokens, {perplexity.n_sequences} sequences)"
     )
+    for warning in baseline_warnings(corpus, perplexity.nll, loaded.model.config.get_text_config().vocab_size):
+        run.warn(warning)

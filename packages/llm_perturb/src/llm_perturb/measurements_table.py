@@ -186,6 +186,8 @@ def _write_losses(path: Path, records: list[dict[str, Any]], baseline: Measured,
     rows = [record["row"] for record in records for _ in range(n)]
     frame = pd.DataFrame({column: [row[column] for row in rows] for column in _LOSS_KEYS})
     frame["sequence"] = list(range(n)) * len(records)
+    clusters = range(n) if corpus.clusters is None else corpus.clusters.tolist()
+    frame["cluster"] = list(clusters) * len(records)
     frame["n_tokens"] = corpus.lengths * len(records)
     frame["baseline_nats"] = baseline.losses.tolist() * len(records)
     frame["perturbed_nats"] = [loss for record in records for loss in record["losses"]]

@@ -3,6 +3,7 @@
 The examples are run by the tests with ``folder``, a local checkpoint; a hub id such as ``"gpt2"`` does as well.
 """
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ import pandas as pd
 import torch
 from bridge.exchange import layout
 from bridge.exchange.errors import RequestError
+from bridge.exchange.printable import say
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -74,7 +76,10 @@ def load_corpus(
         raise RequestError("texts and the options data_file and dataset exclude each other")
     else:
         read = Texts(list(texts), "the texts passed")
-    return tokenize(read, loaded.tokenizer, corpus_options, loaded.max_positions)
+    corpus = tokenize(read, loaded.tokenizer, corpus_options, loaded.max_positions)
+    for warning in corpus.warnings:
+        say(f"WARNING: {warning}", stream=sys.stderr)
+    return corpus
 
 
 def perplexity(model: PreTrainedModel, corpus: Corpus, batch_size: int = 1) -> Perplexity:

@@ -14,7 +14,7 @@ from bridge.exchange.printable import escaped
 from bridge.exchange.run_folder import Run, RunOptions, check_output, open_run
 from tqdm import tqdm
 
-from llm_perturb.baseline_run import setup_identity, write_baseline
+from llm_perturb.baseline_run import setup_identity, tell_of_texts, write_baseline
 from llm_perturb.batched_single_weights import Copies, Unit, group
 from llm_perturb.choose_weights import choose_weights
 from llm_perturb.evaluation.causality import check_causal
@@ -132,6 +132,7 @@ def _carry_out(work: _Work, run: Run, processes: Processes) -> None:
     check_padding(model, corpus.sequences, baseline.losses, work.batch_size)
     perplexity = summarize(baseline.losses, corpus)
     if processes.first:
+        tell_of_texts(run, corpus)
         write_baseline(run, work.loaded, corpus, perplexity)
         _warn_of_few_texts(run, corpus)
     if len({tuple(losses) for losses in processes.gather(baseline.losses.tolist())}) > 1:

@@ -106,10 +106,11 @@ def arguments_of(command: Command, values: Mapping[str, object]) -> dict[str, ob
 
 
 def described(thing: object) -> dict[str, str]:
-    """The entries under ``Args:`` or ``Attributes:`` of a docstring, each as one line."""
+    """The entries under ``Args:`` or ``Attributes:`` of a docstring, each as one line; a class has its bases'."""
     text = inspect.getdoc(thing) or ""
     heading = _SECTION.search(text)
-    entries: dict[str, str] = {}
+    bases = thing.__bases__ if isinstance(thing, type) else ()
+    entries = {name: words for base in bases for name, words in described(base).items()}
     key = None
     for line in text[heading.end() :].split("\n") if heading else ():
         entry = _ENTRY.match(line)

@@ -9,6 +9,7 @@ from typing import Any
 from bridge.exchange.discovery_run import Discovery
 from bridge.exchange.errors import RequestError
 from bridge.instrument import process
+from bridge.instrument.texts import corpus_options, existing
 
 CONFIG = Path(__file__).parent / "accelerate_config.yaml"
 
@@ -74,7 +75,7 @@ def model_flags(discovery: Discovery, device: str, batch_size: int | None, trust
     name, loaded_revision = model["id"], model.get("revision")
     revision = discovery.options.get("revision")
     if str(loaded_revision).startswith("local-"):
-        name = str(_existing(name, "model", discovery))
+        name = str(existing(name, "model", discovery))
     elif revision is None and _is_commit(loaded_revision):
         revision = loaded_revision  # the branch may have moved on since
     if discovery.options.get("trust_remote_code") and not trust_remote_code:
@@ -91,20 +92,11 @@ def model_flags(discovery: Discovery, device: str, batch_size: int | None, trust
     return flags
 
 
-def corpus_flags(discovery: Discovery) -> list[str]:
-    """The texts of the discovery.
-
-    Raises:
-        RequestError: a local file that does not exist here.
-    """
-    names = ("dataset_config", "split", "text_column", "packing", "max_length", "eval_limit")
-    chosen = {name: discovery.options.get(name) for name in names}
-    data_file, dataset = discovery.options.get("data_file"), discovery.options.get("dataset")
-    if data_file:
-        data_file = str(_existing(data_file, "data file", discovery))
-    if dataset and Path(dataset).exists():
-        dataset = str(Path(dataset).absolute())
-    return _flags(data_file=data_file, dataset=dataset, **chosen)
+def corpus_flags(discovery: Discovery, other_texts: Mapping[str, Any]) -> list[str]:
+    """The texts of the discovery, or the others; see ``corpus_options``."""
+    options = corpus_options(discovery, other_texts)
+    parse_special_tokens = options.pop("parse_special_tokens")
+    return _flags(**options) + (["--parse-special-tokens"] if parse_special_tokens else [])
 
 
 def measurement_flags(chosen: Mapping[str, Any]) -> list[str]:
@@ -120,16 +112,6 @@ def measurement_flags(chosen: Mapping[str, Any]) -> list[str]:
 
 def _flags(**values: object) -> list[str]:
     return [f"--{name.replace('_', '-')}={value}" for name, value in values.items() if value is not None]
-
-
-def _existing(name: str, what: str, discovery: Discovery) -> Path:
-    path = Path(name).absolute()
-    if not path.exists():
-        raise RequestError(
-            f"the {what} '{name}' of {discovery.folder.name} is not here; "
-            "start this command in the folder where the discovery was started"
-        )
-    return path
 
 
 def _is_commit(revision: object) -> bool:

@@ -17,12 +17,13 @@ from bridge.exchange.flag_table import FilePath
 from bridge.exchange.layout import ALL, Shard, parse_shard
 from bridge.exchange.run_folder import check_output
 from bridge.instrument import command, process
+from bridge.instrument.texts import EvaluationTexts
 
 Perturbation = Literal["zero", "sign_flip", "scale", "gaussian_noise", "bit_flip", "quantize"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ValidationOptions:
+class ValidationOptions(EvaluationTexts):
     """The validation.
 
     Attributes:
@@ -92,6 +93,7 @@ class Plan:
         warnings: for the person and the manifest.
         options: what decides the numbers, as it goes into the manifest.
         identity: of the validation run.
+        other_texts: the texts that judge, where they are not those that gave the scores; else empty.
         weights_files: by metric, the file of the top weights of every layer.
         shard: the part of the request that is measured here; None for all of it.
         python: the Python of the instrument's environment.
@@ -105,6 +107,7 @@ class Plan:
     warnings: list[str]
     options: dict[str, Any]
     identity: dict[str, Any]
+    other_texts: dict[str, Any]
     weights_files: dict[str, Path]
     shard: Shard | None
     python: Path
@@ -126,6 +129,7 @@ def plan(options: ValidationOptions) -> Plan:
     metrics = discovery.metrics(options.metrics)
     ks, weights_files = _sets(discovery, metrics, options)
     _check_numbers(options)
+    other_texts = options.chosen()
     targets, warnings = _targets(discovery, metrics, ks[-1], options)
     chosen: dict[str, Any] = {
         "metrics": metrics,
@@ -144,6 +148,8 @@ def plan(options: ValidationOptions) -> Plan:
         "corpus": discovery.corpus,
         "discovery": _hashes(discovery, metrics, weights_files),
     }
+    if other_texts:
+        identity["evaluation"] = other_texts
     single_weights = None
     if options.single_weights:
         sampled = discovery.sampled()
@@ -161,7 +167,7 @@ def plan(options: ValidationOptions) -> Plan:
         )
     python = process.find_python(options.perturb_python)
     flags = command.model_flags(discovery, options.device, options.batch_size, options.trust_remote_code)
-    flags += command.corpus_flags(discovery)
+    flags += command.corpus_flags(discovery, other_texts)
     flags += command.measurement_flags(chosen)
     return Plan(
         discovery=discovery,
@@ -170,6 +176,7 @@ def plan(options: ValidationOptions) -> Plan:
         warnings=[*warnings, *not_compared],
         options=chosen,
         identity=identity,
+        other_texts=other_texts,
         weights_files=weights_files,
         shard=shard,
         python=python,

@@ -90,8 +90,7 @@ def _random_draws(evidence: Evidence) -> list[str]:
 
 def _texts(evidence: Evidence) -> str:
     """Whether scores and effects come from the same texts."""
-    measured_on = set(evidence.measurements["corpus_sha256"])
-    if measured_on == {evidence.corpus.get("corpus_sha256")}:
+    if not evidence.judged_by_other_texts:
         return "Scores and effects come from the same texts; on other texts the agreement may be lower."
     return "The effects were measured on other token sequences than the scores were computed on."
 

@@ -65,6 +65,18 @@ class Evidence:
         """Metadata of the corpus that gave the scores; empty if the discovery's manifest gives none."""
         return self._identity("corpus")
 
+    @property
+    def judged_by_other_texts(self) -> bool:
+        """Whether the effects were measured on other token sequences than gave the scores."""
+        return set(self.measurements["corpus_sha256"]) != {self.corpus.get("corpus_sha256")}
+
+    @property
+    def measured_corpus(self) -> dict[str, Any]:
+        """Metadata of the corpus that the effects were measured on."""
+        if not self.judged_by_other_texts:
+            return self.corpus
+        return self.validation_manifest.get("measured_corpus") or {}
+
     def _identity(self, part: str) -> dict[str, Any]:
         identity = self.discovery_manifest.get("identity") or {}
         return identity.get(part) or {}

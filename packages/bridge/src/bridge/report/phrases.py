@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 
+from bridge.report.evidence import Evidence
 from bridge.report.number_format import measured, p_value, rho
 
 _DOING = {"zero": "Zeroing", "sign_flip": "Flipping the sign of"}
@@ -50,3 +51,10 @@ def rho_with_p(row: pd.Series) -> str:
 def rho_above_baseline(row: pd.Series) -> str:
     """How far a rho is above that of the baseline metric: ``0.75 [0.59, 0.90]``."""
     return rho(row["above_magnitude"], row["above_low"], row["above_high"])
+
+
+def measured_on(evidence: Evidence) -> str:
+    """Which texts the effects were measured on, for titles and captions."""
+    if evidence.judged_by_other_texts:
+        return f"measured on other texts than gave the scores ({evidence.measured_corpus.get('source', 'unknown')})"
+    return "measured on the texts that gave the scores"

@@ -3,13 +3,14 @@
 import base64
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bridge.exchange import layout
 from bridge.report import effect_figures, effect_tables, placement_figures, score_figures, score_tables
 from bridge.report.evidence import Evidence
 from bridge.report.figure_style import DARK, LIGHT, Theme
+from bridge.report.phrases import measured_on
 from bridge.report.text_table import TextTable
 
 
@@ -30,10 +31,14 @@ class FigurePlan:
 
 @dataclass(frozen=True, kw_only=True)
 class SectionPlan:
-    """What a section holds: at most one figure, and the tables that each of some functions makes."""
+    """What a section holds: at most one figure, and the tables that each of some functions makes.
+
+    ``effects`` says whether they show measured effects; then each says which texts these were measured on.
+    """
 
     title: str
     figure: FigurePlan | None = None
+    effects: bool = True
     tables: Sequence[Callable[[Evidence], list[TextTable]]]
 
 
@@ -80,6 +85,7 @@ SECTIONS = (
     ),
     SectionPlan(
         title="Where the most critical weights sit",
+        effects=False,
         figure=FigurePlan(
             file=layout.TOP_WEIGHTS_PLOT,
             draw=placement_figures.where_top_weights_sit,
@@ -118,6 +124,10 @@ def write_sections(folder: Path, evidence: Evidence) -> list[Section]:
         figure = write_figure(plots, evidence, plan.figure) if plan.figure else None
         figures = [figure] if figure else []
         tables = [table for make_tables in plan.tables for table in make_tables(evidence)]
+        if plan.effects:
+            where = measured_on(evidence)
+            figures = [replace(each, caption=f"{each.caption} {where[0].upper() + where[1:]}.") for each in figures]
+            tables = [replace(each, title=f"{each.title}, {where}") for each in tables]
         if figures or tables:
             sections.append(Section(title=plan.title, figures=figures, tables=tables))
     return sections

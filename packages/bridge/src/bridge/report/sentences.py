@@ -1,5 +1,8 @@
 """What a validation shows, in sentences: each number with its uncertainty, each claim no larger than its data."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import pandas as pd
 
 from bridge.analysis.measured_sets import rows_where
@@ -57,11 +60,22 @@ def setup_items(evidence: Evidence) -> list[tuple[str, str]]:
     return [
         ("Model", f"{model.get('id') or first['model']} ({model.get('dtype', 'dtype unknown')})"),
         ("Parameters", count(model.get("n_parameters"))),
-        ("Corpus", f"{corpus.get('source', 'unknown')}, {corpus.get('packing', 'packing unknown')}"),
+        ("Texts of the scores", _source(corpus)),
+        ("Texts of the effects", _judging_texts(evidence)),
         ("Size", _corpus_size(first)),
         ("Baseline", f"perplexity {perplexity(first['baseline_ppl'])}, loss {number(first['baseline_nll'], 4)}"),
         ("Perturbation", f"{perturbations}; {sizes}"),
     ]
+
+
+def _source(corpus: Mapping[str, Any]) -> str:
+    return f"{corpus.get('source', 'unknown')}, {corpus.get('packing', 'packing unknown')}"
+
+
+def _judging_texts(evidence: Evidence) -> str:
+    if evidence.judged_by_other_texts:
+        return _source(evidence.measured_corpus)
+    return "MEASURED ON THE TEXTS THAT GAVE THE SCORES: on unseen texts the agreement may be lower"
 
 
 def _setup(evidence: Evidence) -> str:
@@ -69,7 +83,7 @@ def _setup(evidence: Evidence) -> str:
     first = evidence.measurements.iloc[0]
     name = model.get("id") or first["model"]
     size = f" ({count(model['n_parameters'])} parameters)" if model.get("n_parameters") else ""
-    source = evidence.corpus.get("source", "its corpus")
+    source = evidence.measured_corpus.get("source", "its corpus")
     before = perplexity(first["baseline_ppl"])
     return f"{name}{size} on {source} ({_corpus_size(first)}): baseline perplexity {before}."
 

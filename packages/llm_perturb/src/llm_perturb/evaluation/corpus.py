@@ -2,11 +2,9 @@
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from importlib import resources
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,41 +12,15 @@ from bridge.exchange.errors import RequestError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-Packing = Literal["documents", "windows"]
-_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+from llm_perturb.evaluation.chat import render
+from llm_perturb.evaluation.corpus_options import CorpusOptions
+from llm_perturb.evaluation.texts import Texts, read_texts
+from llm_perturb.evaluation.windows import cut_windows
 
+__all__ = ["Corpus", "CorpusOptions", "Texts", "count_tokens", "hash_sequences", "read_texts", "tokenize"]
 
-@dataclass(frozen=True, kw_only=True)
-class CorpusOptions:
-    """The texts, and how they become sequences.
-
-    Attributes:
-        data_file: a file with one text a line; without it and --dataset, the shipped passages.
-        dataset: a data set of the Hugging Face hub, or a local json, jsonl, csv, parquet or txt file or folder.
-        dataset_config: the data set's configuration, such as wikitext-2-raw-v1.
-        split: the data set's split.
-        text_column: the column that holds the text.
-        packing: documents, each text on its own; windows, all joined and cut into pieces of equal length.
-        max_length: the most tokens of a sequence; of a window, exactly this many.
-        eval_limit: the most sequences; all if left out.
-    """
-
-    data_file: str | None = None
-    dataset: str | None = None
-    dataset_config: str | None = None
-    split: str = "test"
-    text_column: str = "text"
-    packing: Packing = "documents"
-    max_length: int = 512
-    eval_limit: int | None = None
-
-
-@dataclass(frozen=True)
-class Texts:
-    """Texts, none of them empty, and where they are from."""
-
-    texts: list[str]
-    source: str
+DEFAULT_LENGTH = 512
+MAX_CUT = 0.01  # of the tokens; more is warned about
 
 
 @dataclass(frozen=True)
@@ -58,10 +30,14 @@ class Corpus:
     Attributes:
         sequences: sequence i holds T_i + 1 ids, int64, and predicts T_i tokens.
         metadata: source, settings, sizes and hashes, for the manifest.
+        warnings: what of the texts is not measured.
+        documents: the number of the text that each sequence begins in; None where each is a text of its own.
     """
 
     sequences: list[Tensor]
     metadata: dict[str, Any]
+    warnings: list[str] = field(default_factory=list)
+    documents: list[int] | None = None
 
     @cached_property
     def n_tokens(self) -> int:
@@ -75,8 +51,17 @@ class Corpus:
 
     @property
     def clusters(self) -> np.ndarray | None:
-        """Which text each sequence comes from, (n,); None where each sequence is a text of its own."""
-        return None
+        """Which text each sequence begins in, (n,); None where each sequence is a text of its own."""
+        return None if self.documents is None else np.array(self.documents)
+
+    @property
+    def summary(self) -> str:
+        """What was read and what of it is measured, in one line."""
+        chats = ", rendered by the tokenizer's chat template" if "rendered_by" in self.metadata else ""
+        return (
+            "TEXTS: {source}: {n_read} read, {n_empty} empty, {n_dropped} without text, {n_texts} texts{chats}; "
+            "{n_sequences} {packing} of at most {max_length} tokens, {n_tokens} tokens predicted, {n_tokens_cut} cut"
+        ).format(chats=chats, **self.metadata)
 
 
 def count_tokens(sequences: Iterable[Tensor]) -> int:
@@ -84,94 +69,114 @@ def count_tokens(sequences: Iterable[Tensor]) -> int:
     return sum(len(sequence) - 1 for sequence in sequences)
 
 
-def read_texts(options: CorpusOptions) -> Texts:
-    """Read the texts that the options name; blank ones are passed over.
-
-    Raises:
-        RequestError: options that contradict each other, a missing, unreadable or empty source.
-    """
-    if options.data_file and options.dataset:
-        raise RequestError("--data-file and --dataset exclude each other")
-    if options.eval_limit is not None and options.eval_limit < 1:
-        raise RequestError(f"--eval-limit must be at least 1, not {options.eval_limit}")
-    if options.max_length < 2:
-        raise RequestError(f"--max-length must be at least 2, one token to predict another, not {options.max_length}")
-    if options.data_file:
-        texts, source = _read_lines(Path(options.data_file)), options.data_file
-    elif options.dataset:
-        texts, source = _read_dataset(options), f"{options.dataset} {options.dataset_config or ''} {options.split}"
-    else:
-        shipped = resources.files("llm_perturb").joinpath("data/eval_texts.txt").read_text(encoding="utf-8")
-        texts, source = shipped.splitlines(), "shipped passages"
-    texts = [text for text in texts if text.strip()]
-    if not texts:
-        raise RequestError(f"{source} holds no text")
-    return Texts(texts, source)
-
-
-def _read_lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8-sig").split("\n")
-    except OSError as error:
-        raise RequestError(f"--data-file {path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise RequestError(f"--data-file {path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
-
-
-def _read_dataset(options: CorpusOptions) -> list[str]:
-    from datasets import exceptions, load_dataset  # slow to import, and few runs need it
-
-    assert options.dataset is not None
-    path = Path(options.dataset)
-    try:
-        if path.is_file():
-            builder = _BUILDERS.get(path.suffix)
-            if builder is None:
-                raise RequestError(f"--dataset {path}: a local file must end in {', '.join(_BUILDERS)}")
-            table = load_dataset(builder, data_files=str(path), split="train")
-        else:
-            table = load_dataset(options.dataset, options.dataset_config, split=options.split)
-    except (OSError, ValueError, exceptions.DatasetsError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise RequestError(f"--dataset {options.dataset} cannot be loaded: {reason}") from None
-    if options.text_column not in table.column_names:
-        raise RequestError(
-            f"--dataset {options.dataset} has no column '{options.text_column}' but {', '.join(table.column_names)}; "
-            "choose with --text-column"
-        )
-    return [text for text in table[options.text_column] if isinstance(text, str)]
-
-
 def tokenize(
     texts: Texts, tokenizer: PreTrainedTokenizerBase, options: CorpusOptions, max_positions: int | None = None
 ) -> Corpus:
     """Make token sequences; special tokens such as BOS are added just as the tokenizer does by default.
 
+    Strings inside a text that look like special tokens are text, unless ``parse_special_tokens``. Chats are rendered by
+    the tokenizer's template, which brings its own special tokens.
+
     Args:
         texts: the texts.
         tokenizer: the model's tokenizer.
-        options: packing, max_length, eval_limit.
+        options: packing, max_length, eval_limit, window_bos, parse_special_tokens.
         max_positions: the longest sequence that the model can take.
 
     Raises:
         RequestError: a text too short to predict a token, too little text for one window, sequences longer
-            than the model takes.
+            than the model takes, chats that cannot be rendered.
     """
-    if max_positions is not None and options.max_length > max_positions:
-        raise RequestError(f"--max-length {options.max_length} is more than the {max_positions} positions of the model")
-    make = _documents if options.packing == "documents" else _windows
-    sequences = make(texts, tokenizer, options)
+    options.check()
+    length = _length(options, max_positions)
+    strings, encoding = _strings(texts, tokenizer, options)
+    if options.packing == "windows":
+        windows = cut_windows(strings, tokenizer, encoding, options, length, texts.source)
+        sequences, n_cut, documents = windows.sequences, windows.n_cut, windows.documents
+        extra: dict[str, Any] = {"window_bos": windows.bos}
+    else:
+        sequences, n_cut = _documents(strings, tokenizer, encoding, length, options.eval_limit, texts.source)
+        documents, extra = None, {}
     metadata = {
         "source": texts.source,
         "packing": options.packing,
-        "max_length": options.max_length,
+        "max_length": length,
+        "n_read": len(texts.texts) + texts.n_empty + texts.n_dropped,
+        "n_empty": texts.n_empty,
+        "n_dropped": texts.n_dropped,
         "n_texts": len(texts.texts),
         "n_sequences": len(sequences),
         "n_tokens": count_tokens(sequences),
-        "text_sha256": hashlib.sha256("\n".join(texts.texts).encode()).hexdigest(),
+        "n_tokens_cut": n_cut,
+        "special_tokens_in_texts": "parsed" if options.parse_special_tokens else "text",
+        **extra,
+        "text_sha256": hashlib.sha256("\n".join(strings).encode()).hexdigest(),
         "corpus_sha256": hash_sequences(sequences),
     }
-    return Corpus(sequences, metadata)
+    if texts.are_chats:
+        metadata["rendered_by"] = "the tokenizer's chat template"
+    return Corpus(sequences, metadata, _warnings(metadata, sequences), documents)
+
+
+def _length(options: CorpusOptions, max_positions: int | None) -> int:
+    if options.max_length is None:
+        return min(DEFAULT_LENGTH, max_positions or DEFAULT_LENGTH)
+    if max_positions is not None and options.max_length > max_positions:
+        raise RequestError(f"--max-length {options.max_length} is more than the {max_positions} positions of the model")
+    return options.max_length
+
+
+def _strings(
+    texts: Texts, tokenizer: PreTrainedTokenizerBase, options: CorpusOptions
+) -> tuple[list[str], dict[str, Any]]:
+    """The texts as strings, and how the tokenizer is to be called for them."""
+    encoding = {"verbose": False, "split_special_tokens": not options.parse_special_tokens}
+    if not texts.are_chats:
+        return [text for text in texts.texts if isinstance(text, str)], encoding
+    chats = [text for text in texts.texts if isinstance(text, list)]
+    strings = render(chats, tokenizer, texts.source, options.parse_special_tokens)
+    return strings, {"verbose": False, "split_special_tokens": False, "add_special_tokens": False}
+
+
+def _documents(
+    strings: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    encoding: dict[str, Any],
+    length: int,
+    limit: int | None,
+    source: str,
+) -> tuple[list[Tensor], int]:
+    """A sequence for each text, and how many tokens beyond the longest sequence there were."""
+    chosen = strings[:limit]
+    encoded = tokenizer(chosen, **encoding).input_ids
+    for number, (text, ids) in enumerate(zip(chosen, encoded, strict=True), start=1):
+        if len(ids) < 2:
+            raise RequestError(
+                f"text {number} of {source} ({text[:20]!r}) is too short to predict a token; "
+                "remove it, or join the texts with --packing windows"
+            )
+    return [torch.tensor(ids[:length]) for ids in encoded], sum(max(0, len(ids) - length) for ids in encoded)
+
+
+def _warnings(metadata: dict[str, Any], sequences: list[Tensor]) -> list[str]:
+    """What is lost between the file and the sequences."""
+    source, length, n_cut = metadata["source"], metadata["max_length"], metadata["n_tokens_cut"]
+    warnings = []
+    if metadata["n_dropped"]:
+        warnings.append(
+            f"{metadata['n_dropped']} of {metadata['n_read']} rows of {source} have no text and are left out"
+        )
+    n_tokens = sum(map(len, sequences)) + n_cut
+    if n_cut > MAX_CUT * n_tokens:
+        lost = f"{n_cut} of the {n_tokens} tokens of {source} are not measured: "
+        if metadata["packing"] == "documents":
+            lost += f"texts are cut at {length} tokens; --packing windows measures all of a long text"
+        else:
+            lost += (
+                f"--packing windows leaves over what does not fill a window of {length}; a smaller --max-length less"
+            )
+        warnings.append(lost)
+    return warnings
 
 
 def hash_sequences(sequences: list[Tensor]) -> str:
@@ -181,27 +186,3 @@ def hash_sequences(sequences: list[Tensor]) -> str:
         digest.update(len(sequence).to_bytes(8, "little"))
         digest.update(sequence.numpy().astype("<i8").tobytes())
     return digest.hexdigest()
-
-
-def _documents(texts: Texts, tokenizer: PreTrainedTokenizerBase, options: CorpusOptions) -> list[Tensor]:
-    chosen = texts.texts[: options.eval_limit]
-    encoded = tokenizer(chosen, verbose=False).input_ids
-    for number, (text, ids) in enumerate(zip(chosen, encoded, strict=True), start=1):
-        if len(ids) < 2:
-            raise RequestError(
-                f"text {number} of {texts.source} ({text[:20]!r}) is too short to predict a token; "
-                "remove it, or join the texts with --packing windows"
-            )
-    return [torch.tensor(ids[: options.max_length]) for ids in encoded]
-
-
-def _windows(texts: Texts, tokenizer: PreTrainedTokenizerBase, options: CorpusOptions) -> list[Tensor]:
-    """Disjoint windows of the joined texts, the tail dropped: the convention of GPTQ, SparseGPT and Wanda."""
-    ids = torch.tensor(tokenizer("\n\n".join(texts.texts), verbose=False).input_ids)
-    n_windows = len(ids) // options.max_length
-    if n_windows == 0:
-        raise RequestError(
-            f"{texts.source} has {len(ids)} tokens, too few for one window of {options.max_length}; lower --max-length"
-        )
-    windows = ids[: n_windows * options.max_length].view(n_windows, options.max_length)
-    return list(windows[: options.eval_limit])

@@ -58,7 +58,7 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 
     Of a fast tokenizer that is its serialized form without truncation and padding, which each call sets anew; of any
     other its class, vocabulary, switches, and the files that it is saved in; of both the special tokens. The chat
-    template is left out, as no text here is a chat.
+    template is left out: what it makes of chats is in the hash of the token sequences.
     """
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     backend = getattr(tokenizer, "backend_tokenizer", None)

@@ -31,6 +31,11 @@ from llm_perturb.evaluation.revision import revision_of
 
 DType = Literal["float32", "bfloat16", "float16", "float64"]
 Weights = Literal["auto", "resident", "streamed"]
+# what configurations call the number of positions; transformers maps most of the other names to the first
+_POSITIONS = (
+    *("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "max_sequence_length"),
+    *("max_target_positions", "context_length"),
+)
 RESIDENT_SHARE = 0.6  # of the free memory that weights may take without being streamed
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -82,7 +87,7 @@ class LoadedModel:
     @property
     def max_positions(self) -> int | None:
         """The longest sequence that the model has positions for, None if it does not say."""
-        return getattr(self.model.config, "max_position_embeddings", None)
+        return max_positions(self.model)
 
     @cached_property
     def fingerprint(self) -> Fingerprint:
@@ -90,6 +95,24 @@ class LoadedModel:
         held = self.checkpoint.digests() if self.checkpoint else parameter_digests(named_parameters(self.model))
         digests = held | parameter_digests(persistent_buffers(self.model))
         return Fingerprint(total_digest(digests), tokenizer_digest(self.tokenizer), self.metadata["dtype"], digests)
+
+
+def max_positions(model: PreTrainedModel) -> int | None:
+    """The longest sequence that a model has positions for, as its configuration names it; None if it does not.
+
+    Models of the RoBERTa kind count positions from the row after that of the padding token.
+    """
+    config = model.config.get_text_config()
+    declared = (getattr(config, name, None) for name in _POSITIONS)
+    positions = next((number for number in declared if isinstance(number, int) and number > 0), None)
+    if positions is None:
+        return None
+    skipped = 0
+    for module in model.modules():
+        padding: object = getattr(module, "padding_idx", None)
+        if isinstance(padding, int) and isinstance(getattr(module, "position_embeddings", None), torch.nn.Embedding):
+            skipped = padding + 1
+    return positions - skipped
 
 
 @cache
