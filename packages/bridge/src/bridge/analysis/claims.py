@@ -9,6 +9,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 from scipy import stats
 
 SIGNIFICANCE = 0.05
@@ -70,6 +71,24 @@ def claim(
     if interval is not None and -margin < interval[0] and interval[1] < margin:
         return Claim(Verdict.ABSENT, detectable, margin)
     return Claim(Verdict.NOT_SHOWN, detectable)
+
+
+def claim_of_row(row: pd.Series) -> Claim:
+    """What a row of CORRELATIONS shows; every sentence and table of a report that claims something asks here.
+
+    Where layers are of several kinds, chance is a shuffle within kinds: what counts is rho given kind and depth.
+    """
+    counts = row["n_kinds"] > 1
+    rho, low, high = ("within_rho", "within_low", "within_high") if counts else ("spearman", "ci_low", "ci_high")
+    interval = None if pd.isna(row[low]) else (float(row[low]), float(row[high]))
+    return claim(
+        rho=float(row[rho]),
+        p_adjusted=float(row["p_adjusted"]),
+        n_units=int(row["n"]),
+        n_fitted=int(row["n_fitted"]),
+        n_tests=max(1, int(row["n_tests"])),
+        interval=interval,
+    )
 
 
 def detectable_rho(n_units: float, n_fitted: int = 1, level: float = SIGNIFICANCE, power: float = POWER) -> float:

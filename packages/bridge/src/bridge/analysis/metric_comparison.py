@@ -10,6 +10,7 @@ from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 from scipy import stats
 
 from bridge.analysis.claims import LEVEL, MIN_UNITS, SIGNIFICANCE
@@ -51,6 +52,15 @@ class Standing(NamedTuple):
         return bool(self.above) and not self.below and not self.not_told_apart
 
 
+def standing_of_row(row: pd.Series) -> Standing:
+    """What a row of CORRELATIONS says of its metric among the others."""
+    above, below, not_told_apart = (
+        tuple(names.split()) if isinstance(names := row[column], str) else ()
+        for column in ("above", "below", "not_told_apart")
+    )
+    return Standing(above, below, not_told_apart)
+
+
 def compare_metrics(
     rhos: Mapping[str, WeightedRho],
     weights: np.ndarray | None = None,
@@ -58,8 +68,9 @@ def compare_metrics(
 ) -> list[Difference]:
     """All differences of rho between two metrics, each first metric before its second in the mapping's order.
 
-    Var(rho_a - rho_b) = n/(n - c) sum_i (w_i / W)^2 (influence_ai - influence_bi)^2; Student's t with n_eff - c - 1
-    degrees of freedom; p-values adjusted over all pairs by Holm's method. A difference is NaN where one of its rhos is,
+    Var(rho_a - rho_b) = sum_i (w_i / W)^2 (influence_ai - influence_bi)^2 / (1 - h_i)^2 with h_i the leverage of unit i
+    (HC3 of MacKinnon & White 1985, close to leaving out one unit at a time); Student's t with n_eff - c - 1 degrees of
+    freedom; p-values adjusted over all pairs by Holm's method. A difference is NaN where one of its rhos is,
     its interval and p-values also where fewer than ``MIN_UNITS`` units (or none beyond what was fitted) tell.
 
     Args:
@@ -85,7 +96,9 @@ def _difference(first: str, second: str, rhos: Mapping[str, WeightedRho], weight
     if n_eff < MIN_UNITS or degrees <= 0 or np.isnan(difference):
         return Difference(first, second, difference, np.nan, np.nan, np.nan, np.nan)
     share = w / w.sum() * (one.influence - other.influence)
-    error = np.sqrt(n / (n - n_fitted) * (share @ share))
+    kept = 1 - np.maximum(one.leverage, other.leverage)  # a unit alone of its kind has none, and no influence
+    share = np.divide(share, kept, out=np.zeros(n), where=kept > 1e-9)
+    error = np.sqrt(share @ share)
     half = stats.t.ppf((1 + LEVEL) / 2, degrees) * error
     p_value = 2 * stats.t.sf(abs(difference) / error, degrees) if error > 0 else 1.0
     return Difference(first, second, difference, difference - half, difference + half, float(p_value), np.nan)

@@ -22,6 +22,7 @@ class WeightedRho(NamedTuple):
         x_residual: the ranks of x, as shares of the population, less their weighted least-squares fit, (n,).
         y_residual: the same of y.
         n_fitted: c, the number of independent covariates, the constant included.
+        leverage: how far each unit's rank decides its own fit, (n,), their sum is c; 1 for the only one of its kind.
     """
 
     rho: float
@@ -29,6 +30,7 @@ class WeightedRho(NamedTuple):
     x_residual: np.ndarray
     y_residual: np.ndarray
     n_fitted: int
+    leverage: np.ndarray
 
 
 class RhoInterval(NamedTuple):
@@ -79,9 +81,9 @@ def weighted_rho(
     rank_x, rank_y = weighted_ranks(x, w), weighted_ranks(y, w)
     e_x, e_y = (ranks - project(ranks, basis, w) for ranks in (rank_x, rank_y))
     xx, yy, xy = w @ e_x**2, w @ e_y**2, w @ (e_x * e_y)
-    total = w.sum()
+    total, leverage = w.sum(), (basis**2).sum(axis=1)
     if min(xx, yy) < 1e-18 * total:  # only rounding is left of ranks between 0 and 1
-        return WeightedRho(np.nan, np.full(n, np.nan), e_x, e_y, basis.shape[1])
+        return WeightedRho(np.nan, np.full(n, np.nan), e_x, e_y, basis.shape[1], leverage)
     rho = float(np.clip(xy / np.sqrt(xx * yy), -1, 1))
     x_in_xy, x_in_xx = _through_ranks(x, rank_x, np.stack([w * e_y, w * e_x]))
     y_in_xy, y_in_yy = _through_ranks(y, rank_y, np.stack([w * e_x, w * e_y]))
@@ -89,7 +91,7 @@ def weighted_rho(
     d_xx = e_x**2 + 2 * x_in_xx / total
     d_yy = e_y**2 + 2 * y_in_yy / total
     influence = total * (d_xy / np.sqrt(xx * yy) - rho * (d_xx / xx + d_yy / yy) / 2)
-    return WeightedRho(rho, influence, e_x, e_y, basis.shape[1])
+    return WeightedRho(rho, influence, e_x, e_y, basis.shape[1], leverage)
 
 
 def weighted_basis(covariates: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ from bridge.exchange.discovery_run import Discovery, one_folder, open_discovery,
 from bridge.exchange.errors import RequestError
 from bridge.exchange.printable import say
 from bridge.exchange.run_folder import find_runs, read_manifest
-from bridge.exchange.tables import CORRELATIONS, MEASUREMENTS, TARGETS, read_table
+from bridge.exchange.tables import COMPARISONS, CORRELATIONS, MEASUREMENTS, TARGETS, read_table
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,13 @@ class Validation:
         """The sampled weights with the scores of all metrics, if single weights were perturbed."""
         path = self.folder / layout.SAMPLED_WEIGHTS_FILE
         return read_sampled(path, self.discovery.metrics()) if path.exists() else None
+
+    def comparisons(self) -> pd.DataFrame:
+        """Top sets against random ones: table COMPARISONS; no rows where the instrument compared none."""
+        path = self.folder / layout.COMPARISONS_FILE
+        if not path.exists():
+            return pd.DataFrame(columns=list(COMPARISONS.columns))
+        return read_table(path, COMPARISONS)
 
     def correlations(self) -> pd.DataFrame:
         """The agreement of score and effect: table CORRELATIONS."""

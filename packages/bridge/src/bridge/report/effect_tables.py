@@ -5,12 +5,24 @@ import pandas as pd
 from bridge.analysis.measured_sets import rows_where, single_layers
 from bridge.exchange import layout
 from bridge.report.evidence import Evidence
-from bridge.report.number_format import DASH, count, nats, number, p_value, perplexity, plural, spread
-from bridge.report.phrases import doing_to, loss_change, perplexity_after, weight_name
+from bridge.report.number_format import (
+    DASH,
+    coefficient,
+    count,
+    measured,
+    nats,
+    number,
+    p_value,
+    perplexity,
+    plural,
+    spread,
+)
+from bridge.report.phrases import DRAWS_NEEDED, doing_to, loss_change, perplexity_after, weight_name
 from bridge.report.text_table import TextTable
 
 N_EFFECTS_SHOWN = 20
 N_CURVES_SHOWN = 12  # more are folded
+TEXTS_THAT_DECIDE = "Texts that decide: how many texts of equal effect would spread it as these do (n_eff)."
 
 
 def global_effects(evidence: Evidence) -> list[TextTable]:
@@ -24,10 +36,13 @@ def global_effects(evidence: Evidence) -> list[TextTable]:
         tables.append(
             TextTable(
                 title=f"{doing_to(perturbation)} {plural(k, 'weight')} of all layers together",
-                columns=["Which weights", "Perplexity after", "Change of loss, nats per token"],
-                rows=[[_which_weights(row), perplexity_after(row), loss_change(row)] for _, row in rows.iterrows()],
+                columns=["Which weights", "Perplexity after", "Change of loss, nats per token", "Texts that decide"],
+                rows=[
+                    [_which_weights(row), perplexity_after(row), loss_change(row), _texts_that_decide(row)]
+                    for _, row in rows.iterrows()
+                ],
                 folded=bool(tables),
-                notes=[f"Before: perplexity {before}. In brackets: 95 % intervals."],
+                notes=[f"Before: perplexity {before}. In brackets: 95 % intervals over texts. {TEXTS_THAT_DECIDE}"],
             )
         )
     return tables
@@ -37,6 +52,13 @@ def _which_weights(row: pd.Series) -> str:
     """The selection of a measurement as words: ``top by obd``, ``random, draw 0``."""
     words = str(row["selection"]).replace("_", " by ", 1)
     return words if pd.isna(row["seed"]) else f"{words}, draw {row['seed']}"
+
+
+def _texts_that_decide(row: pd.Series) -> str:
+    """``7.2 of 12``: n_eff of a measurement and its number of texts."""
+    if pd.isna(row.get("n_eff")):
+        return DASH
+    return f"{number(row['n_eff'], 2)} of {count(row.get('n_clusters', row['n_sequences']))}"
 
 
 def layer_effects(evidence: Evidence) -> list[TextTable]:
@@ -89,7 +111,10 @@ def _range_of_draws(effects_of_layer: pd.DataFrame) -> str:
 
 
 def against_random(evidence: Evidence) -> list[TextTable]:
-    """For each metric: in how many layers its top weights did more damage than every random draw."""
+    """For each metric: in how many layers its top weights did more damage than every random draw.
+
+    Then every top set of the setting against the random sets of its target, as the instrument compared them.
+    """
     rows = []
     for metric in evidence.metrics:
         above = evidence.layers_above_random(metric)
@@ -106,7 +131,7 @@ def against_random(evidence: Evidence) -> list[TextTable]:
                 ]
             )
     if not rows:
-        return []
+        return _differences(evidence)
     return [
         TextTable(
             title="Top weights against random ones",
@@ -116,6 +141,48 @@ def against_random(evidence: Evidence) -> list[TextTable]:
                 "p: binomial, taking the layers as independent; they share their texts and are so only nearly. Effects "
                 "in nats per token, medians over the layers."
             ],
+        ),
+        *_differences(evidence),
+    ]
+
+
+def _differences(evidence: Evidence) -> list[TextTable]:
+    """Each target's top set minus the mean of its random sets, largest difference first."""
+    perturbation, k = evidence.setting
+    effects = rows_where(evidence.top_against_random, perturbation=perturbation, k=k).dropna(subset=["n_draws"])
+    effects = effects.sort_values(["difference", "target_layer", "metric"], ascending=[False, True, True])
+    rows = []
+    for _, row in effects.iterrows():
+        p = p_value(row["p_value"]) if pd.notna(row["p_value"]) else "none: too few draws"
+        rows.append(
+            [
+                "all layers" if row["target_layer"] == layout.ALL else row["target_layer"],
+                row["metric"],
+                measured(row["difference"], row["difference_low"], row["difference_high"]),
+                number(row["n_eff"], 2),
+                f"{count(row['n_beaten'])} of {count(row['n_draws'])}",
+                p,
+            ]
+        )
+    if not rows:
+        return []
+    unbounded = effects[["unbounded_share", "control_unbounded_share"]].fillna(0).max()
+    notes = [
+        "Difference from the mean of the random sets, nats per token, with its 95 % interval over texts and random "
+        f"sets; p: rank among the draws, which needs {DRAWS_NEEDED} of them to reach 0.05; draws beaten: those that "
+        f"did less damage, seed by seed where the perturbation has seeds. {TEXTS_THAT_DECIDE}"
+    ]
+    if unbounded.max() > 0:
+        shares = f"{coefficient(unbounded.iloc[0])} of the top sets' and {coefficient(unbounded.iloc[1])} of the draws'"
+        notes.append(f"Up to {shares} losses of a target are not finite; they count as the largest damage.")
+    return [
+        TextTable(
+            title="By how much more damage than random weights",
+            columns=["Target", "Metric", "Difference", "Texts that decide", "Draws beaten", "p"],
+            rows=rows,
+            n_text=2,
+            folded=True,
+            notes=notes,
         )
     ]
 
