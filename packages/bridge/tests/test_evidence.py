@@ -48,7 +48,7 @@ def test_layers_above_random_are_those_of_the_metric_in_the_setting(example):
     effects = example.layer_effects
     effects = effects[effects["metric"] == "grad_x_weight"]
     wins = int((effects["delta_nll"] > effects["random_high"]).sum())
-    assert 0 < wins
+    assert wins > 0
     assert (above.n, above.wins, above.draws) == (12, wins, 3)
 
 
