@@ -29,21 +29,28 @@ def main(*, only: list[str] | None = None, replications: int = 10_000, write: bo
     Args:
         only: names of claims; by default all.
         replications: simulated studies a cell; fewer for claims that take longer, as their notes say.
-        write: whether to put the tables into docs/statistics.md, in place of those that are there.
+        write: whether to put the tables into docs/statistics.md, each in place of the one that is there.
     """
-    parts = []
+    tables = {}
     for name in only or CLAIMS:
         start = time.process_time()
         rates = CLAIMS[name].measure(replications)
-        parts.append(markdown(CLAIMS[name], rates))
-        print(parts[-1])
+        tables[CLAIMS[name].title] = markdown(CLAIMS[name], rates)
+        print(tables[CLAIMS[name].title])
         outside = [f"{rate.world} ({rate.setting})" for rate in rates if rate.outside]
         print(f"{name}: {time.process_time() - start:.1f} s; outside: {'; '.join(outside) or 'none'}\n", flush=True)
     if write:
-        text = PAGE.read_text(encoding="utf-8")
-        head, rest = text.split(START)
-        caption = f"In percent of {replications:,} simulated studies."
-        write_text(PAGE, "\n".join([head + START, caption, "", *parts, END]) + rest.split(END)[1])
+        caption = f"In percent of {replications:,} simulated studies, or of fewer where a note says so."
+        write_text(PAGE, with_tables(PAGE.read_text(encoding="utf-8"), tables, caption))
+
+
+def with_tables(page: str, tables: dict[str, str], caption: str) -> str:
+    """The page with new tables by their titles, those of other claims as they are, in the order of ``CLAIMS``."""
+    head, rest = page.split(START)
+    old, tail = rest.split(END)
+    parts = {part.partition("\n")[0]: f"### {part}" for part in old.split("### ")[1:]} | tables
+    shown = [parts[claim.title].rstrip() + "\n" for claim in CLAIMS.values() if claim.title in parts]
+    return "\n".join([head + START, caption, "", *shown, END]) + tail
 
 
 if __name__ == "__main__":

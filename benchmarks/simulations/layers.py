@@ -108,7 +108,7 @@ def permutations(
 
 @claim("layers", fast={"cases": ((40, ""),)}, cost=10)
 def smallest_detectable(
-    replications: int, cases: tuple = tuple(product((12, 20, 40, 211), ("", "own kinds")))
+    replications: int, cases: tuple = tuple(product((16, 20, 40, 211), ("", "own kinds")))
 ) -> Iterator[Rate]:
     """The smallest rho that is said to be seen with 80 % power is seen about so often.
 
@@ -128,7 +128,7 @@ def smallest_detectable(
             )
             result = agreement.result
             claimed[at] = judge(result.rho, agreement.p_value, n, result.n_fitted).verdict is Verdict.BETTER
-        yield Rate(f"{world}", f"{n}", claimed, (0.7, 0.9))
+        yield Rate(f"{world}", f"{n}", claimed, (0.7, 0.95))
 
 
 @claim("layers", fast={"sizes": (40,)}, cost=10)

@@ -51,7 +51,7 @@ def test_absence_is_claimed_by_equivalence_alone(example):
 
 def test_fewer_than_six_layers_show_nothing():
     few = changed(synthetic.evidence(n=5), p_adjusted=1e-9)
-    assert ": no agreement is shown (too few layers for a claim)" in verdict_on_layers(few)
+    assert ": no agreement is shown (too few layers to tell)" in verdict_on_layers(few)
 
 
 def test_others_are_named_by_what_all_pairs_show(example):

@@ -16,6 +16,7 @@ SIGNIFICANCE = 0.05
 LEVEL = 1 - SIGNIFICANCE  # of every interval
 POWER = 0.80
 MIN_UNITS = 6  # fewer give no interval and no claim
+MIN_DEGREES = 5  # units beyond what was fitted, fewer have no smallest detectable rho
 MARGIN = 0.2  # of a rho: what is smaller counts as no agreement where equivalence is claimed
 
 
@@ -94,14 +95,15 @@ def claim_of_row(row: pd.Series) -> Claim:
 def detectable_rho(n_units: float, n_fitted: int = 1, level: float = SIGNIFICANCE, power: float = POWER) -> float:
     """The smallest rho that a two-sided test at ``level`` shows with probability ``power``.
 
-    tanh((z_(1 - level/2) + z_power) sqrt(1.06 / (n - c - 2))): arctanh of Spearman's rho is nearly normal with variance
-    1.06 / (n - 3) (Fieller, Hartley & Pearson 1957), n less by one for each further number fitted. NaN where nothing
-    is left to be seen.
+    tanh((t_(1 - level/2) + t_power) sqrt(1.06 / (n - c - 2))): arctanh of Spearman's rho is nearly normal with variance
+    1.06 / (n - 3) (Fieller, Hartley & Pearson 1957), n less by one for each further number fitted; quantiles of
+    Student's t with n - c - 1 degrees of freedom, because the variance is estimated. NaN where n - c - 2 is below
+    ``MIN_DEGREES``: so few units have too few shuffles for a rule.
     """
     degrees = n_units - n_fitted - 2
-    if degrees <= 0:
+    if degrees < MIN_DEGREES:
         return np.nan
-    reach = stats.norm.ppf(1 - level / 2) + stats.norm.ppf(power)
+    reach = stats.t.ppf(1 - level / 2, degrees + 1) + stats.t.ppf(power, degrees + 1)
     return float(np.tanh(reach * np.sqrt(1.06 / degrees)))
 
 

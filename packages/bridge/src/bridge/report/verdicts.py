@@ -114,7 +114,7 @@ def _shown(row: pd.Series, who: str, units: str) -> str:
 def detectable_words(claim: Claim, units: str) -> str:
     """The smallest effect that would have been seen."""
     if np.isnan(claim.detectable):
-        return f"too few {units} for a claim"
+        return f"too few {units} to tell"
     return f"with 80 % power a rho of {coefficient(claim.detectable)} would have been"
 
 
