@@ -37,7 +37,7 @@ def test_the_claim_goes_by_the_adjusted_p_value_within_kinds(example):
     assert ": the score orders the layers the wrong way round" in verdict_on_layers(inverse)
     unsure = changed(example, p_adjusted=0.051, within_rho=0.8, ci_low=0.5)
     sentence = verdict_on_layers(unsure)
-    assert ": no agreement is shown (with 80 % power a rho of 0.86 would have been)" in sentence
+    assert ": no agreement is shown (with 80 % power a rho of 0.91 would have been)" in sentence
     assert "than chance" not in sentence
 
 
@@ -113,5 +113,5 @@ def test_exploratory_claims_are_listed_as_one_family(with_weights):
         f"{names[4]} over weights (zero, k = 1); the wrong way round: {names[5]} over weights (zero, k = 1)."
     )
     (nothing,) = exploratory(replace(with_weights, correlations=table.assign(p_adjusted=0.5)))
-    assert nothing.endswith("no agreement is shown (with 80 % power a rho of 0.52 would have been).")
+    assert nothing.endswith("no agreement is shown (with 80 % power a rho of 0.54 would have been).")
     assert exploratory(replace(with_weights, correlations=table.assign(p_adjusted=np.nan))) == []

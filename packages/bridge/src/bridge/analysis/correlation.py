@@ -22,7 +22,7 @@ from bridge.analysis.targets import RANGE_NOTE, is_restricted
 from bridge.analysis.weighted_rho import WeightedRho, weighted_rho
 from bridge.analysis.within_kinds import kind_and_depth, within_kinds
 from bridge.exchange import layout
-from bridge.exchange.metric_definitions import DEFAULT_BASELINE, read_metric_definitions
+from bridge.exchange.metric_definitions import DEFAULT_BASELINE
 from bridge.exchange.tables import CORRELATIONS, write_table
 from bridge.exchange.validation_run import Validation
 
@@ -94,7 +94,7 @@ def correlate(
 
 def write_correlations(validation: Validation, seed: int = 0) -> pd.DataFrame:
     """Compute ``correlations.csv`` of a validation from its measurements, write it and return the table."""
-    baseline = read_metric_definitions(validation.discovery.manifest).baseline
+    baseline = validation.discovery.baseline_metric
     table = correlate(
         validation.measurements(),
         seed,

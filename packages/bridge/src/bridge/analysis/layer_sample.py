@@ -31,7 +31,7 @@ def draw_layers(
         rng: gives the start.
         n_top: how many of highest score are certain.
     """
-    scores, kinds = np.asarray(scores, dtype=float), np.asarray(kinds)
+    scores, kind = np.asarray(scores, dtype=float), np.asarray(kinds)
     by_score = np.argsort(-scores, kind="stable")
     top, others = by_score[:n_top], np.sort(by_score[n_top:])
     inclusion = np.ones(len(scores))
@@ -39,7 +39,7 @@ def draw_layers(
     if n > 0 and len(others):
         share = min(1.0, n / len(others))
         inclusion[others] = share
-        order = others[_serpentine(scores[others], kinds[others])]
+        order = others[_serpentine(scores[others], kind[others])]
         places = (rng.uniform() + np.arange(min(n, len(others)))) / share
         drawn = order[np.minimum(places.astype(int), len(order) - 1)]
         chosen = np.concatenate([top, drawn])

@@ -1,6 +1,7 @@
 """Rows of the measurements table (MEASUREMENTS) by what was perturbed: top sets of weights and random sets."""
 
 from collections.abc import Hashable
+from typing import cast
 
 import numpy as np
 import pandas as pd
@@ -22,6 +23,12 @@ def rows_where(table: pd.DataFrame, **values: Hashable) -> pd.DataFrame:
     return table[chosen]
 
 
+def first_row(table: pd.DataFrame, **values: Hashable) -> pd.Series | None:
+    """The first of the rows that hold each of the values; None without any."""
+    rows = rows_where(table, **values)
+    return rows.iloc[0] if len(rows) else None
+
+
 def single_layers(table: pd.DataFrame) -> pd.DataFrame:
     """The rows whose target is one layer and not the whole model."""
     return table[table["target_layer"] != layout.ALL]
@@ -39,7 +46,7 @@ def random_effects(measurements: pd.DataFrame) -> dict[tuple[str, str, int], np.
     """The effects of the random sets, one for each draw, by (target_layer, perturbation, k)."""
     drawn = measurements[measurements["selection"] == layout.RANDOM]
     groups = drawn.groupby(["target_layer", "perturbation", "k"], sort=False)["delta_nll"]
-    return {key: infinite_where_undefined(effects).to_numpy() for key, effects in groups}
+    return {cast(tuple[str, str, int], key): infinite_where_undefined(effects).to_numpy() for key, effects in groups}
 
 
 def infinite_where_undefined(effects: pd.Series) -> pd.Series:

@@ -7,6 +7,7 @@ random numbers, and with them every digit of a result, depend on the values alon
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import cast
 
 import numpy as np
 import pandas as pd
@@ -83,7 +84,8 @@ def comparisons(measurements: pd.DataFrame, sampled: pd.DataFrame | None) -> Ite
         sampled: a table of SAMPLED_WEIGHTS; without it there are none of the unit weights.
     """
     tops = top_sets(measurements)
-    for (metric, perturbation, k), sets in tops.groupby(SETTING, sort=False):
+    for key, sets in tops.groupby(SETTING, sort=False):
+        metric, perturbation, k = cast(tuple[str, str, int], key)
         ordered = single_layers(sets).sort_values(["target_layer", "seed"], kind="stable")
         points = ordered.groupby("target_layer")[["score_sum", "delta_nll"]].mean()
         yield Comparison(unit=LAYERS, metric=metric, perturbation=perturbation, k=int(k), points=points)
@@ -92,10 +94,11 @@ def comparisons(measurements: pd.DataFrame, sampled: pd.DataFrame | None) -> Ite
         for perturbation in effects["perturbation"].unique():
             rows = rows_where(effects, perturbation=perturbation)
             rows = rows.sort_values(layout.WEIGHT_KEY, kind="stable").set_index(layout.WEIGHT_KEY)
-            for metric in layout.metrics_of_columns(sampled):
+            for metric in layout.metrics_of_columns(sampled.columns):
                 points = pd.DataFrame({"score_sum": rows[layout.score_column(metric)], "delta_nll": rows["size"]})
                 yield Comparison(unit=WEIGHTS, metric=metric, perturbation=perturbation, k=1, points=points)
-    for (metric, perturbation), sets in tops.groupby(["metric", "perturbation"], sort=False):
+    for key, sets in tops.groupby(["metric", "perturbation"], sort=False):
+        metric, perturbation = cast(tuple[str, str], key)
         ordered = sets.sort_values(["target_layer", "seed"], kind="stable")
         points, ks = curves_of_layers(ordered)
         if len(points):

@@ -1,6 +1,6 @@
 """Top weights against random weights of the same number in the same target."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pandas as pd
@@ -53,9 +53,9 @@ def top_against_random(measurements: pd.DataFrame, comparisons: pd.DataFrame) ->
     draws_of = random_effects(measurements)
     rows = []
     for key, points in top_sets(measurements).groupby(_KEY, sort=False):
-        target, _, perturbation, k = key
+        target, _, perturbation, k = cast(tuple[str, str, str, int], key)
         draws = draws_of.get((target, perturbation, k), np.array([]))
-        row = dict(zip(_KEY, key, strict=True))
+        row: dict[str, Any] = dict(zip(_KEY, key, strict=True))
         for column in ("delta_nll", "ci_low", "ci_high"):
             row[column] = points[column].mean()
         row |= {"random_mean": np.nan, "random_low": np.nan, "random_high": np.nan, "n_random": len(draws)}

@@ -23,7 +23,8 @@ class WeightSample(NamedTuple):
 
 def half_decade(ranks: np.ndarray) -> np.ndarray:
     """floor(2 log10 rank), for ranks from 1: 0 for 1 to 3, 1 for 4 to 9, 2 for 10 to 31."""
-    return np.floor(2 * np.log10(np.maximum(ranks, 1))).astype(int)
+    stratum: np.ndarray = np.floor(2 * np.log10(np.maximum(ranks, 1))).astype(int)
+    return stratum
 
 
 def half_decade_sizes(n_weights: int) -> np.ndarray:
@@ -50,7 +51,8 @@ def draw_probability(ranks: np.ndarray, n_weights: int) -> np.ndarray:
     sizes = half_decade_sizes(n_weights)
     strata = np.minimum(half_decade(ranks), len(sizes) - 1)
     stratified = (1 / sizes)[strata].mean(axis=1) / len(sizes)
-    return UNIFORM_SHARE / n_weights + (1 - UNIFORM_SHARE) * stratified
+    probability: np.ndarray = UNIFORM_SHARE / n_weights + (1 - UNIFORM_SHARE) * stratified
+    return probability
 
 
 def draw_weights(probability: np.ndarray, so_far: np.ndarray, n: int, rng: np.random.Generator) -> WeightSample:

@@ -53,7 +53,8 @@ def weighted_ranks(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """
     distinct, position = np.unique(values, return_inverse=True)
     mass = np.bincount(position, weights, minlength=len(distinct))
-    return ((np.cumsum(mass) - mass / 2) / mass.sum())[position]
+    ranks: np.ndarray = ((np.cumsum(mass) - mass / 2) / mass.sum())[position]
+    return ranks
 
 
 def weighted_rho(
@@ -97,13 +98,15 @@ def weighted_rho(
 def weighted_basis(covariates: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Orthonormal columns Q that span sqrt(w) times the covariates, (n, rank)."""
     left, singular, _ = np.linalg.svd(np.sqrt(weights)[:, None] * covariates, full_matrices=False)
-    return left[:, singular > 1e-9 * singular[0]]
+    basis: np.ndarray = left[:, singular > 1e-9 * singular[0]]
+    return basis
 
 
 def project(values: np.ndarray, basis: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """The weighted least-squares fit of values (..., n) by the covariates of a ``weighted_basis``."""
     root = np.sqrt(weights)
-    return ((values * root) @ basis) @ basis.T / root
+    fit: np.ndarray = ((values * root) @ basis) @ basis.T / root
+    return fit
 
 
 def _through_ranks(values: np.ndarray, ranks: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
@@ -111,7 +114,8 @@ def _through_ranks(values: np.ndarray, ranks: np.ndarray, coefficients: np.ndarr
     distinct, position = np.unique(values, return_inverse=True)
     sums = np.stack([np.bincount(position, row, minlength=len(distinct)) for row in coefficients])
     above = sums.sum(axis=1, keepdims=True) - np.cumsum(sums, axis=1) + sums / 2
-    return above[:, position] - (coefficients @ ranks)[:, None]
+    through: np.ndarray = above[:, position] - (coefficients @ ranks)[:, None]
+    return through
 
 
 def effective_number(weights: np.ndarray) -> float:

@@ -42,8 +42,8 @@ def kind_and_depth(kinds: Sequence[str], depths: Sequence[float | None]) -> np.n
         kinds: of each unit, such as ``bridge.analysis.components`` gives.
         depths: of each unit, from 0; None or NaN for units outside the decoder layers, which get no depth term.
     """
-    kinds, depth = np.asarray(kinds), np.array(depths, dtype=float)
-    indicators = (kinds[:, None] == np.unique(kinds)).astype(float)
+    kind, depth = np.asarray(kinds), np.array(depths, dtype=float)
+    indicators: np.ndarray = (kind[:, None] == np.unique(kind)).astype(float)
     known = depth[~np.isnan(depth)]
     n_terms = min(len(kinds) // UNITS_PER_DEPTH_TERM - 1, len(np.unique(known)) - 1)
     if n_terms < 1:

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 
@@ -75,7 +75,7 @@ def choose_validation(folders: Sequence[str]) -> Validation:
     newest = runs[-1]
     if len(runs) > 1:
         say(f"{parent} holds {len(runs)} validations; the newest is {newest.name}", stream=sys.stderr)
-    manifest = read_manifest(newest)
+    manifest = cast(dict[str, Any], read_manifest(newest))
     return Validation(newest, manifest, open_discovery(_discovery_folder(newest, manifest)))
 
 

@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from bridge.analysis.measured_sets import rows_where, single_layers
+from bridge.analysis.measured_sets import first_row, rows_where, single_layers
 from bridge.exchange import layout
 from bridge.report.evidence import Evidence
 from bridge.report.number_format import (
@@ -76,14 +76,13 @@ def layer_effects(evidence: Evidence) -> list[TextTable]:
 def _layer_table(evidence: Evidence, title: str, effects: pd.DataFrame, folded: bool) -> TextTable:
     """One row a layer, the largest effect first; ``effects``: rows of ``top_against_random`` in one setting."""
     metrics = [metric for metric in evidence.metrics if metric in set(effects["metric"])]
-    roles = evidence.targets.drop_duplicates("target_layer").set_index("target_layer")
     layers = effects.groupby("target_layer", sort=False)
-    by_metric = {layer: of_layer.set_index("metric") for layer, of_layer in layers}
     rows = []
     for layer in layers["delta_nll"].max().sort_values(ascending=False, kind="stable").index:
-        of_layer = by_metric[layer]
-        cells = [loss_change(of_layer.loc[metric]) if metric in of_layer.index else DASH for metric in metrics]
-        rows.append([layer, *_role(roles, layer), *cells, _range_of_draws(of_layer)])
+        of_layer = rows_where(effects, target_layer=layer)
+        of_metrics = [first_row(of_layer, metric=metric) for metric in metrics]
+        cells = [DASH if row is None else loss_change(row) for row in of_metrics]
+        rows.append([layer, *_role(evidence.targets, layer), *cells, _range_of_draws(of_layer)])
     n_draws = set(effects["n_random"])
     draws = plural(n_draws.pop(), "random draw") if len(n_draws) == 1 else "Random draws"
     return TextTable(
@@ -96,11 +95,11 @@ def _layer_table(evidence: Evidence, title: str, effects: pd.DataFrame, folded: 
     )
 
 
-def _role(roles: pd.DataFrame, layer: str) -> list[str]:
-    """Role, rank of the score and share of the top-K of a layer; ``roles``: table TARGETS by target_layer."""
-    if layer not in roles.index:
+def _role(targets: pd.DataFrame, layer: str) -> list[str]:
+    """Role, rank of the score and share of the top-K of a layer."""
+    row = first_row(targets, target_layer=layer)
+    if row is None:
         return [DASH] * 3
-    row = roles.loc[layer]
     return [str(row["role"]), count(row["score_rank"]), count(row["n_top"])]
 
 
@@ -235,7 +234,7 @@ def effects_of_weights(evidence: Evidence) -> list[TextTable]:
         how_many = f"the {len(rows)} of largest effect among {len(of_perturbation)}"
         tables.append(
             TextTable(
-                title=f"{doing_to(perturbation)} one weight: {how_many}",
+                title=f"{doing_to(str(perturbation))} one weight: {how_many}",
                 columns=["Weight", "Value", "Change of loss, nats per token", *(f"Score by {m}" for m in metrics)],
                 rows=rows,
                 folded=bool(tables),

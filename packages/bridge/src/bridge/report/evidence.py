@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 
@@ -164,7 +164,7 @@ class Evidence:
     @cached_property
     def sampled_metrics(self) -> list[str]:
         """The metrics by which the single weights have scores."""
-        return [] if self.sampled is None else layout.metrics_of_columns(self.sampled)
+        return [] if self.sampled is None else layout.metrics_of_columns(self.sampled.columns)
 
     @cached_property
     def ablation_curves(self) -> pd.DataFrame:
@@ -177,7 +177,7 @@ def evidence_of(validation: Validation) -> Evidence:
     discovery = validation.discovery
     return Evidence(
         validation_manifest=validation.manifest,
-        discovery_manifest=discovery.manifest,
+        discovery_manifest=cast(dict[str, Any], discovery.manifest),
         discovery_folder=discovery.folder,
         measurements=validation.measurements(),
         targets=validation.targets(),

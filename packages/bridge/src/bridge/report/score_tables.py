@@ -85,9 +85,9 @@ def _precision(row: pd.Series) -> str:
 def _notes(table: pd.DataFrame) -> list[str]:
     """Each note of CORRELATIONS once, with the rows that it belongs to."""
     rows_of_note: dict[str, list[int]] = {}
-    for index, notes in table["note"].fillna("").items():
+    for position, notes in enumerate(table["note"].fillna("")):
         for note in filter(None, str(notes).split("; ")):
-            rows_of_note.setdefault(note, []).append(index)
+            rows_of_note.setdefault(note, []).append(position)
     return [f"{_names_of_rows(table, indices)}: {note}." for note, indices in rows_of_note.items()]
 
 
@@ -95,7 +95,7 @@ def _names_of_rows(table: pd.DataFrame, indices: list[int]) -> str:
     """Words for some rows of CORRELATIONS: all of them, whole units, then single rows."""
     if len(indices) == len(table):
         return "All rows"
-    rows = table.loc[indices]
+    rows = table.iloc[indices]
     names = []
     whole_units = []
     for unit, of_unit in rows.groupby("unit", sort=False):

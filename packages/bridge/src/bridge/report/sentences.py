@@ -148,7 +148,7 @@ def _most_damaging_layer(evidence: Evidence) -> str:
     effects = evidence.layer_effects
     if effects.empty:
         return "No single layer was measured."
-    worst = effects.loc[effects["delta_nll"].idxmax()]
+    worst = effects.iloc[int(effects["delta_nll"].to_numpy(float).argmax())]
     n_layers = effects["target_layer"].nunique()
     return (
         f"The most damaging of {plural(n_layers, 'layer')} tested is {worst['target_layer']}, by its top {worst['k']} "

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 
 from bridge.analysis.claims import Claim, Verdict, claim_of_row
+from bridge.analysis.measured_sets import first_row
 from bridge.analysis.metric_comparison import standing_of_row
 from bridge.analysis.predicted_and_measured import CURVES, WEIGHTS
 from bridge.report.evidence import Evidence
@@ -19,19 +20,18 @@ MAX_LISTED = 6
 def agreement_of_layers(evidence: Evidence) -> str:
     """The rank correlation of score and effect over layers, next to that of the baseline metric."""
     metric, baseline = evidence.metric, evidence.baseline
-    rows = evidence.layer_correlations.set_index("metric")
-    if metric not in rows.index:
+    own = first_row(evidence.layer_correlations, metric=metric)
+    if own is None:
         return "No rank agreement was computed: no top weights of single layers were perturbed."
-    own = rows.loc[metric]
     if pd.isna(own["spearman"]):
         return f"Spearman's rho for {metric}: none ({own['note']})."
     n_layers = plural(int(own["n"]), "layer")
     sentence = f"Spearman's rho between score and effect over {n_layers}: {metric} {rho_with_p(own)}"
     if metric == baseline:
         return f"{sentence}."
-    if baseline not in rows.index:
+    other = first_row(evidence.layer_correlations, metric=baseline)
+    if other is None:
         return f"{sentence}; {baseline} was not measured."
-    other = rows.loc[baseline]
     other_rho = "none" if pd.isna(other["spearman"]) else rho_with_p(other)
     return f"{sentence}; {baseline} {other_rho}."
 
@@ -39,10 +39,9 @@ def agreement_of_layers(evidence: Evidence) -> str:
 def verdict_on_layers(evidence: Evidence) -> str:
     """The agreement over layers, and what it shows."""
     sentence = _prefix(evidence, "layers") + agreement_of_layers(evidence).rstrip(".")
-    rows = evidence.layer_correlations.set_index("metric")
-    if evidence.metric not in rows.index or pd.isna(rows.loc[evidence.metric, "spearman"]):
+    row = first_row(evidence.layer_correlations, metric=evidence.metric)
+    if row is None or pd.isna(row["spearman"]):
         return f"{sentence}."
-    row = rows.loc[evidence.metric]
     return f"{sentence}: {_shown(row, 'the score orders the layers', 'layers')}{_compared(row, evidence.baseline)}."
 
 
@@ -52,17 +51,17 @@ def agreement_of_single_weights(evidence: Evidence) -> list[str]:
     if rows.empty:
         return []
     n_weights = plural(int(rows["n"].max()), "single weight")
-    ranked = rows.dropna(subset=["spearman"]).set_index("metric")
-    if ranked.empty:
+    ranked = {str(row["metric"]): row for _, row in rows.dropna(subset=["spearman"]).iterrows()}
+    if not ranked:
         return [f"Over {n_weights} no metric has a rank correlation ({rows.iloc[0]['note']})."]
-    metric = evidence.metric if evidence.metric in ranked.index else str(ranked.index[0])
-    row = ranked.loc[metric]
+    metric = evidence.metric if evidence.metric in ranked else next(iter(ranked))
+    row = ranked[metric]
     sentence = f"{_prefix(evidence, WEIGHTS)}Over {n_weights}, Spearman's rho between score and size of the "
     sentence += f"effect: {metric} {rho_with_p(row)}"
-    others = [other for other in ranked.index if other != metric]
+    others = [other for other in ranked if other != metric]
     if others:
         other = evidence.baseline if evidence.baseline in others else others[0]
-        sentence += f"; {other} {rho_with_p(ranked.loc[other])}"
+        sentence += f"; {other} {rho_with_p(ranked[other])}"
     sentence += f": {_shown(row, f'{metric} ranks the weights', 'weights')}{_compared(row, evidence.baseline)}"
     return [f"{sentence}." if others else f"{sentence}; no other metric has a rho on them."]
 
