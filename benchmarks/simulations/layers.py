@@ -38,15 +38,17 @@ class World:
             kinds": both in the same way.
         depth: "" for no course over depth, "rough" for depths that are independent, "smooth" for a random walk.
         unbounded: share of the effects that are infinite.
+        one_kind: whether only layers of one kind of matrix are measured.
     """
 
     rho: float = 0.0
     alike: str = ""
     depth: str = ""
     unbounded: float = 0.0
+    one_kind: bool = False
 
     def __str__(self) -> str:
-        parts = [self.alike or "independent layers"]
+        parts = [self.alike or ("layers of one kind" if self.one_kind else "independent layers")]
         parts += [f"{self.depth} depth"] if self.depth else []
         return ", ".join(parts + ([f"{self.unbounded:.0%} infinite"] if self.unbounded else []))
 

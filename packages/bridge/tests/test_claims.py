@@ -49,7 +49,7 @@ def test_all_but_the_primary_p_value_are_one_family():
 
 
 def row(**changes):
-    values = {"n": 30, "n_kinds": 5, "n_fitted": 8, "n_tests": 1, "p_adjusted": 0.01}
+    values = {"primary": 1, "n": 30, "n_kinds": 5, "n_fitted": 8, "n_tests": 1, "p_adjusted": 0.01}
     values |= {"spearman": 0.9, "ci_low": 0.8, "ci_high": 0.95, "within_rho": -0.5, "within_low": -0.7}
     return pd.Series(values | {"within_high": -0.2} | changes)
 
@@ -62,3 +62,10 @@ def test_a_row_is_judged_within_kinds_where_there_are_several():
     assert claim_of_row(within).verdict is Verdict.ABSENT
     assert claim_of_row(row(p_adjusted=0.5, within_low=-0.1, within_high=0.1, n_kinds=1)).verdict is Verdict.NOT_SHOWN
     assert claim_of_row(row(p_adjusted=0.5, within_low=np.nan)).verdict is Verdict.NOT_SHOWN
+
+
+def test_an_exploratory_row_takes_half_the_p_value_of_the_primary_one():
+    verdicts = [claim_of_row(row(primary=primary, p_adjusted=0.03)).verdict for primary in (0, 1)]
+    assert verdicts == [Verdict.NOT_SHOWN, Verdict.WRONG_WAY]
+    assert claim_of_row(row(primary=0, p_adjusted=0.024)).verdict is Verdict.WRONG_WAY
+    assert claim_of_row(row(primary=0, n_tests=4)).detectable == detectable_rho(30, 8, 0.025 / 4)

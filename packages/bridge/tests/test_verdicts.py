@@ -113,5 +113,5 @@ def test_exploratory_claims_are_listed_as_one_family(with_weights):
         f"{names[4]} over weights (zero, k = 1); the wrong way round: {names[5]} over weights (zero, k = 1)."
     )
     (nothing,) = exploratory(replace(with_weights, correlations=table.assign(p_adjusted=0.5)))
-    assert nothing.endswith("no agreement is shown (with 80 % power a rho of 0.54 would have been).")
+    assert nothing.endswith("no agreement is shown (with 80 % power a rho of 0.57 would have been).")
     assert exploratory(replace(with_weights, correlations=table.assign(p_adjusted=np.nan))) == []

@@ -1,8 +1,9 @@
 """The one rule by which a number becomes a claim; every sentence that says what was shown asks here.
 
-A claim needs an adjusted p-value below 5 %, enough units, and its direction is that of the estimate. What is not
-shown is not shown to be absent: absence is claimed only where an interval lies within a margin named beforehand, and
-every "not shown" carries the smallest effect that would have been seen.
+A claim needs an adjusted p-value below 5 % (below 2.5 % where it was not named beforehand), enough units, and its
+direction is that of the estimate. What is not shown is not shown to be absent: absence is claimed only where an
+interval lies within a margin named beforehand, and every "not shown" carries the smallest effect that would have been
+seen.
 """
 
 from enum import StrEnum
@@ -13,6 +14,7 @@ import pandas as pd
 from scipy import stats
 
 SIGNIFICANCE = 0.05
+EXPLORATORY_SIGNIFICANCE = 0.025  # of what was not named beforehand: a report makes both kinds of claims
 LEVEL = 1 - SIGNIFICANCE  # of every interval
 POWER = 0.80
 MIN_UNITS = 6  # fewer give no interval and no claim
@@ -51,6 +53,7 @@ def claim(
     n_tests: int = 1,
     interval: tuple[float, float] | None = None,
     margin: float = MARGIN,
+    level: float = SIGNIFICANCE,
 ) -> Claim:
     """What a rank correlation shows.
 
@@ -63,11 +66,12 @@ def claim(
         interval: the 95 % interval of rho, where absence may be claimed: it must lie within the margin on both sides
             (two one-sided tests at 2.5 % each, Schuirmann 1987).
         margin: of that absence.
+        level: what the adjusted p-value must be below.
     """
     if np.isnan(rho) or np.isnan(p_adjusted) or n_units < MIN_UNITS:
         return Claim(Verdict.NOT_SHOWN, np.nan)
-    detectable = detectable_rho(n_units, n_fitted, SIGNIFICANCE / n_tests)
-    if p_adjusted < SIGNIFICANCE:
+    detectable = detectable_rho(n_units, n_fitted, level / n_tests)
+    if p_adjusted < level:
         return Claim(Verdict.BETTER if rho > 0 else Verdict.WRONG_WAY, detectable)
     if interval is not None and -margin < interval[0] and interval[1] < margin:
         return Claim(Verdict.ABSENT, detectable, margin)
@@ -89,6 +93,7 @@ def claim_of_row(row: pd.Series) -> Claim:
         n_fitted=int(row["n_fitted"]),
         n_tests=max(1, int(row["n_tests"])),
         interval=interval,
+        level=SIGNIFICANCE if row["primary"] else EXPLORATORY_SIGNIFICANCE,
     )
 
 
