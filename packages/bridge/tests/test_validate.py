@@ -331,13 +331,13 @@ def test_default_environment_and_script_are_those_of_the_repository():
     assert packages / "llm_perturb" / "scripts" / "run_topk_perturb.py" == process.SCRIPT
 
 
-def test_the_report_reads_the_instruments_comparisons(output, python, monkeypatch, no_plots):
+def test_the_report_reads_the_instruments_comparisons(output, python, monkeypatch):
     monkeypatch.setenv("FAKE", "compared")
     lines = validate.validate(options(output, python))
     folder = output / "validation_v"
     copied = (folder / "comparisons.csv").read_bytes()
     assert copied == next(folder.glob("perturb_*/comparisons.csv")).read_bytes()
-    assert any("; +0.500 [" in line and "more than their mean" in line for line in lines)
+    assert any("; +0.5" in line and "more than their mean" in line for line in lines)
     assert "did more damage than each of 3 random draws" in (folder / "report.md").read_text()
     assert next(iter(read_manifest(folder)["identity"]["options"])) == "primary"
 
