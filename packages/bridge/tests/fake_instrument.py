@@ -2,7 +2,8 @@
 
 ``FAKE`` says what it should do wrong: refuse, fail, zero (no effect), baseline (another corpus), other (another value
 in one parameter), old (no fingerprint), short (rows missing), lost (a single weight missing), broken (no bit changes
-in the third target), hold (wait after five rows until the file ``FAKE_RELEASE`` exists).
+in the third target), hold (wait after five rows until the file ``FAKE_RELEASE`` exists); or that it should compare top
+sets with random ones (compared).
 ``FAKE_STARTS`` names a file that gets a line for each start.
 """
 
@@ -19,7 +20,7 @@ import pandas as pd
 from bridge.exchange import flags
 from bridge.exchange.errors import RequestError, RunError
 from bridge.exchange.run_folder import find_runs, open_run, read_manifest
-from bridge.exchange.tables import MEASUREMENTS, TOP_WEIGHTS, read_table, write_json, write_table
+from bridge.exchange.tables import COMPARISONS, MEASUREMENTS, TOP_WEIGHTS, read_table, write_json, write_table
 from discovery_folder import CORPUS, MODEL, fingerprint, parameters
 
 MODE = os.environ.get("FAKE", "")
@@ -103,6 +104,8 @@ def run_topk_perturb(
             raise RunError(error)
     table = table.astype({"seed": "Int64", "row": "Int64", "col": "Int64"})
     write_table(run.folder / "measurements.csv", table, MEASUREMENTS)
+    if MODE == "compared":
+        write_table(run.folder / "comparisons.csv", comparisons(table), COMPARISONS)
     if MODE == "broken":
         run.finish("failed", error=f"RunError: {error}")
         raise RunError(error)
@@ -117,6 +120,18 @@ def cells(target_layer, k, metrics, perturbation, seeds):
                     yield target, f"top_{metric}", change, size, None
                 for seed in seeds:
                     yield target, "random", change, size, seed
+
+
+def comparisons(table):
+    """Every top set beats two draws of three, by 0.5 nats."""
+    tops = table[table["selection"].str.startswith("top_")]
+    numbers = dict.fromkeys(COMPARISONS.columns, 0.5) | {
+        "n_draws": 3,
+        "n_beaten": 2,
+        "control": "random",
+        "note": "no p",
+    }
+    return pd.DataFrame({column: tops.get(column, value) for column, value in numbers.items()})
 
 
 def single_weights(per_weight, perturbation):

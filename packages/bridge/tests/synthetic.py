@@ -5,6 +5,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from bridge.analysis.correlation import correlate
+from bridge.analysis.primary import Primary
+from bridge.exchange.tables import COMPARISONS
 from bridge.report.evidence import Evidence
 
 METRICS = ("grad_x_weight", "magnitude", "obd")
@@ -39,8 +41,36 @@ def evidence_of(table: pd.DataFrame, sampled=None, chosen=None, **changes) -> Ev
         "summaries": {metric: summary() for metric in metrics},
     }
     if "correlations" not in changes:
-        parts["correlations"] = correlate(table, targets=chosen, sampled=sampled)
+        parts["correlations"] = correlate(table, targets=chosen, sampled=sampled, primary=primary_of(table))
+    parts["comparisons"] = comparisons(table)
     return Evidence(measurements=table, targets=chosen, sampled=sampled, **(parts | changes))
+
+
+def primary_of(table: pd.DataFrame) -> Primary:
+    """The first metric that is not magnitude, under the first perturbation at its largest k, over layers."""
+    tops = table["selection"][table["selection"].str.startswith("top_")].str.removeprefix("top_")
+    metrics = [metric for metric in dict.fromkeys(tops) if metric != "magnitude"] or ["magnitude"]
+    first = table["perturbation"].iloc[0]
+    return Primary("layers", metrics[0], first, int(table["k"][table["perturbation"] == first].max()))
+
+
+def comparisons(table: pd.DataFrame) -> pd.DataFrame:
+    """Every top set against the random ones of its target, as the instrument would write it (table COMPARISONS)."""
+    rows = []
+    for top in table[table["selection"].str.startswith("top_")].itertuples():
+        same = (table["target_layer"] == top.target_layer) & (table["perturbation"] == top.perturbation)
+        draws = table[same & (table["k"] == top.k) & (table["selection"] == "random")]["delta_nll"].to_numpy(float)
+        effect, draws = (np.where(np.isfinite(d), d, np.inf) for d in (top.delta_nll, draws))
+        if len(draws):
+            difference = effect - draws.mean() if np.isfinite(draws).all() else np.nan
+            row = {"target_layer": top.target_layer, "selection": top.selection, "perturbation": top.perturbation}
+            row |= {"k": top.k, "control": "random", "n_draws": len(draws), "delta_nll": float(effect)}
+            row |= {"control_mean": draws.mean(), "control_low": draws.min(), "control_high": draws.max()}
+            row |= {"difference": difference, "ci_low": difference - 0.1, "ci_high": difference + 0.1, "n_eff": 50.0}
+            row |= {"n_beaten": int((effect > draws).sum()), "p_value": np.nan, "note": "no p"}
+            shares = float(np.isinf(effect)), float(np.isinf(draws).mean())
+            rows.append(row | {"unbounded_share": shares[0], "control_unbounded_share": shares[1]})
+    return pd.DataFrame(rows, columns=list(COMPARISONS.columns))
 
 
 def evidence(n=12, n_control=4, metrics=("grad_x_weight", "magnitude"), sampled=None, **choices) -> Evidence:

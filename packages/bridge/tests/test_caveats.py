@@ -16,8 +16,12 @@ def example():
     [
         ({"n": 6}, "Only 6 layers tested"),
         ({"n_control": 0}, "range is restricted"),
-        ({"metrics": ("grad_x_weight", "obd")}, "is the best of 2 metrics"),
-        ({"seeds": (0,)}, "only 1 random draw; with 1 no p-value of a single layer can be below 0.50"),
+        ({"n": 5}, "Only 5 layers tested: rho has no interval, and nothing is claimed (at least 6)"),
+        (
+            {"sampled": synthetic.sampled(9)},
+            "The 9 single weights are of those that the discovery sampled, spread over the",
+        ),
+        ({"seeds": (0,)}, "only 1 random draw; with 1 no p-value of a single layer can be below 0.50 (19 are needed)"),
         ({"seeds": ()}, "only 0 random draws."),
     ],
 )
@@ -29,7 +33,8 @@ def test_caveats_of_the_corpus_and_the_manifests(example):
     table = example.measurements.assign(n_sequences=4, n_weights=20, n_changed=12, corpus_sha256="00")
     manifest = synthetic.manifest("validation") | {"warnings": ["the corpus is short"]}
     text = "\n".join(caveats(replace(example, measurements=table, validation_manifest=manifest)))
-    assert "With 4 sequences no interval of an effect is given (at least 6)." in text
+    assert "With 4 texts no interval of an effect is given (at least 6)." in text
+    assert "Damage that strikes fewer than 53 % of texts may be unseen: 4 texts" in text  # 1 - 0.05^(1/4)
     assert "fewer than k weights were perturbed" in text
     assert "some of the chosen weights have the same value under the perturbation" in text
     assert "other token sequences" in text
@@ -37,6 +42,16 @@ def test_caveats_of_the_corpus_and_the_manifests(example):
     assert "model.embed_tokens.weight = lm_head.weight" in text
     assert "same texts" in "\n".join(caveats(example))
     assert "the same value under" not in "\n".join(caveats(replace(example, measurements=table.assign(n_changed=20))))
+    assert "fewer than 3.0 % of texts may be unseen: 100 texts" in "\n".join(caveats(example))
+
+
+def test_measurements_that_few_texts_make_are_counted(example):
+    table = example.measurements.assign(n_clusters=12, n_eff=2.0, few_texts_decide=0)
+    table.loc[table.index[:3], "few_texts_decide"] = 1
+    (text,) = [text for text in caveats(replace(example, measurements=table)) if "quarter" in text]
+    assert text.startswith(f"In 3 of {len(table)} measurements fewer than a quarter of the texts make the effect")
+    assert any("12 texts may all have missed it" in text for text in caveats(replace(example, measurements=table)))
+    assert not any("quarter" in text for text in caveats(example))
 
 
 def test_a_model_of_few_layers_has_no_restricted_range():
@@ -55,3 +70,6 @@ def test_stability_of_the_ranking_is_told_where_it_was_measured():
     assert f"the top 10 by {example.metric} of two random halves" in text
     assert "0.25 to 0.50 (2 splits; " in text and "chance gives 1.0×10⁻⁶" in text
     assert caveats(replace(example, stability=table.assign(metric="another"))) == caveats(example)
+    same = table.assign(metric=example.metric, other=example.metric, jaccard=1.0)
+    (text,) = [text for text in caveats(replace(example, stability=same)) if "Jaccard" in text]
+    assert "hardly depends on the texts" in text and "overlap of 1.00 (2 splits" in text

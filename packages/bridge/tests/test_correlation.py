@@ -5,6 +5,7 @@ import reference
 import synthetic
 from bridge.analysis.ablation_curves import ablation_curves
 from bridge.analysis.correlation import correlate
+from bridge.analysis.primary import Primary
 from bridge.analysis.single_weights import weight_effects
 from bridge.analysis.targets import is_restricted
 from bridge.analysis.top_against_random import top_against_random
@@ -35,16 +36,25 @@ def test_a_row_for_each_metric_without_the_target_all(measurements, correlations
     assert row["note"] == ""
 
 
-def test_p_values_are_adjusted_over_the_metrics(correlations):
-    assert correlations["p_adjusted"].tolist() == pytest.approx(
-        reference.benjamini_hochberg(correlations["p_value"].tolist())
+def test_all_p_values_of_a_table_are_one_family_but_the_primary_one(measurements):
+    sampled = synthetic.sampled()
+    both = synthetic.with_single_weights(synthetic.measurements(ks=(10, 100)), sampled)
+    table = correlate(both, sampled=sampled, primary=Primary("layers", "obd", "zero", 10))
+    p_values = table["within_p"].where(table["unit"] != "weights", table["p_value"])
+    is_primary = table["primary"] == 1
+    assert table[is_primary][["unit", "metric", "k"]].to_numpy().tolist() == [["layers", "obd", 10]]
+    assert table["unit"].nunique() == 3 and len(table) == 12
+    assert table["p_adjusted"][is_primary].tolist() == p_values[is_primary].tolist()
+    assert table["p_adjusted"][~is_primary].tolist() == pytest.approx(
+        reference.benjamini_hochberg(p_values[~is_primary].tolist())
     )
+    assert table["n_tests"].tolist() == [1 if primary else 11 for primary in is_primary]
 
 
 def test_the_same_seed_gives_the_same_numbers_in_any_order(measurements, correlations):
-    turned = correlate(measurements.iloc[::-1], targets=synthetic.targets()).set_index("metric")
+    turned = correlate(measurements.sample(frac=1, random_state=1), targets=synthetic.targets()).set_index("metric")
     exact = correlations.set_index("metric")
-    assert turned.loc["obd", "spearman"] == pytest.approx(exact.loc["obd", "spearman"])
+    pd.testing.assert_frame_equal(turned.loc[exact.index], exact, check_exact=True)
     alone = correlate(measurements[measurements["selection"] == "top_obd"]).set_index("metric").loc["obd"]
     assert (
         alone[["ci_low", "ci_high", "p_value"]].tolist() == exact.loc["obd", ["ci_low", "ci_high", "p_value"]].tolist()
@@ -123,7 +133,7 @@ def test_every_metric_is_compared_on_the_same_single_weights(with_weights):
         x = [scores[w.parameter, w.row][f"score_{metric}"] for w in weights.itertuples()]
         assert rows.loc[metric, "spearman"] == pytest.approx(reference.spearman(x, weights["delta_nll"].abs().tolist()))
     assert set(rows["n"]) == {30} and set(rows["k"]) == {1}
-    assert rows["p_adjusted"].tolist() == pytest.approx(reference.benjamini_hochberg(rows["p_value"].tolist()))
+    assert set(rows["n_kinds"]) == {1} and rows["within_rho"].isna().all()
     assert not rows["note"].str.contains("restricted").any()
 
 
@@ -137,7 +147,8 @@ def test_single_weights_change_nothing_else(measurements, with_weights):
     here = with_weights["selection"] == "weight"
     mixed = with_weights.assign(target_layer=with_weights["target_layer"].mask(here, layer))
     pd.testing.assert_frame_equal(correlate(mixed), correlate(measurements))
-    pd.testing.assert_frame_equal(top_against_random(mixed), top_against_random(measurements))
+    compared = synthetic.comparisons(measurements)
+    pd.testing.assert_frame_equal(top_against_random(mixed, compared), top_against_random(measurements, compared))
     pd.testing.assert_frame_equal(ablation_curves(mixed), ablation_curves(measurements))
 
 
@@ -183,8 +194,7 @@ def test_several_k_give_a_correlation_of_the_areas():
 def test_a_metric_is_compared_with_magnitude_over_the_same_layers(measurements):
     table = correlate(measurements).set_index("metric")
     row = table.loc["grad_x_weight"]
-    rhos = [reference.spearman(*layers_of(measurements, metric)) for metric in ("grad_x_weight", "magnitude")]
-    assert row["above_magnitude"] == pytest.approx(rhos[0] - rhos[1])
+    assert row["above_magnitude"] == pytest.approx(row["within_rho"] - table.loc["magnitude", "within_rho"])
     assert row["above_low"] < row["above_magnitude"] < row["above_high"]
     assert pd.isna(table.loc["magnitude", "above_magnitude"])
     without = measurements[measurements["selection"] != "top_magnitude"]
@@ -193,6 +203,6 @@ def test_a_metric_is_compared_with_magnitude_over_the_same_layers(measurements):
 
 def test_another_metric_may_be_the_baseline(measurements):
     table = correlate(measurements, baseline="obd").set_index("metric")
-    rhos = [reference.spearman(*layers_of(measurements, metric)) for metric in ("magnitude", "obd")]
+    rhos = table.loc[["magnitude", "obd"], "within_rho"].tolist()
     assert table.loc["magnitude", "above_magnitude"] == pytest.approx(rhos[0] - rhos[1])
     assert pd.isna(table.loc["obd", "above_magnitude"])

@@ -13,16 +13,20 @@ def example():
     return synthetic.evidence()
 
 
-def test_the_metric_of_largest_rho_is_the_best_but_never_magnitude(example):
-    assert example.metric == "grad_x_weight"
-    reversed_rho = example.correlations.assign(spearman=-example.correlations["spearman"])
-    assert replace(example, correlations=reversed_rho).metric == "grad_x_weight"
+def test_no_effect_decides_which_metric_the_sentences_speak_of(example):
+    assert example.metric == example.primary["metric"] == "grad_x_weight"
+    other = example.correlations.assign(primary=(example.correlations["metric"] == "magnitude").astype(int))
+    assert replace(example, correlations=other).metric == "magnitude"
+    exploratory = replace(example, correlations=example.correlations.assign(primary=0, spearman=-0.5))
+    assert exploratory.primary is None
+    assert (exploratory.metric, exploratory.setting) == ("grad_x_weight", ("zero", 100))
     assert synthetic.evidence(metrics=("magnitude",)).metric == "magnitude"
 
 
 def test_another_metric_is_the_baseline_where_the_discovery_says_so(example):
     manifest = synthetic.manifest() | {"metrics": {"grad_x_weight": {"formula": "g", "baseline": True}}}
-    turned = replace(example, discovery_manifest=manifest)
+    exploratory = example.correlations.assign(primary=0)
+    turned = replace(example, discovery_manifest=manifest, correlations=exploratory)
     assert turned.metrics == ["magnitude", "grad_x_weight"]
     assert (turned.baseline, turned.metric) == ("grad_x_weight", "magnitude")
 
@@ -32,6 +36,7 @@ def test_the_setting_is_the_first_perturbation_at_its_largest_k():
     flipped = zero.assign(perturbation="sign_flip", k=zero["k"] * 7)
     both = synthetic.evidence_of(pd.concat([zero, flipped]))
     assert both.setting == ("zero", 100)
+    assert replace(both, correlations=both.correlations.assign(primary=0)).setting == ("zero", 100)
     assert both.settings == [("zero", 100), ("zero", 1), ("sign_flip", 7), ("sign_flip", 700)]
     assert set(both.layer_effects["perturbation"]) == {"zero"}
     assert set(both.layer_effects["k"]) == {100}
@@ -43,15 +48,16 @@ def test_layers_above_random_are_those_of_the_metric_in_the_setting(example):
     effects = example.layer_effects
     effects = effects[effects["metric"] == "grad_x_weight"]
     wins = int((effects["delta_nll"] > effects["random_high"]).sum())
+    assert wins > 0
     assert (above.n, above.wins, above.draws) == (12, wins, 3)
 
 
 def test_a_report_compares_top_and_random_once(tmp_path, monkeypatch):
     calls = []
 
-    def counted(measurements):
+    def counted(measurements, comparisons):
         calls.append(len(measurements))
-        return module.top_against_random(measurements)
+        return module.top_against_random(measurements, comparisons)
 
     monkeypatch.setattr(evidence_module, "top_against_random", counted)
     example = synthetic.evidence(n=5, ks=(1, 100))

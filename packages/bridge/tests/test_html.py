@@ -213,8 +213,8 @@ def test_a_metric_is_explained_by_the_manifest_alone(tmp_path, name):
     write(tmp_path, measurements, synthetic.targets(5, 2), manifest, synthetic.top_weights(4))
     text = html.unescape((tmp_path / name).read_text(encoding="utf-8"))
     assert "the weight's horoscope (Nobody 1901); unit: stars" in text
-    assert "Above made_up" in text
-    assert "Above magnitude" not in text
+    assert "ρ minus made_up's" in text
+    assert "ρ minus magnitude" not in text
 
 
 def test_a_metric_without_a_definition_is_left_to_the_manifest(tmp_path):

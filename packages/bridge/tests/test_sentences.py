@@ -7,7 +7,7 @@ import synthetic
 from bridge.analysis.correlation import correlate
 from bridge.report.caveats import caveats
 from bridge.report.phrases import perplexity_after
-from bridge.report.sentences import answer, summary_lines
+from bridge.report.sentences import answer, setup_items, summary_lines
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +17,8 @@ def example():
 
 def without(example, rows):
     kept = example.measurements[~rows(example.measurements)]
-    return replace(example, measurements=kept, correlations=correlate(kept, targets=example.targets))
+    correlations = correlate(kept, targets=example.targets, primary=synthetic.primary_of(kept))
+    return replace(example, measurements=kept, correlations=correlations, comparisons=synthetic.comparisons(kept))
 
 
 def test_five_lines_name_setup_weight_set_layer_and_agreement(example):
@@ -45,7 +46,7 @@ def test_without_the_whole_model_the_line_says_so(example):
 def test_without_random_draws_the_line_says_so(example):
     alone = without(example, lambda m: m["selection"] == "random")
     assert "no random set of the same size was measured" in summary_lines(alone)[2]
-    assert "no random control" in answer(alone)[1]
+    assert "no top set of a layer was compared with random ones" in answer(alone)[2]
 
 
 def test_without_layers_the_lines_say_so(example):
@@ -66,11 +67,32 @@ def test_an_infinite_loss_is_said_not_shown_as_nan(example):
     assert any("infinite or undefined: 1" in limit for limit in caveats(replace(example, measurements=measurements)))
 
 
-def test_three_sentences_with_the_difference_from_magnitude(example):
+def test_the_primary_analysis_comes_first_and_the_exploratory_ones_last(example):
     sentences = answer(example)
-    assert len(sentences) == 3
-    assert "in 12 of 12 layers" in sentences[1] or "in 11 of 12 layers" in sentences[1]
-    assert "magnitude (difference " in sentences[2]
+    assert len(sentences) == 4
+    named = "Primary analysis, named before anything was measured (grad_x_weight, zero, k = 100): Spearman's rho"
+    assert sentences[0].startswith(named)
+    assert "; difference from magnitude " in sentences[0]
+    assert setup_items(example)[0] == ("Primary analysis", "grad_x_weight, zero, k = 100, over layers")
+    assert "+9." in sentences[1] or "+8." in sentences[1]
+    assert "more than their mean (no p: 3 draws, 19 are needed)" in sentences[1]
+    assert "in 12 of 12 layers" in sentences[2] or "in 11 of 12 layers" in sentences[2]
+    assert sentences[3].startswith("Exploratory, one false-discovery family of 1: ")
+
+
+def test_a_random_draw_without_a_finite_loss_is_the_largest(example):
+    measurements = example.measurements.copy()
+    drawn = measurements.index[(measurements["target_layer"] == "ALL") & (measurements["selection"] == "random")]
+    measurements.loc[drawn[1], "delta_nll"] = np.nan
+    broken = replace(example, measurements=measurements, comparisons=synthetic.comparisons(measurements))
+    sentence = answer(broken)[1]
+    assert "100 random weights: to ∞ at most" in sentence and "over 3 draws; 1 of 3 without a finite loss)" in sentence
+    assert "a loss is not finite, no difference from the random sets" in sentence
+
+
+def test_a_p_value_of_the_whole_model_is_printed_where_the_draws_allow_one(example):
+    table = example.comparisons.assign(p_value=0.05, n_draws=19)
+    assert "more than their mean, p = 0.050." in answer(replace(example, comparisons=table))[1]
 
 
 def test_a_perplexity_has_the_interval_of_its_own_columns_or_none(example):

@@ -52,15 +52,6 @@ def test_interval_does_not_depend_on_the_size_of_the_blocks(monkeypatch):
     assert spearman.rho_interval(x, y, np.random.default_rng(3), n_resamples=500) == whole
 
 
-def test_interval_of_a_difference_is_paired():
-    x, y = points(30, seed=8)
-    same = spearman.rho_difference((x, y), (x, y), np.random.default_rng(0), n_resamples=300)
-    assert same == (0, 0, 0)
-    difference, low, high = spearman.rho_difference((y, y), (x, y), np.random.default_rng(0), n_resamples=300)
-    assert difference == pytest.approx(1 - reference.spearman(x, y))
-    assert 0 < low < difference < high
-
-
 def test_resamples_without_a_rho_are_left_out_of_the_interval():
     """Of four units, many a resample draws one unit alone, or two that are equal in x."""
     x, y = np.array([1.0, 1, 1, 2]), np.array([1.0, 2, 3, 4])

@@ -1,6 +1,7 @@
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 import synthetic
 from bridge.analysis.top_against_random import layers_above_random, top_against_random
@@ -12,7 +13,7 @@ def measurements():
 
 
 def test_top_is_compared_with_each_random_draw_of_its_target(measurements):
-    table = top_against_random(measurements).set_index(["target_layer", "metric"])
+    table = top_against_random(measurements, synthetic.comparisons(measurements)).set_index(["target_layer", "metric"])
     assert len(table) == 31 * 3
     row = table.loc[("ALL", "grad_x_weight")]
     drawn = measurements[(measurements["target_layer"] == "ALL") & (measurements["selection"] == "random")]["delta_nll"]
@@ -20,24 +21,35 @@ def test_top_is_compared_with_each_random_draw_of_its_target(measurements):
     assert [row["random_low"], row["random_mean"], row["random_high"]] == pytest.approx(
         [drawn.min(), drawn.mean(), drawn.max()]
     )
+    assert (row["n_draws"], row["n_beaten"]) == (3, 3)
+    assert row["difference_low"] < row["difference"] == row["delta_nll"] - drawn.mean() < row["difference_high"]
+
+
+def test_only_the_comparison_with_random_sets_is_taken(measurements):
+    compared = synthetic.comparisons(measurements)
+    matched = compared.assign(control="matched_obd", difference=7.0)
+    table = top_against_random(measurements, pd.concat([matched, compared]))
+    assert len(table) == 31 * 3
+    assert not (table["difference"] == 7).any()
 
 
 def test_top_without_random_draws_has_no_range(measurements):
-    table = top_against_random(measurements[measurements["selection"] != "random"])
+    alone = measurements[measurements["selection"] != "random"]
+    table = top_against_random(alone, synthetic.comparisons(alone))
+    assert table[["n_draws", "difference", "p_value"]].isna().all().all()
     assert (table["n_random"] == 0).all()
     assert table[["random_mean", "random_low", "random_high"]].isna().all().all()
 
 
 def test_layers_above_every_draw_are_counted_against_chance():
-    effects = np.ones(12)
-    largest_draws = np.array([0.5] * 3 + [2.0] * 9)
-    above = layers_above_random(effects, largest_draws, np.full(12, 3))
+    n_beaten = np.array([3] * 3 + [2] * 9)
+    above = layers_above_random(n_beaten, np.full(12, 3))
     assert (above.n, above.wins, above.draws, above.expected) == (12, 3, 3, 3.0)
     tail = sum(math.comb(12, wins) * 0.25**wins * 0.75 ** (12 - wins) for wins in range(3, 13))
     assert above.p_value == pytest.approx(tail)
 
 
 def test_layers_without_draws_are_not_counted():
-    above = layers_above_random(np.array([1.0, 1.0, 1.0]), np.array([0.5, np.nan, 2.0]), np.array([5, 0, 3]))
+    above = layers_above_random(np.array([5, 0, 2]), np.array([5, 0, 3]))
     assert (above.n, above.wins, above.draws, above.expected) == (2, 1, 3, 0.5)
-    assert layers_above_random(np.array([1.0]), np.array([np.nan]), np.array([0])).n == 0
+    assert layers_above_random(np.array([0]), np.array([0])).n == 0

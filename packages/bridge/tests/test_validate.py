@@ -408,6 +408,25 @@ def test_default_environment_and_script_are_those_of_the_repository():
     assert packages / "llm_perturb" / "scripts" / "run_topk_perturb.py" == process.SCRIPT
 
 
+def test_the_report_reads_the_instruments_comparisons(output, python, monkeypatch):
+    monkeypatch.setenv("FAKE", "compared")
+    lines = validate.validate(options(output, python))
+    folder = output / "validation_v"
+    copied = (folder / "comparisons.csv").read_bytes()
+    assert copied == next(folder.glob("perturb_*/comparisons.csv")).read_bytes()
+    assert any("; +0.5" in line and "more than their mean" in line for line in lines)
+    assert "did more damage than each of 3 random draws" in (folder / "report.md").read_text()
+    assert next(iter(read_manifest(folder)["identity"]["options"])) == "primary"
+
+
+def test_the_primary_analysis_is_the_first_of_the_request(output, python):
+    request = options(
+        output, python, metrics=["magnitude", "grad_x_weight"], k=[2, 1], perturbations=["sign_flip", "zero"]
+    )
+    primary = plan(request).options["primary"]
+    assert primary == {"unit": "layers", "metric": "grad_x_weight", "perturbation": "sign_flip", "k": 2}
+
+
 def test_single_weights_are_chosen_written_measured_and_correlated(tmp_path, output, python):
     lines = validate.validate(options(output, python, single_weights=12, metrics=["magnitude"]))
     folder = output / "validation_v"

@@ -1,9 +1,11 @@
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import synthetic
 from bridge.report.caveats import caveats
 from bridge.report.sentences import answer, setup_items, summary_lines
+from bridge.report.verdicts import exploratory, verdict_on_layers
 
 
 @pytest.fixture(scope="module")
@@ -11,41 +13,80 @@ def example():
     return synthetic.evidence()
 
 
+@pytest.fixture(scope="module")
+def with_weights():
+    return synthetic.evidence(sampled=synthetic.sampled(), metrics=("grad_x_weight", "obd", "magnitude"))
+
+
+def changed(example, **columns):
+    """The example with other numbers in the row of the primary analysis."""
+    table = example.correlations.copy()
+    for column, value in columns.items():
+        table.loc[table["primary"] == 1, column] = value
+    return replace(example, correlations=table)
+
+
 def test_without_magnitude_the_last_line_says_so():
     assert summary_lines(synthetic.evidence(metrics=("obd",)))[4].endswith("magnitude was not measured.")
 
 
-def test_agreement_that_includes_zero_is_not_claimed(example):
-    unsure = example.correlations.assign(ci_low=-0.2)
-    assert "no agreement is shown" in answer(replace(example, correlations=unsure))[2]
-    inverse = example.correlations.assign(ci_low=-0.9, ci_high=-0.2)
-    assert "the wrong way round" in answer(replace(example, correlations=inverse))[2]
+def test_the_claim_goes_by_the_adjusted_p_value_within_kinds(example):
+    shown = changed(example, p_adjusted=0.049, within_rho=0.8, ci_low=-0.2)
+    assert ": the score orders the layers better than chance" in verdict_on_layers(shown)
+    inverse = changed(example, p_adjusted=0.049, within_rho=-0.8, spearman=0.9, ci_low=0.5)
+    assert ": the score orders the layers the wrong way round" in verdict_on_layers(inverse)
+    unsure = changed(example, p_adjusted=0.051, within_rho=0.8, ci_low=0.5)
+    sentence = verdict_on_layers(unsure)
+    assert ": no agreement is shown (with 80 % power a rho of 0.91 would have been)" in sentence
+    assert "than chance" not in sentence
 
 
-def test_single_weights_get_a_sentence_with_the_baseline_on_the_same_ones(example):
-    metrics = ("grad_x_weight", "obd", "magnitude")
-    both = synthetic.evidence(sampled=synthetic.sampled(metrics=metrics))
-    rows = both.weight_correlations.set_index("metric")
-    sentence = answer(both)[3]
-    assert summary_lines(both)[5] == sentence
-    assert sentence.startswith(
-        "Over 40 single weights, grad_x_weight ranks the size of the effect best: Spearman's rho "
-    )
+def test_absence_is_claimed_by_equivalence_alone(example):
+    near_zero = {"p_adjusted": 0.9, "within_rho": 0.01}
+    narrow = verdict_on_layers(changed(example, **near_zero, within_low=-0.19, within_high=0.19))
+    assert ": there is no agreement beyond ±0.20, within which the interval lies" in narrow
+    for ends in ({"within_low": -0.21, "within_high": 0.1}, {"within_low": -0.1, "within_high": 0.21}):
+        assert "no agreement is shown" in verdict_on_layers(changed(example, **near_zero, **ends))
+
+
+def test_fewer_than_six_layers_show_nothing():
+    few = changed(synthetic.evidence(n=5), p_adjusted=1e-9)
+    assert ": no agreement is shown (too few layers to tell)" in verdict_on_layers(few)
+
+
+def test_others_are_named_by_what_all_pairs_show(example):
+    best = verdict_on_layers(changed(example, p_adjusted=0.01, above="magnitude obd", below="", not_told_apart=""))
+    assert "; it is the best of 3 metrics; it is above magnitude and obd; difference" in best
+    mixed = verdict_on_layers(changed(example, p_adjusted=0.01, above="a", below="b", not_told_apart="c d e"))
+    assert "; it is above a; it is below b; it is not told apart from c, d and e; " in mixed
+    assert "best" not in mixed
+
+
+def test_nothing_is_above_magnitude_that_shows_no_agreement(example):
+    sentence = verdict_on_layers(changed(example, p_adjusted=0.2, above="magnitude", not_told_apart=""))
+    assert "it is above" not in sentence and "best" not in sentence
+
+
+def test_single_weights_get_a_sentence_with_the_baseline_on_the_same_ones(example, with_weights):
+    rows = with_weights.weight_correlations.set_index("metric")
+    sentence = answer(with_weights)[3]
+    assert summary_lines(with_weights)[5] == sentence
+    start = "Over 40 single weights, Spearman's rho between score and size of the effect: grad_x_weight "
+    assert sentence.startswith(start)
     for metric in ("grad_x_weight", "magnitude"):
         row = rows.loc[metric]
         assert f"{metric} " in sentence
         assert f"{row['spearman']:.2f} [{row['ci_low']:.2f},".replace("-", "−") in sentence
-    assert "(difference " in sentence
-    assert any("40 single weights are of those that the discovery sampled" in text for text in caveats(both))
-    assert summary_lines(both)[:5] == summary_lines(example)
-    assert setup_items(both) == setup_items(example)
-    assert len(answer(example)) == 3
+    assert "adjusted p = " in sentence and ": grad_x_weight ranks the weights better than chance" in sentence
+    assert "; difference from magnitude " in sentence
+    assert any("40 single weights are of those that the discovery sampled" in text for text in caveats(with_weights))
+    assert setup_items(with_weights) == setup_items(example)
 
 
 @pytest.mark.parametrize(
     ("sampled", "words"),
     [
-        (synthetic.sampled(metrics=("obd",)), "no other metric was scored on them."),
+        (synthetic.sampled(metrics=("obd",)), "no other metric has a rho on them."),
         (synthetic.sampled(3), "no metric has a rank correlation (3 weights are too few"),
         (synthetic.sampled(metrics=("obd", "taylor2")), "; taylor2 "),
     ],
@@ -54,7 +95,23 @@ def test_single_weights_that_say_less(sampled, words):
     assert words in answer(synthetic.evidence(sampled=sampled))[3]
 
 
-def test_an_order_of_single_weights_that_may_be_chance_is_not_claimed():
-    both = synthetic.evidence(sampled=synthetic.sampled())
-    unsure = both.correlations.assign(ci_low=-0.2)
-    assert "grad_x_weight is not shown to rank the effect: " in answer(replace(both, correlations=unsure))[3]
+def test_an_order_of_single_weights_that_may_be_chance_is_not_claimed(with_weights):
+    unsure = with_weights.correlations.assign(p_adjusted=0.06)
+    sentence = answer(replace(with_weights, correlations=unsure))[3]
+    assert ": no agreement is shown (with 80 % power a rho of " in sentence
+
+
+def test_exploratory_claims_are_listed_as_one_family(with_weights):
+    table = with_weights.correlations.copy()
+    assert table["primary"].tolist() == [1, 0, 0, 0, 0, 0]
+    table["p_adjusted"] = [0.9, 0.01, 0.9, 0.9, 0.02, 0.01]
+    table.loc[5, "spearman"] = -0.5
+    (sentence,) = exploratory(replace(with_weights, correlations=table))
+    names = table["metric"]
+    assert sentence == (
+        f"Exploratory, one false-discovery family of 5: better than chance: {names[1]} over layers (zero, k = 100) and "
+        f"{names[4]} over weights (zero, k = 1); the wrong way round: {names[5]} over weights (zero, k = 1)."
+    )
+    (nothing,) = exploratory(replace(with_weights, correlations=table.assign(p_adjusted=0.5)))
+    assert nothing.endswith("no agreement is shown (with 80 % power a rho of 0.57 would have been).")
+    assert exploratory(replace(with_weights, correlations=table.assign(p_adjusted=np.nan))) == []

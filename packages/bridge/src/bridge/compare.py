@@ -104,7 +104,7 @@ def _validations(discoveries: dict[str, Discovery]) -> dict[str, Path]:
         except RequestError:
             continue
         for folder in candidates:
-            if Path(read_manifest(folder).get("discovery_folder") or "").name == discovery_folder.name:
+            if Path(str(read_manifest(folder).get("discovery_folder") or "")).name == discovery_folder.name:
                 validations[name] = folder
     return validations
 

@@ -135,6 +135,8 @@ def _accept(ready: Plan, run: Run, folder: Path, targets: Sequence[str]) -> None
     for warning in manifest.get("warnings") or []:
         run.warn(f"measurement: {warning}")
     _copy(folder / layout.MEASUREMENTS_FILE, run.folder / layout.MEASUREMENTS_FILE)
+    if (folder / layout.COMPARISONS_FILE).exists():
+        _copy(folder / layout.COMPARISONS_FILE, run.folder / layout.COMPARISONS_FILE)
 
 
 def _measure_command(ready: Plan, run: Run) -> list[str]:

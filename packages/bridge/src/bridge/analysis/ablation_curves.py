@@ -1,5 +1,7 @@
 """Curves of the effect against the number K of perturbed weights, summed up as their mean height over log K."""
 
+from typing import Any, cast
+
 import numpy as np
 import pandas as pd
 
@@ -41,14 +43,15 @@ def ablation_curves(measurements: pd.DataFrame) -> pd.DataFrame:
     random_means = {key: effects.mean() for key, effects in random_effects(measurements).items()}
     rows = []
     groups = top_sets(measurements).groupby(["target_layer", "metric", "perturbation"], sort=False)
-    for (target, metric, perturbation), points in groups:
+    for key, points in groups:
+        target, metric, perturbation = cast(tuple[str, str, str], key)
         curve = points.groupby("k")["delta_nll"].mean()  # ascending in k
         if len(curve) < 2:
             continue
         ks = curve.index.to_numpy(float)
         random = np.array([random_means.get((target, perturbation, k), np.nan) for k in curve.index])
         area, area_random = mean_height(ks, np.array([curve.to_numpy(float), random]))
-        row = {"target_layer": target, "metric": metric, "perturbation": perturbation}
+        row: dict[str, Any] = {"target_layer": target, "metric": metric, "perturbation": perturbation}
         row |= {"n_k": len(curve), "k_low": curve.index[0], "k_high": curve.index[-1]}
         row |= {"area": area, "area_random": area_random}
         row["area_excess"] = area - area_random if np.isfinite(area_random) else np.nan
@@ -77,4 +80,4 @@ def curves_of_layers(points: pd.DataFrame) -> tuple[pd.DataFrame, list[int]]:
         "score_sum": mean_height(ks, scores[complete].to_numpy(float)),
         "delta_nll": mean_height(ks, effects[complete].to_numpy(float)),
     }
-    return pd.DataFrame(heights, index=effects.index[complete]), effects.columns.tolist()
+    return pd.DataFrame(heights, index=effects.index[complete]), [int(k) for k in effects.columns]

@@ -4,53 +4,29 @@ Each row names its unit: ``layers`` (the score of a layer's perturbed weights ag
 ``weights`` (single weights, all metrics on the same ones), ``ablation_curve`` (layers again, over all K at once).
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
-from bridge.analysis.ablation_curves import curves_of_layers
-from bridge.analysis.measured_sets import SETTING, rows_where, single_layers, top_sets
-from bridge.analysis.rank_agreement import MIN_UNITS, agreement
-from bridge.analysis.single_weights import weight_effects
-from bridge.analysis.spearman import rho_difference
+from bridge.analysis.bootstrap import N_RESAMPLES
+from bridge.analysis.claims import adjusted_p_values
+from bridge.analysis.measured_sets import text_effects
+from bridge.analysis.metric_comparison import Difference, compare_metrics, standing
+from bridge.analysis.predicted_and_measured import LAYERS, Comparison, comparisons
+from bridge.analysis.primary import Primary, primary_analysis
+from bridge.analysis.rank_agreement import agreement
+from bridge.analysis.rho_over_texts import rho_over_texts
 from bridge.analysis.targets import RANGE_NOTE, is_restricted
+from bridge.analysis.weighted_rho import WeightedRho, weighted_rho
+from bridge.analysis.within_kinds import kind_and_depth, within_kinds
 from bridge.exchange import layout
-from bridge.exchange.metric_definitions import DEFAULT_BASELINE, read_metric_definitions
+from bridge.exchange.metric_definitions import DEFAULT_BASELINE
 from bridge.exchange.tables import CORRELATIONS, write_table
 from bridge.exchange.validation_run import Validation
 
-
-@dataclass(frozen=True, kw_only=True)
-class _Comparison:
-    """Prediction and effect of the same units, by one metric under one perturbation.
-
-    Attributes:
-        unit: ``layers``, ``weights`` or ``ablation_curve``.
-        metric: whose scores predict.
-        perturbation: what was done to the weights.
-        k: how many weights were perturbed; of an ablation curve the largest number.
-        points: one row a unit, with the columns ``score_sum`` (prediction) and ``delta_nll`` (effect).
-        note: what the points are, or empty.
-    """
-
-    unit: str
-    metric: str
-    perturbation: str
-    k: int
-    points: pd.DataFrame
-    note: str = ""
-
-    @property
-    def purpose(self) -> str:
-        """What the random numbers are for; the results of one comparison do not depend on the others."""
-        return f"correlation/{self.unit}/{self.metric}/{self.perturbation}/{self.k}"
-
-    def is_same_but_metric(self, other: "_Comparison") -> bool:
-        """Whether two comparisons are of the same unit, perturbation and k."""
-        return (self.unit, self.perturbation, self.k) == (other.unit, other.perturbation, other.k)
+NOT_WITHIN_KINDS = "kind and depth tell the layers apart so far that nothing is left to compare within kinds"
 
 
 def correlate(
@@ -59,15 +35,22 @@ def correlate(
     targets: pd.DataFrame | None = None,
     sampled: pd.DataFrame | None = None,
     baseline: str = DEFAULT_BASELINE,
+    primary: Primary | None = None,
+    losses: pd.DataFrame | None = None,
+    n_resamples: int = N_RESAMPLES,
 ) -> pd.DataFrame:
     """Rank agreement of prediction and effect, one row per unit, metric, perturbation and k.
 
-    For layers the prediction is ``score_sum``, the effect ``delta_nll`` (the mean over seeds where a
-    perturbation is random). The target ALL is no layer and is left out. For single weights the prediction is
-    the score of that weight by each metric, the effect abs(``delta_nll``): a score is the size of a change, and
-    taking one weight away may as well lower the loss. ``p_adjusted`` controls the false discovery rate over
-    the metrics that share unit, perturbation and k (Benjamini & Hochberg 1995). ``above_magnitude`` is rho minus that
-    of the baseline metric over the same units, with the paired bootstrap interval.
+    For layers the prediction is ``score_sum``, the effect ``delta_nll`` (the mean over seeds where a perturbation is
+    random). The target ALL is no layer and is left out. For single weights the prediction is the score of that weight
+    by each metric, the effect abs(``delta_nll``): a score is the size of a change, and taking one weight away may as
+    well lower the loss.
+
+    Over layers of several kinds of matrix ``within_rho`` is the agreement given kind and depth, ``within_p`` its
+    p-value by shuffles within kinds. ``p_adjusted`` is that p-value (without kinds, ``p_value``), adjusted for the
+    whole table as one family (Benjamini & Hochberg 1995); the primary analysis stands outside it and keeps its own.
+    ``above_magnitude`` is rho (given kind and depth) minus that of the baseline metric over the same units;
+    ``above``, ``below`` and ``not_told_apart`` name the other metrics by what all pairs, compared together, show.
 
     >>> import bridge
     >>> validation = bridge.load_validation("outputs")
@@ -80,43 +63,46 @@ def correlate(
         targets: a table of TARGETS; where they restrict the range, the note says so.
         sampled: a table of SAMPLED_WEIGHTS; without it there are no rows of the unit weights.
         baseline: the metric that every other must beat.
+        primary: the analysis that was named before anything was measured; without one all rows are exploratory.
+        losses: the losses of every measurement on each text (columns as in ``text_effects``); where all layers were
+            measured, ``texts_low`` and ``texts_high`` are then the interval of rho over texts.
+        n_resamples: of the bootstrap and the permutations each.
 
     Returns:
         A table of CORRELATIONS; an estimate that is not available is empty, and its note says why.
     """
     restricted = targets is not None and is_restricted(targets)
-    comparisons = list(_comparisons(measurements, sampled))
+    all_measured = targets is not None and len(targets) > 0 and bool((targets["n_layers"] <= len(targets)).all())
+    compared = list(comparisons(measurements, sampled))
     rows = []
-    for comparison in comparisons:
-        units = "weights" if comparison.unit == "weights" else "layers"
-        result = agreement(
-            comparison.points["score_sum"].to_numpy(float),
-            comparison.points["delta_nll"].to_numpy(float),
-            _generator(seed, comparison.purpose),
-            units,
-        )
-        notes = [result.note, comparison.note]
-        if restricted and units == "layers":
-            notes.append(RANGE_NOTE)
-        row = {
-            "unit": comparison.unit,
-            "metric": comparison.metric,
-            "perturbation": comparison.perturbation,
-            "k": comparison.k,
-        }
-        row |= result._asdict()
-        row["note"] = "; ".join(filter(None, notes))
-        for other in comparisons:
-            if other.metric == baseline and other is not comparison and comparison.is_same_but_metric(other):
-                row |= _above(comparison.points, other.points, _generator(seed, f"difference/{comparison.purpose}"))
+    for comparison in compared:
+        row = _row(comparison, seed, n_resamples)
+        key = (comparison.unit, comparison.metric, comparison.perturbation, comparison.k)
+        row["primary"] = int(primary is not None and primary.is_row(*key))
+        if restricted and comparison.units == LAYERS:
+            row["note"] = "; ".join(filter(None, [row["note"], RANGE_NOTE]))
+        if losses is not None and all_measured and comparison.unit == LAYERS:
+            row |= _over_texts(comparison, losses)
         rows.append(row)
+    for setting in dict.fromkeys(comparison.setting for comparison in compared):
+        together = [at for at, comparison in enumerate(compared) if comparison.setting == setting]
+        differences = _differences([compared[at] for at in together])
+        for at in together:
+            rows[at] |= _standing(differences, compared[at].metric, baseline)
     return _with_adjusted_p(pd.DataFrame(rows, columns=list(CORRELATIONS.columns)))
 
 
 def write_correlations(validation: Validation, seed: int = 0) -> pd.DataFrame:
     """Compute ``correlations.csv`` of a validation from its measurements, write it and return the table."""
-    baseline = read_metric_definitions(validation.discovery.manifest).baseline
-    table = correlate(validation.measurements(), seed, validation.targets(), validation.sampled(), baseline)
+    baseline = validation.discovery.baseline_metric
+    table = correlate(
+        validation.measurements(),
+        seed,
+        validation.targets(),
+        validation.sampled(),
+        baseline,
+        primary_analysis(validation.options, baseline),
+    )
     write_table(validation.folder / layout.CORRELATIONS_FILE, table, CORRELATIONS)
     return table
 
@@ -125,49 +111,95 @@ def _generator(seed: int, purpose: str) -> np.random.Generator:
     return np.random.default_rng([seed, *purpose.encode()])
 
 
-def _comparisons(measurements: pd.DataFrame, sampled: pd.DataFrame | None) -> Iterator[_Comparison]:
-    """All comparisons of prediction and effect that the measurements allow."""
-    tops = top_sets(measurements)
-    for (metric, perturbation, k), sets in tops.groupby(SETTING, sort=False):
-        points = single_layers(sets).groupby("target_layer", sort=False)[["score_sum", "delta_nll"]].mean()
-        yield _Comparison(unit="layers", metric=metric, perturbation=perturbation, k=k, points=points)
-    effects = weight_effects(measurements, sampled)
-    if sampled is not None and len(effects):
-        for perturbation in effects["perturbation"].unique():
-            rows = rows_where(effects, perturbation=perturbation)
-            for metric in layout.metrics_of_columns(sampled):
-                points = pd.DataFrame({"score_sum": rows[layout.score_column(metric)], "delta_nll": rows["size"]})
-                yield _Comparison(unit="weights", metric=metric, perturbation=perturbation, k=1, points=points)
-    for (metric, perturbation), sets in tops.groupby(["metric", "perturbation"], sort=False):
-        points, ks = curves_of_layers(sets)
-        if len(points):
-            yield _Comparison(
-                unit="ablation_curve",
-                metric=metric,
-                perturbation=perturbation,
-                k=int(sets["k"].max()),
-                points=points,
-                note=f"mean height of the curve over log k, k = {', '.join(map(str, ks))}",
-            )
+def _row(comparison: Comparison, seed: int, n_resamples: int) -> dict[str, Any]:
+    """A row of CORRELATIONS but for what depends on the other rows."""
+    result = agreement(
+        comparison.points["score_sum"].to_numpy(float),
+        comparison.points["delta_nll"].to_numpy(float),
+        _generator(seed, comparison.purpose),
+        comparison.units,
+        n_resamples,
+    )
+    row: dict[str, Any] = {
+        "unit": comparison.unit,
+        "metric": comparison.metric,
+        "perturbation": comparison.perturbation,
+        "k": comparison.k,
+        "n_kinds": 1,
+        "n_fitted": 1,
+    }
+    row |= result._asdict()
+    notes = [result.note, comparison.note]
+    kinds = comparison.kinds
+    if kinds is not None and not np.isnan(result.spearman):
+        x, y = comparison.scored["score_sum"].to_numpy(), comparison.scored["delta_nll"].to_numpy()
+        rng = _generator(seed, f"within kinds/{comparison.purpose}")
+        within = within_kinds(x, y, kinds, comparison.depths, rng, n_resamples=n_resamples)
+        row |= {"n_kinds": len(set(kinds)), "n_fitted": within.result.n_fitted, "within_p": within.p_value}
+        row |= {"within_rho": within.result.rho}
+        row |= {"within_low": within.interval.low, "within_high": within.interval.high}
+        if np.isnan(within.result.rho):
+            notes.append(NOT_WITHIN_KINDS)
+    row["note"] = "; ".join(filter(None, notes))
+    return row
 
 
-def _above(points: pd.DataFrame, baseline: pd.DataFrame, rng: np.random.Generator) -> dict[str, float]:
-    """By how much a rho is above the baseline's over the units that both hold; empty where either has no rho."""
-    points, baseline = points.dropna(), baseline.dropna()
-    shared = points.index.intersection(baseline.index, sort=False)
-    first = points.loc[shared].to_numpy(float).T  # (2, n): prediction and effect
-    second = baseline.loc[shared].to_numpy(float).T
-    has_ranks = all(len(np.unique(values)) > 1 for values in [*first, *second])
-    if len(shared) < MIN_UNITS or not has_ranks:
+def _over_texts(comparison: Comparison, losses: pd.DataFrame) -> dict[str, float]:
+    """Interval of rho over texts; empty where the losses are not of all layers and texts."""
+    selection = layout.top_label(comparison.metric)
+    effects, n_tokens = text_effects(losses, selection, comparison.perturbation, comparison.k)
+    layers = comparison.scored.index
+    if not set(layers) <= set(effects.index):
         return {}
-    difference = rho_difference((first[0], first[1]), (second[0], second[1]), rng)
-    return {"above_magnitude": difference.value, "above_low": difference.low, "above_high": difference.high}
+    values = effects.loc[layers].to_numpy(float)
+    _, low, high = rho_over_texts(comparison.scored["score_sum"].to_numpy(), values, n_tokens)
+    return {"texts_low": low, "texts_high": high}
+
+
+def _differences(compared: Sequence[Comparison]) -> list[Difference]:
+    """All pairs of metrics over the units that every one of them has a score and an effect of.
+
+    A metric that has no rho (no units, equal scores) is compared with none; its pairs have no p-value.
+    """
+    shared = compared[0].scored.index
+    for other in compared[1:]:
+        shared = shared.intersection(other.scored.index, sort=False)
+    if len(shared) == 0:
+        return []
+    rhos: dict[str, WeightedRho] = {}
+    for comparison in compared:
+        points = comparison.scored.loc[shared]
+        covariates = None
+        if comparison.kinds is not None:
+            at = comparison.scored.index.get_indexer(shared)
+            kinds, depths = comparison.kinds, comparison.depths
+            covariates = kind_and_depth([kinds[i] for i in at], [depths[i] for i in at])
+        x, y = points["score_sum"].to_numpy(), points["delta_nll"].to_numpy()
+        rhos[comparison.metric] = weighted_rho(x, y, covariates=covariates)
+    return compare_metrics(rhos)
+
+
+def _standing(differences: Sequence[Difference], metric: str, baseline: str) -> dict[str, Any]:
+    """Columns on where a metric stands among the others of its setting."""
+    stands = standing(list(differences), metric)
+    row: dict[str, Any] = {
+        "above": " ".join(sorted(stands.above)),
+        "below": " ".join(sorted(stands.below)),
+        "not_told_apart": " ".join(sorted(stands.not_told_apart)),
+    }
+    for pair in differences:
+        if {pair.first, pair.second} == {metric, baseline} and metric != baseline:
+            ends = [pair.low, pair.high] if pair.first == metric else [-pair.high, -pair.low]
+            row["above_magnitude"] = pair.difference if pair.first == metric else -pair.difference
+            row |= {"above_low": ends[0], "above_high": ends[1]}
+    return row
 
 
 def _with_adjusted_p(table: pd.DataFrame) -> pd.DataFrame:
-    """``p_adjusted`` by Benjamini and Hochberg over the metrics of each unit, perturbation and k."""
-    table["p_adjusted"] = np.nan
-    known = table[table["p_value"].notna()]
-    for _, group in known.groupby(["unit", "perturbation", "k"], sort=False):
-        table.loc[group.index, "p_adjusted"] = stats.false_discovery_control(group["p_value"].to_numpy(float))
+    """``p_adjusted`` over the whole table, and how many p-values its family has."""
+    p_values = table["p_value"].where(table["n_kinds"] == 1, table["within_p"]).to_numpy(float)
+    primary = table["primary"].to_numpy(bool)
+    table["p_adjusted"] = adjusted_p_values(p_values, primary)
+    n_exploratory = int((~np.isnan(p_values) & ~primary).sum())
+    table["n_tests"] = np.where(primary, 1, n_exploratory)
     return table

@@ -78,8 +78,8 @@ def compare_models(models: Sequence[ComparedModel], metrics: Sequence[str] | Non
     top_fraction_score_share (of the highest 0.01 %; see ``concentration.top_score_share``), a
     ``share <component>`` and a ``share <depth>`` of the top-K for each, and from a validation the perplexity
     ratio when the global top-K was zeroed: ablation_k, ppl_ratio, ppl_ratio_low, ppl_ratio_high (95 %
-    interval), random_ppl_ratio (largest draw); where several models have one, equal_fraction and
-    ppl_ratio_at_equal_fraction (see ``robustness.ratios_at_equal_fraction``).
+    interval), random_ppl_ratio (largest draw) and random_unbounded_share (draws without a finite loss); where several
+    models have one, equal_fraction and ppl_ratio_at_equal_fraction (see ``robustness.ratios_at_equal_fraction``).
 
     Args:
         models: two or more.

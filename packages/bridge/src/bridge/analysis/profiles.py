@@ -48,7 +48,7 @@ def top_weight_profiles(
     cells = []
     for weights, summary, model in zip(top_weights, summaries, models, strict=True):
         n_layers = _n_layers(summary)
-        components = ModelComponents(summary.set_index("parameter")["n_weights"].to_dict(), model)
+        components = ModelComponents(dict(zip(summary["parameter"], summary["n_weights"], strict=True)), model)
         cells.append(
             pd.DataFrame(
                 {

@@ -9,12 +9,13 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from bridge.analysis.bootstrap import N_RESAMPLES
+from bridge.analysis import claims
+from bridge.analysis.bootstrap import N_RESAMPLES, Interval
 from bridge.analysis.spearman import permutation_p_value, rho_interval, spearman_rho
+from bridge.analysis.tied_overlap import expected_precision, expected_rank_biased_overlap
 
 MIN_UNITS = 4  # with three units the smallest two-sided p-value is 1/3
 ROUGH_UNITS = 10  # below this the percentile bootstrap covers less than it says
-PERSISTENCE = 0.9  # of the rank-biased overlap: the first 10 ranks carry about 86 % of its weight
 
 
 class Agreement(NamedTuple):
@@ -23,14 +24,16 @@ class Agreement(NamedTuple):
     Attributes:
         n: number of units.
         spearman: Spearman's rho.
-        ci_low: lower end of its 95 % bootstrap interval over units.
+        ci_low: lower end of its 95 % bootstrap interval over units; none for fewer than ``claims.MIN_UNITS``.
         ci_high: upper end.
         p_value: two-sided, by permutation of the pairing.
         kendall_tau_b: Kendall's tau-b.
         weighted_tau: Vigna's weighted tau, the largest units counting most.
-        rbo: extrapolated rank-biased overlap, from the largest unit down.
+        rbo: extrapolated rank-biased overlap, from the largest unit down, averaged over ties.
         top_n: how many units count as the top in ``precision_at_n``.
-        precision_at_n: share of the top_n predicted units that are among the top_n effects; chance gives top_n / n.
+        precision_at_n: share of the top_n predicted units that are among the top_n effects, expected over
+            random orders of ties; chance gives top_n / n.
+        unbounded_share: share of the effects that are infinite or undefined.
         note: what limits these numbers, or empty.
     """
 
@@ -44,6 +47,7 @@ class Agreement(NamedTuple):
     rbo: float = np.nan
     top_n: int = 0
     precision_at_n: float = np.nan
+    unbounded_share: float = np.nan
     note: str = ""
 
 
@@ -70,12 +74,17 @@ def agreement(
     if not finite.all():
         notes.append(f"infinite or undefined effects, ranked as the largest: {(~finite).sum()}")
         y = np.where(finite, y, np.inf)
+    unbounded_share = float(np.isinf(y).mean()) if len(y) else np.nan
     obstacle = _obstacle(x, y, units)
     if obstacle:
-        return Agreement(n=len(x), note="; ".join([*notes, obstacle]))
-    if len(x) < ROUGH_UNITS:
-        notes.append(f"only {len(x)} {units}: the interval is rough")
-    interval = rho_interval(x, y, rng, n_resamples)
+        return Agreement(n=len(x), unbounded_share=unbounded_share, note="; ".join([*notes, obstacle]))
+    interval = Interval(np.nan, np.nan)
+    if len(x) < claims.MIN_UNITS:
+        notes.append(f"only {len(x)} {units}: no interval and no claim (at least {claims.MIN_UNITS})")
+    else:
+        interval = rho_interval(x, y, rng, n_resamples)
+        if len(x) < ROUGH_UNITS:
+            notes.append(f"only {len(x)} {units}: the interval is rough")
     top_n = default_top_n(len(x))
     return Agreement(
         n=len(x),
@@ -85,9 +94,10 @@ def agreement(
         p_value=permutation_p_value(x, y, rng, n_resamples),
         kendall_tau_b=kendall_tau_b(x, y),
         weighted_tau=weighted_tau(x, y),
-        rbo=rank_biased_overlap(x, y),
+        rbo=expected_rank_biased_overlap(x, y),
         top_n=top_n,
-        precision_at_n=precision_at_n(x, y, top_n),
+        precision_at_n=expected_precision(x, y, top_n),
+        unbounded_share=unbounded_share,
         note="; ".join(notes),
     )
 
@@ -116,31 +126,3 @@ def kendall_tau_b(x: np.ndarray, y: np.ndarray) -> float:
 def weighted_tau(x: np.ndarray, y: np.ndarray) -> float:
     """Weighted tau with additive hyperbolic weights, averaged over both rankings (Vigna 2015). x and y: (n,)."""
     return float(stats.weightedtau(stats.rankdata(x), stats.rankdata(y)).statistic)
-
-
-def rank_biased_overlap(x: np.ndarray, y: np.ndarray, p: float = PERSISTENCE) -> float:
-    """Extrapolated rank-biased overlap of the two orders, largest first (Webber, Moffat & Zobel 2010).
-
-    RBO_ext = A_n p^n + (1 - p)/p * sum_d A_d p^d, where A_d is the share common to the first d of both.
-    Equal values keep the order in which the units came. x and y: (n,).
-    """
-    order_x, order_y = _descending(x), _descending(y)
-    n = len(order_x)
-    rank_in_y = np.empty(n, dtype=int)
-    rank_in_y[order_y] = np.arange(n)
-    # A unit is common to the first d of both orders from the larger of its two ranks on (from 0).
-    common_from = np.maximum(np.arange(n), rank_in_y[order_x])
-    depths = np.arange(1, n + 1)
-    overlap = np.cumsum(np.bincount(common_from, minlength=n)) / depths  # A_d, (n,)
-    return float(overlap[-1] * p**n + (1 - p) / p * np.sum(overlap * p**depths))
-
-
-def precision_at_n(x: np.ndarray, y: np.ndarray, n: int) -> float:
-    """Share of the ``n`` units of largest ``x`` that are among the ``n`` of largest ``y`` (the top-n overlap)."""
-    common = np.intersect1d(_descending(x)[:n], _descending(y)[:n])
-    return float(len(common) / n)
-
-
-def _descending(values: np.ndarray) -> np.ndarray:
-    """The indices of the values, largest first; equal values keep their order."""
-    return np.argsort(-np.asarray(values, dtype=float), kind="stable")

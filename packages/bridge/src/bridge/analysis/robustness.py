@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from bridge.analysis.measured_sets import rows_where
+from bridge.analysis.measured_sets import infinite_where_undefined, rows_where
 from bridge.exchange import layout
 
 
@@ -18,6 +18,7 @@ class AblationRatios(NamedTuple):
         ppl_ratio_low: lower end of its 95 % interval, that of delta_nll exponentiated.
         ppl_ratio_high: upper end.
         random_ppl_ratio: the largest ratio of the random sets of K weights; NaN without any.
+        random_unbounded_share: share of these whose loss is infinite or undefined, which is the largest ratio.
     """
 
     ablation_k: int
@@ -25,11 +26,16 @@ class AblationRatios(NamedTuple):
     ppl_ratio_low: float
     ppl_ratio_high: float
     random_ppl_ratio: float
+    random_unbounded_share: float
 
 
 def zeroed_top_sets(measurements: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """The measurements of a metric's zeroed global top sets, K ascending (table MEASUREMENTS)."""
+    """The measurements of a metric's zeroed global top sets, K ascending (table MEASUREMENTS).
+
+    The effect of a loss that overflowed, to infinity or to NaN, is infinite.
+    """
     rows = rows_where(measurements, target_layer=layout.ALL, perturbation="zero", selection=layout.top_label(metric))
+    rows = rows.assign(delta_nll=infinite_where_undefined(rows["delta_nll"]))
     return rows.sort_values("k").reset_index(drop=True)
 
 
@@ -42,13 +48,15 @@ def ablation_ratios(measurements: pd.DataFrame, metric: str) -> AblationRatios |
     random = rows_where(
         measurements, target_layer=layout.ALL, perturbation="zero", selection=layout.RANDOM, k=largest["k"]
     )
+    draws = infinite_where_undefined(random["delta_nll"])
     with np.errstate(over="ignore"):
         return AblationRatios(
             ablation_k=int(largest["k"]),
             ppl_ratio=float(np.exp(largest["delta_nll"])),
             ppl_ratio_low=float(np.exp(largest["ci_low"])),
             ppl_ratio_high=float(np.exp(largest["ci_high"])),
-            random_ppl_ratio=float(np.exp(random["delta_nll"].max())),
+            random_ppl_ratio=float(np.exp(draws.max())),
+            random_unbounded_share=float(np.isinf(draws).mean()) if len(draws) else np.nan,
         )
 
 

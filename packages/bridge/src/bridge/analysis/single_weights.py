@@ -70,8 +70,9 @@ def weight_effects(measurements: pd.DataFrame, sampled: pd.DataFrame | None) -> 
         return pd.DataFrame()
     size = infinite_where_undefined(rows["delta_nll"].abs())
     rows = rows.assign(delta_nll=infinite_where_undefined(rows["delta_nll"]), size=size)
+    rows = rows.sort_values("seed", kind="stable")  # means do not depend on the order of the rows
     effects = ["delta_nll", "ci_low", "ci_high", "size"]
     means = rows.groupby(["perturbation", *layout.WEIGHT_KEY], sort=False, dropna=False)[effects].mean().reset_index()
-    score_columns = [layout.score_column(metric) for metric in layout.metrics_of_columns(sampled)]
+    score_columns = [layout.score_column(metric) for metric in layout.metrics_of_columns(sampled.columns)]
     scores = sampled[[*layout.WEIGHT_KEY, "value", *score_columns]].astype({"row": "Int64", "col": "Int64"})
     return means.merge(scores, on=layout.WEIGHT_KEY, how="inner")

@@ -1,21 +1,9 @@
-"""Spearman's rank correlation: the coefficient, its interval, a difference of two, and a permutation p-value."""
-
-from typing import NamedTuple
+"""Spearman's rank correlation: the coefficient, its interval, and a permutation p-value."""
 
 import numpy as np
 from scipy import stats
 
 from bridge.analysis.bootstrap import BLOCK_SIZE, LEVEL, N_RESAMPLES, Interval, paired_bootstrap_interval
-
-Pairs = tuple[np.ndarray, np.ndarray]  # prediction x and effect y of the same n units
-
-
-class RhoDifference(NamedTuple):
-    """By how much one rho is above another over the same units, with the ends of its interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 def spearman_rho(x: np.ndarray, y: np.ndarray) -> float:
@@ -28,20 +16,6 @@ def rho_interval(
 ) -> Interval:
     """Percentile bootstrap interval of Spearman's rho over units; each resample is ranked anew. x and y: (n,)."""
     return paired_bootstrap_interval([x, y], _rho_of_rows, rng, n_resamples, level)
-
-
-def rho_difference(
-    first: Pairs, second: Pairs, rng: np.random.Generator, n_resamples: int = N_RESAMPLES, level: float = LEVEL
-) -> RhoDifference:
-    """Rho of the first (x, y) minus rho of the second over the same units, with its paired bootstrap interval."""
-
-    def difference(*resampled: np.ndarray, axis: int) -> np.ndarray:
-        x_first, y_first, x_second, y_second = resampled  # each (B, n)
-        differences: np.ndarray = _rho_of_rows(x_first, y_first, axis) - _rho_of_rows(x_second, y_second, axis)
-        return differences  # (B,)
-
-    interval = paired_bootstrap_interval([*first, *second], difference, rng, n_resamples, level)
-    return RhoDifference(spearman_rho(*first) - spearman_rho(*second), interval.low, interval.high)
 
 
 def permutation_p_value(

@@ -96,11 +96,28 @@ TARGETS = Table(
 )
 CORRELATIONS = Table(
     "correlations",
-    {"unit": "str", "metric": "str", "perturbation": "str", "k": "int", "n": "int"}
-    | dict.fromkeys(["spearman", "ci_low", "ci_high", "p_value", "p_adjusted"], "float")
+    {"unit": "str", "metric": "str", "perturbation": "str", "k": "int"}
+    | {"primary": "int"}  # 1 for the analysis that was named before anything was measured, else 0
+    | {"n": "int", "n_kinds": "int"}  # units, and kinds of matrix among them (1 where kinds do not count)
+    | dict.fromkeys(["spearman", "ci_low", "ci_high", "p_value"], "float")
+    | dict.fromkeys(["within_rho", "within_low", "within_high", "within_p"], "float")  # given kind and depth
+    | {"n_fitted": "int"}  # numbers fitted to each ranking: kinds and course over depth, or the mean alone
+    | dict.fromkeys(["texts_low", "texts_high"], "float")  # interval of spearman over texts, where all layers are in
+    | {"p_adjusted": "float", "n_tests": "int"}  # of within_p, or of p_value without kinds; size of its family
     | dict.fromkeys(["above_magnitude", "above_low", "above_high"], "float")  # rho minus magnitude's, and its interval
+    | dict.fromkeys(["above", "below", "not_told_apart"], "str")  # other metrics, separated by spaces
     | dict.fromkeys(["kendall_tau_b", "weighted_tau", "rbo"], "float")
-    | {"top_n": "int", "precision_at_n": "float", "note": "str"},
+    | {"top_n": "int", "precision_at_n": "float"}
+    | {"unbounded_share": "float", "note": "str"},  # share of effects whose loss is infinite or undefined
+)
+COMPARISONS = Table(
+    "comparisons",
+    {"target_layer": "str", "selection": "str", "perturbation": "str", "k": "int", "control": "str", "n_draws": "int"}
+    | dict.fromkeys(["delta_nll", "control_mean", "control_low", "control_high", "difference"], "float")
+    | dict.fromkeys(["ci_low", "ci_high"], "float")  # of the difference, over texts and random sets
+    | {"n_eff": "float", "n_beaten": "int", "p_value": "float"}
+    | dict.fromkeys(["unbounded_share", "control_unbounded_share"], "float")
+    | {"note": "str"},
 )
 STABILITY = Table(
     "stability",

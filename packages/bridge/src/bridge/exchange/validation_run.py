@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 
@@ -13,7 +13,7 @@ from bridge.exchange.discovery_run import Discovery, one_folder, open_discovery,
 from bridge.exchange.errors import RequestError
 from bridge.exchange.printable import say
 from bridge.exchange.run_folder import find_runs, read_manifest
-from bridge.exchange.tables import CORRELATIONS, MEASUREMENTS, TARGETS, read_table
+from bridge.exchange.tables import COMPARISONS, CORRELATIONS, MEASUREMENTS, TARGETS, read_table
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,13 @@ class Validation:
         path = self.folder / layout.SAMPLED_WEIGHTS_FILE
         return read_sampled(path, self.discovery.metrics()) if path.exists() else None
 
+    def comparisons(self) -> pd.DataFrame:
+        """Top sets against random ones: table COMPARISONS; no rows where the instrument compared none."""
+        path = self.folder / layout.COMPARISONS_FILE
+        if not path.exists():
+            return pd.DataFrame(columns=list(COMPARISONS.columns))
+        return read_table(path, COMPARISONS)
+
     def correlations(self) -> pd.DataFrame:
         """The agreement of score and effect: table CORRELATIONS."""
         return read_table(self.folder / layout.CORRELATIONS_FILE, CORRELATIONS)
@@ -68,7 +75,7 @@ def choose_validation(folders: Sequence[str]) -> Validation:
     newest = runs[-1]
     if len(runs) > 1:
         say(f"{parent} holds {len(runs)} validations; the newest is {newest.name}", stream=sys.stderr)
-    manifest = read_manifest(newest)
+    manifest = cast(dict[str, Any], read_manifest(newest))
     return Validation(newest, manifest, open_discovery(_discovery_folder(newest, manifest)))
 
 

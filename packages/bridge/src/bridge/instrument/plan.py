@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import pandas as pd
 
+from bridge.analysis.primary import primary_analysis
 from bridge.analysis.single_weights import choose_weights
 from bridge.analysis.targets import choose_targets
 from bridge.exchange import baseline_file, layout
@@ -142,6 +143,9 @@ def plan(options: ValidationOptions) -> Plan:
     }
     if options.global_set:
         chosen["target_layers"].append(ALL)  # all matrices of the model: the top-K there is the global one
+    # k in the order of the request: its first is that of the primary analysis, named here before anything is measured
+    primary = primary_analysis(chosen | {"k": options.k or ks}, discovery.baseline_metric)
+    chosen = {"primary": primary._asdict(), **chosen}
     identity: dict[str, Any] = {
         "options": chosen,
         "model": discovery.model,

@@ -1,21 +1,26 @@
 """What the numbers of a validation do not show, in sentences."""
 
 import numpy as np
+import pandas as pd
 
+from bridge.analysis.claims import LEVEL, MIN_UNITS
 from bridge.analysis.measured_sets import rows_where
 from bridge.analysis.rank_agreement import ROUGH_UNITS
 from bridge.analysis.targets import RANGE_NOTE, is_restricted
 from bridge.report.evidence import Evidence
 from bridge.report.number_format import number, plural
+from bridge.report.phrases import DRAWS_NEEDED
 
-FEW_SEQUENCES = 6  # below which the instrument gives no interval
-FEW_DRAWS = 19  # the fewest with which a single layer's p-value can reach 0.05
+SAME = 0.95  # Jaccard overlap above which two halves of the texts name all but the same weights
+FEW_TEXTS = 6  # below which the instrument gives no interval
+MANY_WEIGHTS = 20  # from which on single weights are said to cover the ranks
 
 
 def caveats(evidence: Evidence) -> list[str]:
     """What the numbers do not show."""
     return [
         *_choice_of_units(evidence),
+        *_few_texts(evidence),
         *_measurements(evidence),
         *_random_draws(evidence),
         _texts(evidence),
@@ -26,40 +31,57 @@ def caveats(evidence: Evidence) -> list[str]:
 
 
 def _choice_of_units(evidence: Evidence) -> list[str]:
-    """Which layers, weights and metrics were chosen, and what that does to the agreement."""
+    """Which layers and weights were chosen, and what that does to the agreement."""
     sentences = []
     n_weights = evidence.weight_correlations["n"].max()
     if n_weights > 0:
+        covered = "over every order of magnitude of rank" if n_weights >= MANY_WEIGHTS else "over the ranks"
         sentences.append(
-            f"The {plural(int(n_weights), 'single weight')} are of those that the discovery sampled, spread over every "
-            "order of magnitude of rank: the highest scores are far more frequent than in a random sample."
+            f"The {plural(int(n_weights), 'single weight')} are of those that the discovery sampled, spread {covered}: "
+            "the highest scores are far more frequent than in a random sample, and rho speaks of this choice, not of "
+            "all weights of the model."
         )
     n_layers = evidence.layer_effects["target_layer"].nunique()
-    if 0 < n_layers < ROUGH_UNITS:
+    if 0 < n_layers < MIN_UNITS:
+        layers = plural(n_layers, "layer")
+        sentences.append(f"Only {layers} tested: rho has no interval, and nothing is claimed (at least {MIN_UNITS}).")
+    elif 0 < n_layers < ROUGH_UNITS:
         sentences.append(f"Only {plural(n_layers, 'layer')} tested: the interval of rho is rough.")
     if is_restricted(evidence.targets):
         sentences.append(f"{RANGE_NOTE[0].upper()}{RANGE_NOTE[1:]}; layers from the whole range would be needed.")
-    compared = [metric for metric in evidence.metrics if metric != evidence.baseline]
-    if len(compared) > 1:
-        sentences.append(
-            f"{evidence.metric} is the best of {len(evidence.metrics)} metrics on these very data; the adjusted "
-            "p-value accounts for the number of metrics, the interval of its rho does not."
-        )
+    return sentences
+
+
+def _few_texts(evidence: Evidence) -> list[str]:
+    """How much damage the texts may have missed, and whether few of them make an effect."""
+    table = evidence.measurements
+    n_texts = int(table["n_clusters" if "n_clusters" in table else "n_sequences"].min())
+    unseen = 1 - (1 - LEVEL) ** (1 / n_texts)
+    sentences = [
+        f"Damage that strikes fewer than {number(100 * unseen, 2)} % of texts may be unseen: "
+        f"{plural(n_texts, 'text')} may all have missed it, and no interval covers it then."
+    ]
+    if n_texts < FEW_TEXTS:
+        sentences.append(f"With {plural(n_texts, 'text')} no interval of an effect is given (at least {FEW_TEXTS}).")
+    if "few_texts_decide" in table:
+        few = pd.to_numeric(table["few_texts_decide"]).fillna(0) > 0
+        if few.any():
+            sentences.append(
+                f"In {few.sum()} of {plural(len(table), 'measurement')} fewer than a quarter of the texts make the "
+                "effect; other texts may show a much larger or smaller one."
+            )
     return sentences
 
 
 def _measurements(evidence: Evidence) -> list[str]:
-    """Few sequences, losses that overflowed, targets that are too small."""
+    """Losses that overflowed, targets that are too small."""
     sentences = []
     table = evidence.measurements
-    n_sequences = int(table["n_sequences"].min())
-    if n_sequences < FEW_SEQUENCES:
-        sequences = plural(n_sequences, "sequence")
-        sentences.append(f"With {sequences} no interval of an effect is given (at least {FEW_SEQUENCES}).")
     n_infinite = int((~np.isfinite(table["delta_nll"])).sum())
     if n_infinite:
         sentences.append(
-            f"Measurements whose loss became infinite or undefined: {n_infinite}; they rank as the largest effect."
+            f"Measurements whose loss became infinite or undefined: {n_infinite} of {len(table)} "
+            f"({number(100 * n_infinite / len(table), 2)} %); they rank as the largest effect."
         )
     n_small = table[table["n_weights"] < table["k"]]["target_layer"].nunique()
     if n_small:
@@ -78,13 +100,15 @@ def _measurements(evidence: Evidence) -> list[str]:
 def _random_draws(evidence: Evidence) -> list[str]:
     """Too few random draws for a p-value of a single layer."""
     n_draws = evidence.top_against_random["n_random"]
-    if n_draws.empty or n_draws.min() >= FEW_DRAWS:
+    if n_draws.empty or n_draws.min() >= DRAWS_NEEDED:
         return []
     fewest = int(n_draws.min())
     sentence = f"At least one target has only {plural(fewest, 'random draw')}"
     if fewest:
         smallest_p = number(1 / (fewest + 1), 2)
-        sentence += f"; with {fewest} no p-value of a single layer can be below {smallest_p}"
+        sentence += (
+            f"; with {fewest} no p-value of a single layer can be below {smallest_p} ({DRAWS_NEEDED} are needed)"
+        )
     return [f"{sentence}."]
 
 
@@ -113,10 +137,11 @@ def _stability(evidence: Evidence) -> list[str]:
     smallest_k = rows["k"].min()
     rows = rows_where(rows, k=smallest_k)
     low, high = rows["jaccard"].min(), rows["jaccard"].max()
-    overlap = f"{low:.2f}" if len(rows) == 1 else f"{low:.2f} to {high:.2f}"
+    overlap = f"{low:.2f}" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f} to {high:.2f}"
     by_chance = number(rows["jaccard_chance"].iloc[0], 2)
+    depends = "hardly depends" if low > SAME else "depends"
     return [
-        f"Which weights are critical depends on the texts: the top {smallest_k} by {evidence.metric} of two random "
+        f"Which weights are critical {depends} on the texts: the top {smallest_k} by {evidence.metric} of two random "
         f"halves of them have a Jaccard overlap of {overlap} ({plural(len(rows), 'split')}; 1 would be the same, "
         f"chance gives {by_chance})."
     ]

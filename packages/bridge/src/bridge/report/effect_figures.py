@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bridge.analysis.measured_sets import first_setting, rows_where, single_layers
+from bridge.analysis.measured_sets import rows_where
 from bridge.exchange import layout
 from bridge.report.evidence import Evidence
 from bridge.report.figure_style import (
@@ -33,10 +33,9 @@ MAX_CURVES = 6
 
 def effect_by_layer(evidence: Evidence, path: Path, theme: Theme = LIGHT) -> Path | None:
     """Each layer's effect by metric, over the range of random sets of the same size; largest effects first."""
-    effects = single_layers(evidence.top_against_random)
+    effects = evidence.layer_effects
     if effects.empty:
         return None
-    effects = first_setting(effects)
     largest = effects.groupby("target_layer", sort=False)["delta_nll"].max()
     layers = largest.sort_values(ascending=False, kind="stable").index[:MAX_LAYERS].tolist()
     effects = effects[effects["target_layer"].isin(layers)]

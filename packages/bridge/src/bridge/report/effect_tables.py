@@ -2,15 +2,27 @@
 
 import pandas as pd
 
-from bridge.analysis.measured_sets import rows_where, single_layers
+from bridge.analysis.measured_sets import first_row, rows_where, single_layers
 from bridge.exchange import layout
 from bridge.report.evidence import Evidence
-from bridge.report.number_format import DASH, count, nats, number, p_value, perplexity, plural, spread
-from bridge.report.phrases import doing_to, loss_change, perplexity_after, weight_name
+from bridge.report.number_format import (
+    DASH,
+    coefficient,
+    count,
+    measured,
+    nats,
+    number,
+    p_value,
+    perplexity,
+    plural,
+    spread,
+)
+from bridge.report.phrases import DRAWS_NEEDED, doing_to, loss_change, perplexity_after, weight_name
 from bridge.report.text_table import TextTable
 
 N_EFFECTS_SHOWN = 20
 N_CURVES_SHOWN = 12  # more are folded
+TEXTS_THAT_DECIDE = "Texts that decide: how many texts of equal effect would spread it as these do (n_eff)."
 
 
 def global_effects(evidence: Evidence) -> list[TextTable]:
@@ -24,10 +36,13 @@ def global_effects(evidence: Evidence) -> list[TextTable]:
         tables.append(
             TextTable(
                 title=f"{doing_to(perturbation)} {plural(k, 'weight')} of all layers together",
-                columns=["Which weights", "Perplexity after", "Change of loss, nats per token"],
-                rows=[[_which_weights(row), perplexity_after(row), loss_change(row)] for _, row in rows.iterrows()],
+                columns=["Which weights", "Perplexity after", "Change of loss, nats per token", "Texts that decide"],
+                rows=[
+                    [_which_weights(row), perplexity_after(row), loss_change(row), _texts_that_decide(row)]
+                    for _, row in rows.iterrows()
+                ],
                 folded=bool(tables),
-                notes=[f"Before: perplexity {before}. In brackets: 95 % intervals."],
+                notes=[f"Before: perplexity {before}. In brackets: 95 % intervals over texts. {TEXTS_THAT_DECIDE}"],
             )
         )
     return tables
@@ -37,6 +52,13 @@ def _which_weights(row: pd.Series) -> str:
     """The selection of a measurement as words: ``top by obd``, ``random, draw 0``."""
     words = str(row["selection"]).replace("_", " by ", 1)
     return words if pd.isna(row["seed"]) else f"{words}, draw {row['seed']}"
+
+
+def _texts_that_decide(row: pd.Series) -> str:
+    """``7.2 of 12``: n_eff of a measurement and its number of texts."""
+    if pd.isna(row.get("n_eff")):
+        return DASH
+    return f"{number(row['n_eff'], 2)} of {count(row.get('n_clusters', row['n_sequences']))}"
 
 
 def layer_effects(evidence: Evidence) -> list[TextTable]:
@@ -54,14 +76,13 @@ def layer_effects(evidence: Evidence) -> list[TextTable]:
 def _layer_table(evidence: Evidence, title: str, effects: pd.DataFrame, folded: bool) -> TextTable:
     """One row a layer, the largest effect first; ``effects``: rows of ``top_against_random`` in one setting."""
     metrics = [metric for metric in evidence.metrics if metric in set(effects["metric"])]
-    roles = evidence.targets.drop_duplicates("target_layer").set_index("target_layer")
     layers = effects.groupby("target_layer", sort=False)
-    by_metric = {layer: of_layer.set_index("metric") for layer, of_layer in layers}
     rows = []
     for layer in layers["delta_nll"].max().sort_values(ascending=False, kind="stable").index:
-        of_layer = by_metric[layer]
-        cells = [loss_change(of_layer.loc[metric]) if metric in of_layer.index else DASH for metric in metrics]
-        rows.append([layer, *_role(roles, layer), *cells, _range_of_draws(of_layer)])
+        of_layer = rows_where(effects, target_layer=layer)
+        of_metrics = [first_row(of_layer, metric=metric) for metric in metrics]
+        cells = [DASH if row is None else loss_change(row) for row in of_metrics]
+        rows.append([layer, *_role(evidence.targets, layer), *cells, _range_of_draws(of_layer)])
     n_draws = set(effects["n_random"])
     draws = plural(n_draws.pop(), "random draw") if len(n_draws) == 1 else "Random draws"
     return TextTable(
@@ -74,11 +95,11 @@ def _layer_table(evidence: Evidence, title: str, effects: pd.DataFrame, folded: 
     )
 
 
-def _role(roles: pd.DataFrame, layer: str) -> list[str]:
-    """Role, rank of the score and share of the top-K of a layer; ``roles``: table TARGETS by target_layer."""
-    if layer not in roles.index:
+def _role(targets: pd.DataFrame, layer: str) -> list[str]:
+    """Role, rank of the score and share of the top-K of a layer."""
+    row = first_row(targets, target_layer=layer)
+    if row is None:
         return [DASH] * 3
-    row = roles.loc[layer]
     return [str(row["role"]), count(row["score_rank"]), count(row["n_top"])]
 
 
@@ -89,7 +110,10 @@ def _range_of_draws(effects_of_layer: pd.DataFrame) -> str:
 
 
 def against_random(evidence: Evidence) -> list[TextTable]:
-    """For each metric: in how many layers its top weights did more damage than every random draw."""
+    """For each metric: in how many layers its top weights did more damage than every random draw.
+
+    Then every top set of the setting against the random sets of its target, as the instrument compared them.
+    """
     rows = []
     for metric in evidence.metrics:
         above = evidence.layers_above_random(metric)
@@ -106,7 +130,7 @@ def against_random(evidence: Evidence) -> list[TextTable]:
                 ]
             )
     if not rows:
-        return []
+        return _differences(evidence)
     return [
         TextTable(
             title="Top weights against random ones",
@@ -116,6 +140,48 @@ def against_random(evidence: Evidence) -> list[TextTable]:
                 "p: binomial, taking the layers as independent; they share their texts and are so only nearly. Effects "
                 "in nats per token, medians over the layers."
             ],
+        ),
+        *_differences(evidence),
+    ]
+
+
+def _differences(evidence: Evidence) -> list[TextTable]:
+    """Each target's top set minus the mean of its random sets, largest difference first."""
+    perturbation, k = evidence.setting
+    effects = rows_where(evidence.top_against_random, perturbation=perturbation, k=k).dropna(subset=["n_draws"])
+    effects = effects.sort_values(["difference", "target_layer", "metric"], ascending=[False, True, True])
+    rows = []
+    for _, row in effects.iterrows():
+        p = p_value(row["p_value"]) if pd.notna(row["p_value"]) else "none: too few draws"
+        rows.append(
+            [
+                "all layers" if row["target_layer"] == layout.ALL else row["target_layer"],
+                row["metric"],
+                measured(row["difference"], row["difference_low"], row["difference_high"]),
+                number(row["n_eff"], 2),
+                f"{count(row['n_beaten'])} of {count(row['n_draws'])}",
+                p,
+            ]
+        )
+    if not rows:
+        return []
+    unbounded = effects[["unbounded_share", "control_unbounded_share"]].fillna(0).max()
+    notes = [
+        "Difference from the mean of the random sets, nats per token, with its 95 % interval over texts and random "
+        f"sets; p: rank among the draws, which needs {DRAWS_NEEDED} of them to reach 0.05; draws beaten: those that "
+        f"did less damage, seed by seed where the perturbation has seeds. {TEXTS_THAT_DECIDE}"
+    ]
+    if unbounded.max() > 0:
+        shares = f"{coefficient(unbounded.iloc[0])} of the top sets' and {coefficient(unbounded.iloc[1])} of the draws'"
+        notes.append(f"Up to {shares} losses of a target are not finite; they count as the largest damage.")
+    return [
+        TextTable(
+            title="By how much more damage than random weights",
+            columns=["Target", "Metric", "Difference", "Texts that decide", "Draws beaten", "p"],
+            rows=rows,
+            n_text=2,
+            folded=True,
+            notes=notes,
         )
     ]
 
@@ -168,7 +234,7 @@ def effects_of_weights(evidence: Evidence) -> list[TextTable]:
         how_many = f"the {len(rows)} of largest effect among {len(of_perturbation)}"
         tables.append(
             TextTable(
-                title=f"{doing_to(perturbation)} one weight: {how_many}",
+                title=f"{doing_to(str(perturbation))} one weight: {how_many}",
                 columns=["Weight", "Value", "Change of loss, nats per token", *(f"Score by {m}" for m in metrics)],
                 rows=rows,
                 folded=bool(tables),

@@ -1,19 +1,21 @@
 """The data of a report: what a validation and its discovery left, and the tables that follow, each computed once."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 
 from bridge.analysis.ablation_curves import ablation_curves
 from bridge.analysis.measured_sets import rows_where, single_layers, top_sets
+from bridge.analysis.predicted_and_measured import LAYERS
 from bridge.analysis.single_weights import weight_effects
 from bridge.analysis.top_against_random import LayersAboveRandom, layers_above_random, top_against_random
 from bridge.exchange import layout
 from bridge.exchange.metric_definitions import MetricDefinitions, read_metric_definitions
+from bridge.exchange.tables import COMPARISONS
 from bridge.exchange.validation_run import Validation
 
 
@@ -28,6 +30,7 @@ class Evidence:
         measurements: table MEASUREMENTS, at least one row.
         targets: table TARGETS.
         correlations: table CORRELATIONS.
+        comparisons: table COMPARISONS; no rows where nothing was compared with random sets.
         top_weights: for each metric its global top-K (table TOP_WEIGHTS).
         summaries: for each metric its table LAYER_SUMMARY.
         sampled: table SAMPLED_WEIGHTS, where single weights were perturbed.
@@ -42,6 +45,7 @@ class Evidence:
     correlations: pd.DataFrame
     top_weights: dict[str, pd.DataFrame]
     summaries: dict[str, pd.DataFrame]
+    comparisons: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=list(COMPARISONS.columns)))
     sampled: pd.DataFrame | None = None
     stability: pd.DataFrame | None = None
 
@@ -83,9 +87,26 @@ class Evidence:
 
     @cached_property
     def setting(self) -> tuple[str, int]:
-        """The perturbation and k that the sentences speak of: the first perturbation, at its largest k."""
-        first = self.measurements["perturbation"].iloc[0]
-        return first, int(rows_where(self.measurements, perturbation=first)["k"].max())
+        """The perturbation and k that the sentences speak of: those of the primary analysis over layers.
+
+        Where that is over single weights its perturbation, else the first one; at its largest k.
+        """
+        primary = self.primary
+        perturbation = str(self.measurements["perturbation"].iloc[0] if primary is None else primary["perturbation"])
+        if primary is not None and primary["unit"] == LAYERS:
+            return perturbation, int(primary["k"])
+        return perturbation, int(rows_where(self.measurements, perturbation=perturbation)["k"].max())
+
+    @cached_property
+    def primary(self) -> pd.Series | None:
+        """The row of CORRELATIONS that was named before anything was measured; None if there is none."""
+        rows = rows_where(self.correlations, primary=1)
+        return rows.iloc[0] if len(rows) else None
+
+    @cached_property
+    def exploratory(self) -> pd.DataFrame:
+        """The other rows of CORRELATIONS."""
+        return rows_where(self.correlations, primary=0)
 
     @cached_property
     def settings(self) -> list[tuple[str, int]]:
@@ -105,14 +126,12 @@ class Evidence:
 
     @cached_property
     def metric(self) -> str:
-        """The metric of largest rho in the setting, the baseline aside; the first one if none has a rho.
+        """The metric that the sentences speak of: that of the primary analysis, which no effect has chosen.
 
-        Over layers, or where these give none over single weights.
+        Without one the first metric that is not the baseline.
         """
-        for table in (self.layer_correlations, self.weight_correlations):
-            rows = table[table["metric"] != self.baseline].dropna(subset=["spearman"])
-            if len(rows):
-                return str(rows.loc[rows["spearman"].idxmax(), "metric"])
+        if self.primary is not None:
+            return str(self.primary["metric"])
         others = (metric for metric in [*self.metrics, *self.top_weights] if metric != self.baseline)
         return next(others, self.baseline)
 
@@ -135,7 +154,7 @@ class Evidence:
     @cached_property
     def top_against_random(self) -> pd.DataFrame:
         """Every top set next to the random sets of its target; see ``analysis.top_against_random``."""
-        return top_against_random(self.measurements)
+        return top_against_random(self.measurements, self.comparisons)
 
     @cached_property
     def layer_effects(self) -> pd.DataFrame:
@@ -146,11 +165,8 @@ class Evidence:
     def layers_above_random(self, metric: str) -> LayersAboveRandom:
         """In how many layers a metric's top weights did more damage than every random draw, in the setting."""
         effects = rows_where(self.layer_effects, metric=metric)
-        return layers_above_random(
-            effects["delta_nll"].to_numpy(float),
-            effects["random_high"].to_numpy(float),
-            effects["n_random"].to_numpy(int),
-        )
+        compared = effects[["n_beaten", "n_draws"]].fillna(0).astype(int)
+        return layers_above_random(compared["n_beaten"].to_numpy(), compared["n_draws"].to_numpy())
 
     @cached_property
     def weight_effects(self) -> pd.DataFrame:
@@ -160,7 +176,7 @@ class Evidence:
     @cached_property
     def sampled_metrics(self) -> list[str]:
         """The metrics by which the single weights have scores."""
-        return [] if self.sampled is None else layout.metrics_of_columns(self.sampled)
+        return [] if self.sampled is None else layout.metrics_of_columns(self.sampled.columns)
 
     @cached_property
     def ablation_curves(self) -> pd.DataFrame:
@@ -173,11 +189,12 @@ def evidence_of(validation: Validation) -> Evidence:
     discovery = validation.discovery
     return Evidence(
         validation_manifest=validation.manifest,
-        discovery_manifest=discovery.manifest,
+        discovery_manifest=cast(dict[str, Any], discovery.manifest),
         discovery_folder=discovery.folder,
         measurements=validation.measurements(),
         targets=validation.targets(),
         correlations=validation.correlations(),
+        comparisons=validation.comparisons(),
         top_weights={metric: discovery.top_weights(metric, discovery.ks(metric)[0]) for metric in validation.metrics},
         summaries={metric: discovery.summary(metric) for metric in validation.metrics},
         sampled=validation.sampled(),

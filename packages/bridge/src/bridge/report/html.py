@@ -40,7 +40,7 @@ def write_pages(folder: Path, evidence: Evidence) -> list[str]:
         agreement of score and effect. Where single weights were perturbed, a sixth: the agreement there.
     """
     setup = setup_items(evidence)
-    model = setup[0][1]
+    model = dict(setup)["Model"]
     content = {
         "title": f"Validation of critical weights: {model}",
         "answer": answer(evidence),

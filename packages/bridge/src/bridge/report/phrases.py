@@ -1,11 +1,14 @@
 """Phrases that the sentences and the tables of a report share."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 
 from bridge.report.evidence import Evidence
-from bridge.report.number_format import measured, p_value, rho
+from bridge.report.number_format import measured, p_value, plural, rho
 
+DRAWS_NEEDED = 19  # the fewest with which the p-value of one target can reach 0.05
 _DOING = {"zero": "Zeroing", "sign_flip": "Flipping the sign of"}
 
 
@@ -44,8 +47,41 @@ def perplexity_after(row: pd.Series) -> str:
 
 
 def rho_with_p(row: pd.Series) -> str:
-    """A rank correlation with its interval and p-value: ``0.90 [0.74, 0.97], p = 0.0002``."""
-    return f"{rho(row['spearman'], row['ci_low'], row['ci_high'])}, p = {p_value(row['p_value'])}"
+    """A rank correlation with its interval and the p-value that a claim goes by.
+
+    ``0.90 [0.74, 0.97], p = 0.0002``; over layers of several kinds ``0.90 [0.74, 0.97] (within kinds of matrix 0.85
+    [0.70, 0.94], p = 0.0004)``. Every p-value but that of the primary analysis is adjusted, and called so.
+    """
+    name = "p" if row["primary"] else "adjusted p"
+    p = "" if pd.isna(row["p_adjusted"]) else f", {name} = {p_value(row['p_adjusted'])}"
+    over_all = rho(row["spearman"], row["ci_low"], row["ci_high"])
+    if row["n_kinds"] == 1:
+        return f"{over_all}{p}"
+    if pd.isna(row["within_rho"]):
+        return f"{over_all} (none within kinds of matrix)"
+    within = rho(row["within_rho"], row["within_low"], row["within_high"])
+    return f"{over_all} (within kinds of matrix {within}{p})"
+
+
+def top_minus_random(row: pd.Series) -> str:
+    """A row of ``analysis.top_against_random`` that was compared: the difference, its interval, and p or why none."""
+    if np.isfinite(row["difference"]):
+        words = f"{measured(row['difference'], row['difference_low'], row['difference_high'])} more than their mean"
+    else:
+        words = "a loss is not finite, no difference from the random sets"
+    if pd.notna(row["p_value"]):
+        return f"{words}, p = {p_value(row['p_value'])}"
+    return f"{words} (no p: {plural(int(row['n_draws']), 'draw')}, {DRAWS_NEEDED} are needed)"
+
+
+def setting_words(row: pd.Series) -> str:
+    """Metric, perturbation and k of a row of CORRELATIONS: ``obd, zero, k = 100``."""
+    return f"{row['metric']}, {row['perturbation']}, k = {row['k']}"
+
+
+def listed(words: Sequence[str]) -> str:
+    """``a``, ``a and b``, ``a, b and c``."""
+    return ", ".join(words[:-1]) + " and " + words[-1] if len(words) > 1 else words[0]
 
 
 def rho_above_baseline(row: pd.Series) -> str:

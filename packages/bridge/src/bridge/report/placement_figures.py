@@ -33,7 +33,7 @@ def where_top_weights_sit(evidence: Evidence, path: Path, theme: Theme = LIGHT) 
         counts[metric] = component_counts(evidence.top_weights[metric], evidence.summaries.get(metric), evidence.model)
     in_use = {component for table in counts.values() for component in table.index}
     components = [component for component in COMPONENTS if component in in_use]
-    depths = sorted({depth for table in counts.values() for depth in table.columns})
+    depths = sorted({int(depth) for table in counts.values() for depth in table.columns})
     largest = max(1.0, *(table.to_numpy().max() for table in counts.values()))
     without_frame = {"axes.grid": False, "axes.spines.left": False, "axes.spines.bottom": False}
     with drawn_in(theme, without_frame):
@@ -60,7 +60,9 @@ def component_counts(weights: pd.DataFrame, summary: pd.DataFrame | None, model:
         summary: table LAYER_SUMMARY; the components of its parameters are counted even where they hold no weight.
         model: metadata of the model, by which fused projections are taken apart.
     """
-    n_weights = {} if summary is None else summary.set_index("parameter")["n_weights"].to_dict()
+    n_weights: dict[str, int] = {}
+    if summary is not None:
+        n_weights = dict(zip(summary["parameter"], summary["n_weights"], strict=True))
     components = ModelComponents(n_weights, model)
     rows = []
     for parameter in n_weights:

@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from bridge.analysis.components import decoder_part
-from bridge.analysis.measured_sets import first_setting, rows_where, single_layers
+from bridge.analysis.measured_sets import rows_where, single_layers
 from bridge.exchange import layout
 from bridge.report.evidence import Evidence
 from bridge.report.figure_style import (
@@ -32,11 +32,10 @@ FAMILIES = ("attention", "mlp", "other")
 
 def predicted_and_measured(evidence: Evidence, path: Path, theme: Theme = LIGHT) -> Path | None:
     """For each metric, the score of every layer's perturbed weights against the measured effect."""
-    tops = single_layers(evidence.top_sets)
+    perturbation, k = evidence.setting
+    tops = single_layers(rows_where(evidence.top_sets, perturbation=perturbation, k=k))
     if tops.empty:
         return None
-    tops = first_setting(tops)
-    perturbation, k = tops["perturbation"].iloc[0], tops["k"].iloc[0]
     metrics = evidence.baseline_last(tops["metric"])
     with drawn_in(theme):
         figure, panels = panel_figure(len(metrics), panel_height=3.3, margin=0.5, sharey=True)

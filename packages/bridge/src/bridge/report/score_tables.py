@@ -2,7 +2,9 @@
 
 import pandas as pd
 
+from bridge.analysis.claims import Verdict, claim_of_row
 from bridge.analysis.measured_sets import rows_where
+from bridge.analysis.metric_comparison import standing_of_row
 from bridge.report.evidence import Evidence
 from bridge.report.number_format import DASH, coefficient, count, number, p_value, rho
 from bridge.report.phrases import rho_above_baseline, weight_name
@@ -17,36 +19,50 @@ def correlations(evidence: Evidence) -> list[TextTable]:
     if table.empty:
         return []
     baseline = evidence.baseline
-    columns = ["Unit", "Metric", "Setting", "n", "Spearman's ρ", "p", "Adjusted p", f"Above {baseline}"]
-    columns += ["τ-b", "Weighted τ", "RBO", "Precision (chance)"]
+    columns = ["Unit", "Metric", "Setting", "n", "Spearman's ρ", "ρ within kinds", "Adjusted p", "Shown"]
+    columns += ["Would have been shown", f"ρ minus {baseline}'s", "Above", "τ-b", "Weighted τ", "RBO"]
+    columns += ["Precision (chance)"]
+    n_exploratory = int(evidence.exploratory["p_adjusted"].notna().sum())
     explanation = (
-        "ρ and its 95 % bootstrap interval over units; p by permutation, two-sided; adjusted for the number of metrics "
-        f"(Benjamini–Hochberg); above {baseline}: ρ minus that of the weights' {baseline} over the same units; RBO: "
-        "rank-biased overlap, persistence 0.9; precision: share of the units predicted highest that are among as many "
-        "of largest effect, and what chance gives."
+        "ρ and its 95 % bootstrap interval over units; within kinds: ρ given the kind of matrix and the depth, which "
+        "the claim goes by; p by permutation (within kinds), two-sided; that of the primary analysis is its own, all "
+        f"others are adjusted as one false-discovery family of {n_exploratory} (Benjamini–Hochberg); would have been "
+        f"shown: the smallest ρ that 80 % of such studies show; ρ minus {baseline}'s over the same units; above: other "
+        "metrics that this one is shown to be above, all pairs of a setting compared together (Holm); RBO: rank-biased "
+        "overlap, persistence 0.9; precision: share of the units predicted highest that are among as many of largest "
+        "effect, and what chance gives; both averaged over ties."
     )
     return [
         TextTable(
             title="Agreement of score and effect",
             columns=columns,
-            rows=[_correlation_cells(row) for _, row in table.iterrows()],
+            rows=[_correlation_cells(row) for _, row in _primary_first(table).iterrows()],
             n_text=3,
             notes=[explanation, *_notes(table)],
         )
     ]
 
 
+def _primary_first(table: pd.DataFrame) -> pd.DataFrame:
+    return table.sort_values("primary", ascending=False, kind="stable")
+
+
 def _correlation_cells(row: pd.Series) -> list[str]:
     """A row of CORRELATIONS as text."""
+    claim, stands = claim_of_row(row), standing_of_row(row)
+    shown = f"{claim.verdict} (±{coefficient(claim.margin)})" if claim.verdict is Verdict.ABSENT else claim.verdict
     return [
-        _unit(row),
+        f"{_unit(row)}, primary" if row["primary"] else _unit(row),
         row["metric"],
         f"{row['perturbation']}, k = {row['k']}",
         count(row["n"]),
         rho(row["spearman"], row["ci_low"], row["ci_high"]),
-        p_value(row["p_value"]),
+        rho(row["within_rho"], row["within_low"], row["within_high"]),
         p_value(row["p_adjusted"]),
+        str(shown),
+        coefficient(claim.detectable),
         rho_above_baseline(row),
+        ", ".join(stands.above) or DASH,
         coefficient(row["kendall_tau_b"]),
         coefficient(row["weighted_tau"]),
         coefficient(row["rbo"]),
@@ -69,9 +85,9 @@ def _precision(row: pd.Series) -> str:
 def _notes(table: pd.DataFrame) -> list[str]:
     """Each note of CORRELATIONS once, with the rows that it belongs to."""
     rows_of_note: dict[str, list[int]] = {}
-    for index, notes in table["note"].fillna("").items():
+    for position, notes in enumerate(table["note"].fillna("")):
         for note in filter(None, str(notes).split("; ")):
-            rows_of_note.setdefault(note, []).append(index)
+            rows_of_note.setdefault(note, []).append(position)
     return [f"{_names_of_rows(table, indices)}: {note}." for note, indices in rows_of_note.items()]
 
 
@@ -79,7 +95,7 @@ def _names_of_rows(table: pd.DataFrame, indices: list[int]) -> str:
     """Words for some rows of CORRELATIONS: all of them, whole units, then single rows."""
     if len(indices) == len(table):
         return "All rows"
-    rows = table.loc[indices]
+    rows = table.iloc[indices]
     names = []
     whole_units = []
     for unit, of_unit in rows.groupby("unit", sort=False):

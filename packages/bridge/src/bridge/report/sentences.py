@@ -3,14 +3,27 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from bridge.analysis.measured_sets import rows_where
+from bridge.analysis.measured_sets import infinite_where_undefined, rows_where
 from bridge.exchange import layout
 from bridge.report.evidence import Evidence
 from bridge.report.number_format import count, exp, nats, number, p_value, perplexity, plural, spread
-from bridge.report.phrases import doing_to, loss_change_in_words, perplexity_after, weight_name
-from bridge.report.verdicts import agreement_of_layers, agreement_of_single_weights, verdict_on_layers
+from bridge.report.phrases import (
+    doing_to,
+    loss_change_in_words,
+    perplexity_after,
+    setting_words,
+    top_minus_random,
+    weight_name,
+)
+from bridge.report.verdicts import (
+    agreement_of_layers,
+    agreement_of_single_weights,
+    exploratory,
+    verdict_on_layers,
+)
 
 
 def summary_lines(evidence: Evidence) -> list[str]:
@@ -26,20 +39,22 @@ def summary_lines(evidence: Evidence) -> list[str]:
 
 
 def answer(evidence: Evidence) -> list[str]:
-    """Sentences: is the top-K critical, where does it hurt most, do the scores predict it, and for single weights."""
+    """Sentences: the primary analysis; is the top-K critical, where does it hurt most, and what else is shown."""
     if not evidence.metrics:
         nothing = "No sets of weights were perturbed, only single weights."
-        return [nothing, most_critical_weight(evidence), *agreement_of_single_weights(evidence)]
+        single_weights = agreement_of_single_weights(evidence)
+        return [*single_weights, nothing, most_critical_weight(evidence), *exploratory(evidence)]
     return [
+        verdict_on_layers(evidence),
         _global_top_set(evidence),
         f"{_most_damaging_layer(evidence).rstrip('.')}; {_layers_above_random(evidence)}",
-        verdict_on_layers(evidence),
         *agreement_of_single_weights(evidence),
+        *exploratory(evidence),
     ]
 
 
 def most_critical_weight(evidence: Evidence) -> str:
-    """The first weight of the ranking that predicts best."""
+    """The first weight of the ranking by the metric that the sentences speak of."""
     rankings = evidence.top_weights
     metric = evidence.metric if evidence.metric in rankings else next(iter(rankings), None)
     if metric is None or rankings[metric].empty:
@@ -58,6 +73,7 @@ def setup_items(evidence: Evidence) -> list[tuple[str, str]]:
     sizes = f"k = {ks}" if len(sets) else "single weights alone"
     perturbations = ", ".join(dict.fromkeys(evidence.measurements["perturbation"]))
     return [
+        ("Primary analysis", _primary(evidence)),
         ("Model", f"{model.get('id') or first['model']} ({model.get('dtype', 'dtype unknown')})"),
         ("Parameters", count(model.get("n_parameters"))),
         ("Texts of the scores", _source(corpus)),
@@ -76,6 +92,14 @@ def _judging_texts(evidence: Evidence) -> str:
     if evidence.judged_by_other_texts:
         return _source(evidence.measured_corpus)
     return "MEASURED ON THE TEXTS THAT GAVE THE SCORES: on unseen texts the agreement may be lower"
+
+
+def _primary(evidence: Evidence) -> str:
+    """The analysis that was named before anything was measured."""
+    primary = evidence.primary
+    if primary is None:
+        return "none was named, everything is exploratory"
+    return f"{setting_words(primary)}, over {primary['unit']}"
 
 
 def _setup(evidence: Evidence) -> str:
@@ -107,8 +131,17 @@ def _global_top_set(evidence: Evidence) -> str:
     before = perplexity(effect["baseline_ppl"])
     return (
         f"{doing_to(perturbation)} the global top-{k} by {metric} takes perplexity from {before} to "
-        f"{perplexity_after(effect)} ({loss_change_in_words(effect)}); {_global_random_sets(rows, k)}."
+        f"{perplexity_after(effect)} ({loss_change_in_words(effect)}); {_global_random_sets(rows, k)}"
+        f"{_above_global_random_sets(evidence)}."
     )
+
+
+def _above_global_random_sets(evidence: Evidence) -> str:
+    """By how much the global top set is above the random ones, as the instrument compared them draw by draw."""
+    perturbation, k = evidence.setting
+    rows = rows_where(evidence.top_against_random, target_layer=layout.ALL, perturbation=perturbation, k=k)
+    rows = rows_where(rows, metric=evidence.metric).dropna(subset=["n_draws"])
+    return f"; {top_minus_random(rows.iloc[0])}" if len(rows) else ""
 
 
 def _global_random_sets(rows: pd.DataFrame, k: int) -> str:
@@ -116,17 +149,20 @@ def _global_random_sets(rows: pd.DataFrame, k: int) -> str:
     drawn = rows_where(rows, selection=layout.RANDOM)
     if drawn.empty:
         return "no random set of the same size was measured"
-    low, high = drawn["delta_nll"].min(), drawn["delta_nll"].max()
+    effects = infinite_where_undefined(drawn["delta_nll"])
+    low, high = effects.min(), effects.max()
     losses = nats(low) if len(drawn) == 1 else f"in {spread(low, high)} over {plural(len(drawn), 'draw')}"
+    n_unbounded = int(np.isinf(effects).sum())
+    unbounded = f"; {n_unbounded} of {len(drawn)} without a finite loss" if n_unbounded else ""
     highest = perplexity(exp(rows["baseline_nll"].iloc[0] + high))
-    return f"{plural(k, 'random weight')}: to {highest} at most (loss {losses})"
+    return f"{plural(k, 'random weight')}: to {highest} at most (loss {losses}{unbounded})"
 
 
 def _most_damaging_layer(evidence: Evidence) -> str:
     effects = evidence.layer_effects
     if effects.empty:
         return "No single layer was measured."
-    worst = effects.loc[effects["delta_nll"].idxmax()]
+    worst = effects.iloc[int(effects["delta_nll"].to_numpy(float).argmax())]
     n_layers = effects["target_layer"].nunique()
     return (
         f"The most damaging of {plural(n_layers, 'layer')} tested is {worst['target_layer']}, by its top {worst['k']} "
@@ -138,7 +174,7 @@ def _layers_above_random(evidence: Evidence) -> str:
     """In how many layers the top weights did more damage than every random draw."""
     above = evidence.layers_above_random(evidence.metric)
     if above.n == 0:
-        return "no random control was measured within the layers."
+        return "no top set of a layer was compared with random ones."
     draws = "the one random draw" if above.draws == 1 else f"each of {above.draws} random draws"
     by_chance = f"by chance: {number(above.expected, 2)}, p = {p_value(above.p_value)}"
     return (

@@ -1,82 +1,135 @@
-"""Does the score predict the effect? The sentences that claim it or do not, for layers and for single weights."""
+"""Does the score predict the effect? The sentences that claim it or do not, for layers and for single weights.
 
+What may be said is decided by ``bridge.analysis.claims`` alone; here it is put into words.
+"""
+
+import numpy as np
 import pandas as pd
 
+from bridge.analysis.claims import Claim, Verdict, claim_of_row
+from bridge.analysis.measured_sets import first_row
+from bridge.analysis.metric_comparison import standing_of_row
+from bridge.analysis.predicted_and_measured import CURVES, WEIGHTS
 from bridge.report.evidence import Evidence
-from bridge.report.number_format import plural
-from bridge.report.phrases import rho_above_baseline, rho_with_p
+from bridge.report.number_format import coefficient, plural
+from bridge.report.phrases import listed, rho_above_baseline, rho_with_p, setting_words
+
+MAX_LISTED = 6
 
 
 def agreement_of_layers(evidence: Evidence) -> str:
     """The rank correlation of score and effect over layers, next to that of the baseline metric."""
     metric, baseline = evidence.metric, evidence.baseline
-    rows = evidence.layer_correlations.set_index("metric")
-    if metric not in rows.index:
+    own = first_row(evidence.layer_correlations, metric=metric)
+    if own is None:
         return "No rank agreement was computed: no top weights of single layers were perturbed."
-    best = rows.loc[metric]
-    if pd.isna(best["spearman"]):
-        return f"Spearman's rho for {metric}: none ({best['note']})."
-    n_layers = plural(int(best["n"]), "layer")
-    sentence = f"Spearman's rho between score and effect over {n_layers}: {metric} {rho_with_p(best)}"
+    if pd.isna(own["spearman"]):
+        return f"Spearman's rho for {metric}: none ({own['note']})."
+    n_layers = plural(int(own["n"]), "layer")
+    sentence = f"Spearman's rho between score and effect over {n_layers}: {metric} {rho_with_p(own)}"
     if metric == baseline:
         return f"{sentence}."
-    if baseline not in rows.index:
+    other = first_row(evidence.layer_correlations, metric=baseline)
+    if other is None:
         return f"{sentence}; {baseline} was not measured."
-    other = rows.loc[baseline]
     other_rho = "none" if pd.isna(other["spearman"]) else rho_with_p(other)
     return f"{sentence}; {baseline} {other_rho}."
 
 
 def verdict_on_layers(evidence: Evidence) -> str:
     """The agreement over layers, and what it shows."""
-    sentence = agreement_of_layers(evidence).rstrip(".")
-    rows = evidence.layer_correlations.set_index("metric")
-    if evidence.metric not in rows.index or pd.isna(rows.loc[evidence.metric, "spearman"]):
+    sentence = _prefix(evidence, "layers") + agreement_of_layers(evidence).rstrip(".")
+    row = first_row(evidence.layer_correlations, metric=evidence.metric)
+    if row is None or pd.isna(row["spearman"]):
         return f"{sentence}."
-    row = rows.loc[evidence.metric]
-    if pd.isna(row["above_magnitude"]):
-        return f"{sentence}: {_claim(row)}."
-    difference = f"difference {rho_above_baseline(row)}"
-    return f"{sentence}: {_claim(row)}, and it is {_comparison(row)} {evidence.baseline} ({difference})."
-
-
-def _claim(row: pd.Series) -> str:
-    """What the interval of a rho shows."""
-    if row["ci_low"] > 0:
-        return "the score orders the layers better than chance"
-    if row["ci_high"] < 0:
-        return "the score orders the layers the wrong way round"
-    return "no agreement is shown"
-
-
-def _comparison(row: pd.Series) -> str:
-    """What the interval of the difference from the baseline's rho shows."""
-    if row["above_low"] > 0:
-        return "above"
-    if row["above_high"] < 0:
-        return "below"
-    return "not clearly different from"
+    return f"{sentence}: {_shown(row, 'the score orders the layers', 'layers')}{_compared(row, evidence.baseline)}."
 
 
 def agreement_of_single_weights(evidence: Evidence) -> list[str]:
-    """Which metric ranks single weights best, and how the baseline does on the same ones; nothing if none were."""
+    """How well the metric of the sentences ranks single weights, and how the others do; nothing if none were."""
     rows = evidence.weight_correlations
     if rows.empty:
         return []
     n_weights = plural(int(rows["n"].max()), "single weight")
-    ranked = rows.dropna(subset=["spearman"]).set_index("metric").sort_values("spearman", ascending=False)
-    if ranked.empty:
+    ranked = {str(row["metric"]): row for _, row in rows.dropna(subset=["spearman"]).iterrows()}
+    if not ranked:
         return [f"Over {n_weights} no metric has a rank correlation ({rows.iloc[0]['note']})."]
-    best, row = ranked.index[0], ranked.iloc[0]
-    claim = "ranks the size of the effect best" if row["ci_low"] > 0 else "is not shown to rank the effect"
-    sentence = f"Over {n_weights}, {best} {claim}: Spearman's rho {rho_with_p(row)}"
-    others = list(ranked.index[1:])
-    if len(rows) == 1:
-        return [f"{sentence}; no other metric was scored on them."]
-    if not others:
-        return [f"{sentence}; no other has a rho."]
-    other = evidence.baseline if evidence.baseline in others else others[0]
-    sentence = f"{sentence}; {other} {rho_with_p(ranked.loc[other])}"
-    if pd.isna(row["above_magnitude"]):
-        return [f"{sentence}."]
-    return [f"{sentence} (difference {rho_above_baseline(row)})."]
+    metric = evidence.metric if evidence.metric in ranked else next(iter(ranked))
+    row = ranked[metric]
+    sentence = f"{_prefix(evidence, WEIGHTS)}Over {n_weights}, Spearman's rho between score and size of the "
+    sentence += f"effect: {metric} {rho_with_p(row)}"
+    others = [other for other in ranked if other != metric]
+    if others:
+        other = evidence.baseline if evidence.baseline in others else others[0]
+        sentence += f"; {other} {rho_with_p(ranked[other])}"
+    sentence += f": {_shown(row, f'{metric} ranks the weights', 'weights')}{_compared(row, evidence.baseline)}"
+    return [f"{sentence}." if others else f"{sentence}; no other metric has a rho on them."]
+
+
+def exploratory(evidence: Evidence) -> list[str]:
+    """What the analyses that were not named beforehand show, as one family; nothing where there are none."""
+    rows = evidence.exploratory.dropna(subset=["p_adjusted"])
+    if rows.empty:
+        return []
+    words = []
+    for verdict in (Verdict.BETTER, Verdict.WRONG_WAY):
+        names = [_name_of_row(row) for _, row in rows.iterrows() if claim_of_row(row).verdict is verdict]
+        more = [f"{len(names) - MAX_LISTED} more"] if len(names) > MAX_LISTED else []
+        if names:
+            words.append(f"{verdict}: {listed(names[:MAX_LISTED] + more)}")
+    family = f"Exploratory, one false-discovery family of {len(rows)}"
+    return [f"{family}: {'; '.join(words) or _nothing_shown(rows)}."]
+
+
+def _nothing_shown(rows: pd.DataFrame) -> str:
+    """That no row shows anything, with the smallest rho that any of them would have shown."""
+    claims = [claim_of_row(row) for _, row in rows.iterrows()]
+    most_sensitive = min(claims, key=lambda claim: np.nan_to_num(claim.detectable, nan=np.inf))
+    return f"no agreement is shown ({detectable_words(most_sensitive, 'units')})"
+
+
+def _prefix(evidence: Evidence, unit: str) -> str:
+    primary = evidence.primary
+    if primary is None or primary["unit"] != unit:
+        return ""
+    return f"Primary analysis, named before anything was measured ({setting_words(primary)}): "
+
+
+def _name_of_row(row: pd.Series) -> str:
+    unit = "ablation curves" if row["unit"] == CURVES else row["unit"]
+    return f"{row['metric']} over {unit} ({row['perturbation']}, k = {row['k']})"
+
+
+def _shown(row: pd.Series, who: str, units: str) -> str:
+    """What a row of CORRELATIONS shows; ``who`` orders the units."""
+    claim = claim_of_row(row)
+    if claim.verdict in (Verdict.BETTER, Verdict.WRONG_WAY):
+        return f"{who} {claim.verdict}"
+    if claim.verdict is Verdict.ABSENT:
+        return f"there is no agreement beyond ±{coefficient(claim.margin)}, within which the interval lies"
+    return f"no agreement is shown ({detectable_words(claim, units)})"
+
+
+def detectable_words(claim: Claim, units: str) -> str:
+    """The smallest effect that would have been seen."""
+    if np.isnan(claim.detectable):
+        return f"too few {units} to tell"
+    return f"with 80 % power a rho of {coefficient(claim.detectable)} would have been"
+
+
+def _compared(row: pd.Series, baseline: str) -> str:
+    """What the comparison with every other metric shows; that a metric is above others only if it agrees at all."""
+    stands = standing_of_row(row)
+    parts = []
+    if claim_of_row(row).verdict is Verdict.BETTER:
+        if stands.is_best:
+            parts.append(f"it is the best of {len(stands.above) + 1} metrics")
+        if stands.above:
+            parts.append(f"it is above {listed(stands.above)}")
+    if stands.below:
+        parts.append(f"it is below {listed(stands.below)}")
+    if stands.not_told_apart:
+        parts.append(f"it is not told apart from {listed(stands.not_told_apart)}")
+    if pd.notna(row["above_magnitude"]):
+        parts.append(f"difference from {baseline} {rho_above_baseline(row)}")
+    return "".join(f"; {part}" for part in parts)

@@ -1,0 +1,80 @@
+import numpy as np
+import pandas as pd
+import pytest
+from bridge.analysis.metric_comparison import Difference, Standing, compare_metrics, holm, standing, standing_of_row
+from bridge.analysis.weighted_rho import weighted_rho
+from scipy import stats
+
+
+def rhos(n, seed, **noise):
+    rng = np.random.default_rng(seed)
+    y = rng.normal(size=n)
+    return {metric: weighted_rho(y + size * rng.normal(size=n), y) for metric, size in noise.items()}
+
+
+def test_all_pairs_are_compared_by_the_spread_of_their_influence():
+    compared = rhos(50, 1, a=0.3, b=0.6, c=3)
+    pairs = compare_metrics(compared)
+    assert [(pair.first, pair.second) for pair in pairs] == [("a", "b"), ("a", "c"), ("b", "c")]
+    pair = pairs[0]
+    assert pair.difference == compared["a"].rho - compared["b"].rho
+    parts = (compared["a"].influence - compared["b"].influence) / 50 / (1 - 1 / 50)
+    error = np.sqrt((parts**2).sum())
+    assert pair.p_value == pytest.approx(2 * stats.t.sf(pair.difference / error, 48))
+    assert pair.high - pair.difference == pytest.approx(stats.t.ppf(0.975, 48) * error)
+    adjusted = holm(np.array([pair.p_value for pair in pairs]))
+    assert [pair.p_adjusted for pair in pairs] == adjusted.tolist()
+
+
+def test_the_error_of_a_difference_is_about_that_of_the_jackknife():
+    rng = np.random.default_rng(2)
+    y = rng.normal(size=80)
+    x = {"a": y + 0.5 * rng.normal(size=80), "b": y + rng.normal(size=80)}
+    (pair,) = compare_metrics({metric: weighted_rho(values, y) for metric, values in x.items()})
+    without = []
+    for i in range(80):
+        first, second = (stats.spearmanr(np.delete(values, i), np.delete(y, i)).statistic for values in x.values())
+        without.append(first - second)
+    jackknife = np.sqrt(79 / 80 * ((np.array(without) - np.mean(without)) ** 2).sum())
+    assert (pair.high - pair.low) / 2 / stats.t.ppf(0.975, 78) == pytest.approx(jackknife, rel=0.05)
+
+
+def test_holm_is_the_literal_procedure():
+    p_values = np.array([0.04, 0.01, np.nan, 0.03, 0.005])
+    ordered = sorted(p for p in p_values if p == p)
+    literal = {p: max(min(1, (4 - j) * ordered[j]) for j in range(i + 1)) for i, p in enumerate(ordered)}
+    assert holm(p_values)[[0, 1, 3, 4]].tolist() == [literal[p] for p in p_values if p == p]
+    assert np.isnan(holm(p_values)[2])
+
+
+def test_a_primary_pair_keeps_its_p_value():
+    compared = rhos(50, 1, a=0.3, b=0.6, c=3)
+    pairs = compare_metrics(compared, primary=("b", "a"))
+    assert pairs[0].p_adjusted == pairs[0].p_value
+    assert [pair.p_adjusted for pair in pairs[1:]] == holm(np.array([pair.p_value for pair in pairs[1:]])).tolist()
+
+
+def test_equal_metrics_differ_by_nothing_and_few_units_tell_nothing():
+    compared = rhos(20, 3, a=1)
+    (pair,) = compare_metrics({"a": compared["a"], "b": compared["a"]})
+    assert (pair.difference, pair.p_value) == (0, 1)
+    (pair,) = compare_metrics(rhos(5, 3, a=1, b=2))
+    assert np.isnan([pair.low, pair.high, pair.p_value, pair.p_adjusted]).all()
+
+
+def pair(first, second, difference, p):
+    return Difference(first, second, difference, np.nan, np.nan, np.nan, p)
+
+
+def test_a_metric_stands_where_the_pairs_put_it():
+    pairs = [pair("a", "b", 0.3, 0.01), pair("a", "c", 0.4, 0.049), pair("b", "c", 0.1, 0.05)]
+    assert standing(pairs, "a") == Standing(("b", "c"), (), ())
+    assert standing(pairs, "b") == Standing((), ("a",), ("c",))
+    assert [standing(pairs, metric).is_best for metric in "abc"] == [True, False, False]
+    assert standing([pair("a", "b", np.nan, np.nan)], "b") == Standing((), (), ("a",))
+    assert not standing([], "a").is_best
+
+
+def test_a_row_names_them_with_spaces_between():
+    row = pd.Series({"above": "a b", "below": "", "not_told_apart": np.nan})
+    assert standing_of_row(row) == Standing(("a", "b"), (), ())
