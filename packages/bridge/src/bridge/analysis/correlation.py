@@ -13,6 +13,7 @@ from scipy import stats
 
 from bridge.analysis.ablation_curves import curves_of_layers
 from bridge.analysis.measured_sets import SETTING, rows_where, single_layers, top_sets
+from bridge.analysis.population_estimates import with_population_estimates
 from bridge.analysis.rank_agreement import MIN_UNITS, agreement
 from bridge.analysis.single_weights import weight_effects
 from bridge.analysis.spearman import rho_difference
@@ -59,6 +60,7 @@ def correlate(
     targets: pd.DataFrame | None = None,
     sampled: pd.DataFrame | None = None,
     baseline: str = DEFAULT_BASELINE,
+    single_weights: pd.DataFrame | None = None,
 ) -> pd.DataFrame:
     """Rank agreement of prediction and effect, one row per unit, metric, perturbation and k.
 
@@ -80,6 +82,7 @@ def correlate(
         targets: a table of TARGETS; where they restrict the range, the note says so.
         sampled: a table of SAMPLED_WEIGHTS; without it there are no rows of the unit weights.
         baseline: the metric that every other must beat.
+        single_weights: a table of SINGLE_WEIGHTS; with it there are estimates for all weights of the model.
 
     Returns:
         A table of CORRELATIONS; an estimate that is not available is empty, and its note says why.
@@ -110,13 +113,21 @@ def correlate(
             if other.metric == baseline and other is not comparison and comparison.is_same_but_metric(other):
                 row |= _above(comparison.points, other.points, _generator(seed, f"difference/{comparison.purpose}"))
         rows.append(row)
-    return _with_adjusted_p(pd.DataFrame(rows, columns=list(CORRELATIONS.columns)))
+    table = _with_adjusted_p(pd.DataFrame(rows, columns=list(CORRELATIONS.columns)))
+    return with_population_estimates(table, measurements, targets, sampled, single_weights)
 
 
 def write_correlations(validation: Validation, seed: int = 0) -> pd.DataFrame:
     """Compute ``correlations.csv`` of a validation from its measurements, write it and return the table."""
     baseline = read_metric_definitions(validation.discovery.manifest).baseline
-    table = correlate(validation.measurements(), seed, validation.targets(), validation.sampled(), baseline)
+    table = correlate(
+        validation.measurements(),
+        seed,
+        validation.targets(),
+        validation.sampled(),
+        baseline,
+        single_weights=validation.single_weights(),
+    )
     write_table(validation.folder / layout.CORRELATIONS_FILE, table, CORRELATIONS)
     return table
 

@@ -75,7 +75,8 @@ def _head(values: np.ndarray, weights: np.ndarray, share: float) -> np.ndarray:
     distinct, position = np.unique(-np.asarray(values, dtype=float), return_inverse=True)
     mass = np.bincount(position, weights, minlength=len(distinct))
     before = np.cumsum(mass) - mass
-    return np.clip((share * mass.sum() - before) / mass, 0, 1)[position]
+    head: np.ndarray = np.clip((share * mass.sum() - before) / mass, 0, 1)[position]
+    return head
 
 
 def population_ratio(score: np.ndarray, effect: np.ndarray, inclusion: np.ndarray) -> Estimate:

@@ -22,6 +22,7 @@ class WeightedRho(NamedTuple):
         x_residual: the ranks of x, as shares of the population, less their weighted least-squares fit, (n,).
         y_residual: the same of y.
         n_fitted: c, the number of independent covariates, the constant included.
+        leverage: how far each unit's rank decides its own fit, (n,), their sum is c; 1 for the only one of its kind.
     """
 
     rho: float
@@ -29,6 +30,7 @@ class WeightedRho(NamedTuple):
     x_residual: np.ndarray
     y_residual: np.ndarray
     n_fitted: int
+    leverage: np.ndarray
 
 
 class RhoInterval(NamedTuple):
@@ -51,7 +53,8 @@ def weighted_ranks(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """
     distinct, position = np.unique(values, return_inverse=True)
     mass = np.bincount(position, weights, minlength=len(distinct))
-    return ((np.cumsum(mass) - mass / 2) / mass.sum())[position]
+    ranks: np.ndarray = ((np.cumsum(mass) - mass / 2) / mass.sum())[position]
+    return ranks
 
 
 def weighted_rho(
@@ -79,9 +82,9 @@ def weighted_rho(
     rank_x, rank_y = weighted_ranks(x, w), weighted_ranks(y, w)
     e_x, e_y = (ranks - project(ranks, basis, w) for ranks in (rank_x, rank_y))
     xx, yy, xy = w @ e_x**2, w @ e_y**2, w @ (e_x * e_y)
-    total = w.sum()
+    total, leverage = w.sum(), (basis**2).sum(axis=1)
     if min(xx, yy) < 1e-18 * total:  # only rounding is left of ranks between 0 and 1
-        return WeightedRho(np.nan, np.full(n, np.nan), e_x, e_y, basis.shape[1])
+        return WeightedRho(np.nan, np.full(n, np.nan), e_x, e_y, basis.shape[1], leverage)
     rho = float(np.clip(xy / np.sqrt(xx * yy), -1, 1))
     x_in_xy, x_in_xx = _through_ranks(x, rank_x, np.stack([w * e_y, w * e_x]))
     y_in_xy, y_in_yy = _through_ranks(y, rank_y, np.stack([w * e_x, w * e_y]))
@@ -89,19 +92,21 @@ def weighted_rho(
     d_xx = e_x**2 + 2 * x_in_xx / total
     d_yy = e_y**2 + 2 * y_in_yy / total
     influence = total * (d_xy / np.sqrt(xx * yy) - rho * (d_xx / xx + d_yy / yy) / 2)
-    return WeightedRho(rho, influence, e_x, e_y, basis.shape[1])
+    return WeightedRho(rho, influence, e_x, e_y, basis.shape[1], leverage)
 
 
 def weighted_basis(covariates: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Orthonormal columns Q that span sqrt(w) times the covariates, (n, rank)."""
     left, singular, _ = np.linalg.svd(np.sqrt(weights)[:, None] * covariates, full_matrices=False)
-    return left[:, singular > 1e-9 * singular[0]]
+    basis: np.ndarray = left[:, singular > 1e-9 * singular[0]]
+    return basis
 
 
 def project(values: np.ndarray, basis: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """The weighted least-squares fit of values (..., n) by the covariates of a ``weighted_basis``."""
     root = np.sqrt(weights)
-    return ((values * root) @ basis) @ basis.T / root
+    fit: np.ndarray = ((values * root) @ basis) @ basis.T / root
+    return fit
 
 
 def _through_ranks(values: np.ndarray, ranks: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
@@ -109,7 +114,8 @@ def _through_ranks(values: np.ndarray, ranks: np.ndarray, coefficients: np.ndarr
     distinct, position = np.unique(values, return_inverse=True)
     sums = np.stack([np.bincount(position, row, minlength=len(distinct)) for row in coefficients])
     above = sums.sum(axis=1, keepdims=True) - np.cumsum(sums, axis=1) + sums / 2
-    return above[:, position] - (coefficients @ ranks)[:, None]
+    through: np.ndarray = above[:, position] - (coefficients @ ranks)[:, None]
+    return through
 
 
 def effective_number(weights: np.ndarray) -> float:

@@ -131,11 +131,13 @@ class Discovery:
         return weights
 
     def sampled(self) -> pd.DataFrame:
-        """A few weights of every parameter with the scores of all metrics: table SAMPLED_WEIGHTS."""
+        """Weights of known probability with the scores of all metrics: table SAMPLED_WEIGHTS."""
         path = self.folder / layout.SAMPLED_WEIGHTS_FILE
         if not path.exists():
             raise RequestError(f"{path} is missing: --single-weights takes them from there; run the discovery again")
         sampled = read_sampled(path, self.metrics())
+        if not sampled["inclusion"].between(0, 1, inclusive="right").all():
+            raise RequestError(f"{path} is damaged: an inclusion probability is not above 0 and at most 1")
         shares = [layout.share_column(metric) for metric in self.metrics()]
         if not set(shares) <= set(sampled) or not sampled[shares].gt(0).all(axis=None):
             raise RequestError(f"{path} lacks {shares[0]} or another share, or one is not above 0; discover again")
@@ -150,7 +152,11 @@ class Discovery:
 def read_sampled(path: Path, metrics: Sequence[str]) -> pd.DataFrame:
     """A table of SAMPLED_WEIGHTS with the scores of all the metrics, checked."""
     scores = [layout.score_column(metric) for metric in metrics]
-    sampled = read_table(path, Table(SAMPLED_WEIGHTS.name, SAMPLED_WEIGHTS.columns | dict.fromkeys(scores, "float")))
+    table = Table(SAMPLED_WEIGHTS.name, SAMPLED_WEIGHTS.columns | dict.fromkeys(scores, "float"))
+    try:
+        sampled = read_table(path, table)
+    except RequestError as error:  # of an earlier version, or damaged
+        raise RequestError(f"{error}; run the discovery again") from None
     if not np.isfinite(sampled[["value", *scores]].to_numpy()).all():
         raise RequestError(f"{path} is damaged: a value or a score is not a finite number")
     if sampled.duplicated(WEIGHT_KEY).any():

@@ -5,6 +5,9 @@ weights that do nothing; the highest ones alone say nothing about the others. So
 this: with probability 1/2 any weight of the model; else a metric, then one of its half decades of rank (1 to 3, 4 to 9,
 10 to 31, ... to the last), then any weight in it. What each weight's probability is follows from its ranks, whichever
 metrics are compared, and estimates that divide by it speak of all weights.
+
+A discovery draws some thousands in this way and writes them down with their probabilities; a validation draws from
+those again, by the metrics that it compares.
 """
 
 from typing import NamedTuple
@@ -23,7 +26,8 @@ class WeightSample(NamedTuple):
 
 def half_decade(ranks: np.ndarray) -> np.ndarray:
     """floor(2 log10 rank), for ranks from 1: 0 for 1 to 3, 1 for 4 to 9, 2 for 10 to 31."""
-    return np.floor(2 * np.log10(np.maximum(ranks, 1))).astype(int)
+    stratum: np.ndarray = np.floor(2 * np.log10(np.maximum(ranks, 1))).astype(int)
+    return stratum
 
 
 def half_decade_sizes(n_weights: int) -> np.ndarray:
@@ -50,7 +54,8 @@ def draw_probability(ranks: np.ndarray, n_weights: int) -> np.ndarray:
     sizes = half_decade_sizes(n_weights)
     strata = np.minimum(half_decade(ranks), len(sizes) - 1)
     stratified = (1 / sizes)[strata].mean(axis=1) / len(sizes)
-    return UNIFORM_SHARE / n_weights + (1 - UNIFORM_SHARE) * stratified
+    probability: np.ndarray = UNIFORM_SHARE / n_weights + (1 - UNIFORM_SHARE) * stratified
+    return probability
 
 
 def draw_weights(probability: np.ndarray, so_far: np.ndarray, n: int, rng: np.random.Generator) -> WeightSample:
