@@ -6,7 +6,7 @@ Two phases. Candidates: by each metric the ``N_HEAD`` highest weights of every p
 magnitude of rank (``bridge.exchange.weight_sample``). The column ``inclusion`` is the probability of both together.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,7 +23,6 @@ from critical_weight_analysis.metrics import METRICS, Sensitivity
 N_HEAD = 100  # of each parameter, by each metric; so many ranks among all weights are known exactly
 N_UNIFORM = 1 << 17  # drawn of all weights together, from which lower ranks are estimated
 N_ROWS = 4000  # of the table
-_SEED = 0
 _COLUMNS = {
     "index": torch.int64,
     "value": torch.float64,
@@ -48,14 +47,15 @@ class Sample:
     Args:
         shapes: the shape of every parameter to come, in parameter order.
         metrics: the metrics of the run.
+        seed: of both draws.
     """
 
-    def __init__(self, shapes: dict[str, Sequence[int]], metrics: Sequence[str]) -> None:
-        self._shapes, self._metrics = shapes, list(metrics)
+    def __init__(self, shapes: Mapping[str, Sequence[int]], metrics: Sequence[str], seed: int = 0) -> None:
+        self._shapes, self._metrics, self._seed = shapes, list(metrics), seed
         self._parts: dict[str, _Part] = {}
         sizes = [int(np.prod(shape, dtype=np.int64)) for shape in shapes.values()]
         self._n_weights = sum(sizes)
-        generator = np.random.default_rng([_SEED, *b"sampled weights"])
+        generator = np.random.default_rng([seed, *b"sampled weights"])
         drawn = generator.choice(self._n_weights, size=min(N_UNIFORM, self._n_weights), replace=False)
         drawn.sort()
         starts = np.cumsum([0, *sizes[:-1]])
@@ -119,7 +119,7 @@ class Sample:
         scores, certain = (np.concatenate([getattr(part, field) for part in parts]) for field in ("scores", "certain"))
         candidate = candidate_probability(certain, self._n_weights)
         ranks = np.stack([ranks_among_all(column, candidate) for column in scores.T], axis=1)
-        rng = np.random.default_rng([_SEED, *b"rows of sampled weights"])
+        rng = np.random.default_rng([self._seed, *b"rows of sampled weights"])
         kept, inclusion = draw_weights(draw_probability(ranks, self._n_weights), candidate, N_ROWS, rng)
         columns = {"inclusion": inclusion}
         for at, metric in enumerate(self._metrics):
