@@ -47,9 +47,11 @@ def test_a_model_of_few_layers_has_no_restricted_range():
 def test_stability_of_the_ranking_is_told_where_it_was_measured():
     rows = [("halves", 10, 0.25), ("halves", 10, 0.5), ("halves", 100, 0.9), ("seeds", 10, 0.7)]
     table = pd.DataFrame(rows, columns=["kind", "k", "jaccard"]).assign(jaccard_chance=1e-6)
+    table["jaccard_null"] = [0.125, 0.375, 0.5, 0.5]
     example = synthetic.evidence()
     texts = caveats(replace(example, stability=table.assign(metric=example.metric, other=example.metric)))
     (text,) = [text for text in texts if "Jaccard" in text]
     assert f"the top 10 by {example.metric} of two random halves" in text
-    assert "0.25 to 0.50 (2 splits; " in text and "chance gives 1.0×10⁻⁶" in text
+    assert "0.25 to 0.50 (2 splits; " in text
+    assert "the same weights with gradients of other weights give 0.25, random sets 1.0×10⁻⁶)" in text
     assert caveats(replace(example, stability=table.assign(metric="another"))) == caveats(example)

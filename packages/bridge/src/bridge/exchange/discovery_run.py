@@ -146,22 +146,27 @@ class Discovery:
     def stability(self) -> pd.DataFrame | None:
         """How alike the discoveries of halves of the corpus are: table STABILITY, where the run measured it."""
         path = self.folder / layout.STABILITY_FILE
-        return read_table(path, STABILITY) if path.exists() else None
+        return _read_own(path, STABILITY) if path.exists() else None
 
 
 def read_sampled(path: Path, metrics: Sequence[str]) -> pd.DataFrame:
     """A table of SAMPLED_WEIGHTS with the scores of all the metrics, checked."""
     scores = [layout.score_column(metric) for metric in metrics]
     table = Table(SAMPLED_WEIGHTS.name, SAMPLED_WEIGHTS.columns | dict.fromkeys(scores, "float"))
-    try:
-        sampled = read_table(path, table)
-    except RequestError as error:  # of an earlier version, or damaged
-        raise RequestError(f"{error}; run the discovery again") from None
+    sampled = _read_own(path, table)
     if not np.isfinite(sampled[["value", *scores]].to_numpy()).all():
         raise RequestError(f"{path} is damaged: a value or a score is not a finite number")
     if sampled.duplicated(WEIGHT_KEY).any():
         raise RequestError(f"{path} is damaged: a weight occurs twice")
     return sampled
+
+
+def _read_own(path: Path, table: Table) -> pd.DataFrame:
+    """A table that only a discovery writes; one that is damaged, or of an earlier version, is to be made again."""
+    try:
+        return read_table(path, table)
+    except RequestError as error:
+        raise RequestError(f"{error}; run the discovery again") from None
 
 
 def _read_weights(path: Path) -> pd.DataFrame:

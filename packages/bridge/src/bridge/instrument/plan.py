@@ -147,6 +147,7 @@ def plan(options: ValidationOptions) -> Plan:
     discovery = choose_discovery(options.from_)
     not_compared = baseline_file.check_same(options.baseline, discovery) if options.baseline else []
     metrics = discovery.metrics(options.metrics)
+    discovery.stability()  # the report needs it: what is wrong with it is said before anything is measured
     ks, weights_files = _sets(discovery, metrics, options)
     _check_numbers(options)
     targets, warnings = _targets(discovery, metrics, ks[-1], options)

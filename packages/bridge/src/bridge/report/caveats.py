@@ -107,11 +107,12 @@ def _stability(evidence: Evidence) -> list[str]:
     rows = rows_where(rows, k=smallest_k)
     low, high = rows["jaccard"].min(), rows["jaccard"].max()
     overlap = f"{low:.2f}" if len(rows) == 1 else f"{low:.2f} to {high:.2f}"
+    by_null = number(rows["jaccard_null"].mean(), 2)
     by_chance = number(rows["jaccard_chance"].iloc[0], 2)
     return [
         f"Which weights are critical depends on the texts: the top {smallest_k} by {evidence.metric} of two random "
         f"halves of them have a Jaccard overlap of {overlap} ({plural(len(rows), 'split')}; 1 would be the same, "
-        f"chance gives {by_chance})."
+        f"the same weights with gradients of other weights give {by_null}, random sets {by_chance})."
     ]
 
 
