@@ -130,7 +130,7 @@ def weights_table(world: World, studies: int) -> list[str]:
 def layers_table(studies: int, n_layers: int = 210, n_kinds: int = 7, rho: float = 0.5) -> list[str]:
     """Rows of Markdown: for each design, bias of rho over all layers, its spread and coverage, and power within kinds.
 
-    Score and effect differ by kind and agree within kinds with a correlation of ``rho``; the highest scores are certain.
+    Score and effect differ by kind and agree within kinds with a correlation of ``rho``; certain ones score highest.
     """
     lines = [
         "| certain + drawn | mean error of the estimate | its standard deviation | 95 % interval covers | rho over the "

@@ -58,8 +58,8 @@ def test_columns_of_the_table_follow_each_row(tmp_path):
         if row.unit == "layers":
             rows = table[(table["selection"] == f"top_{row.metric}") & (table["target_layer"] != "ALL")]
             rows = rows[(rows["k"] == row.k) & (rows["perturbation"] == row.perturbation)]
-            merged = rows.drop(columns="score_sum").merge(targets, on="target_layer").assign(score=rows["score_sum"].to_numpy())
-            expected = estimate_population(frame(merged["score"], merged["delta_nll"], merged["inclusion"]))
+            merged = rows.merge(targets[["target_layer", "inclusion"]], on="target_layer")
+            expected = estimate_population(frame(merged["score_sum"], merged["delta_nll"], merged["inclusion"]))
         found = [getattr(row, name) for name in PopulationColumns._fields]
         assert found == pytest.approx(list(expected), nan_ok=True)
         assert row.unit == "ablation_curve" or not np.isnan(row.population_rho)

@@ -445,9 +445,7 @@ def test_the_cost_is_the_number_of_measurements(output, python):
     many = {"perturbations": ["gaussian_noise", "sign_flip"], "seeds": [0, 1], "k": [2, 3], "bottom": True}
     ready = plan(options(output, python, single_weights=4, **many))
     # a layer, by k: noise on 2 tops and 2 bottoms with 2 seeds, 2 random ones; flipped 2 tops, 2 bottoms, 2 random ones
-    assert ready.cost == (
-        "268 measurements (8 targets x 32 sets of weights, 12 single weights) on 90 predicted tokens"
-    )
+    assert ready.cost == ("268 measurements (8 targets x 32 sets of weights, 12 single weights) on 90 predicted tokens")
 
 
 def test_discovery_without_sampled_weights(output, python):

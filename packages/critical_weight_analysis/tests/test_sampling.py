@@ -116,7 +116,7 @@ def test_share_of_weights_that_score_at_least_as_high(seed, monkeypatch):
 
 
 def test_weighting_gives_the_model_back(monkeypatch):
-    """Over seeds, sums of 1 / inclusion times anything are right: of a group of weights, and of a heavy-tailed value."""
+    """Over seeds, sums of value / inclusion are right: of ones, of a group of weights, of heavy-tailed values."""
     monkeypatch.setattr(sampling, "N_UNIFORM", 2000)
     monkeypatch.setattr(sampling, "N_ROWS", 300)
     generator = torch.Generator().manual_seed(3)

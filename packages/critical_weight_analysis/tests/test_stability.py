@@ -99,7 +99,9 @@ def test_null_column_is_the_overlap_of_halves_with_gradients_dealt_anew(found, m
             dealt = stability.dealt_anew(Sensitivity(name, parameter.detach(), grad=sums.grad[name]), [7, 1, side])
             scores[name] = (dealt.grad * parameter.detach()).abs()
         naive.append([line[:3] for line in naive_top(scores, KS[-1])])
-    rows = table[(table["k"] == KS[-1]) & (table["metric"] == "grad_x_weight")].set_index(["kind", "seed", "other_seed"])
+    rows = table[(table["k"] == KS[-1]) & (table["metric"] == "grad_x_weight")].set_index(
+        ["kind", "seed", "other_seed"]
+    )
     assert rows.loc[("halves", 1, 1), "jaccard_null"] == pytest.approx(naive_overlap(*naive)[0])
     magnitude = table[table["metric"] == "magnitude"]
     assert (magnitude.loc[magnitude["kind"] != "metrics", "jaccard_null"] == 1).all()

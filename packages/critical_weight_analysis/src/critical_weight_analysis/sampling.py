@@ -8,6 +8,7 @@ magnitude of rank (``bridge.exchange.weight_sample``). The column ``inclusion`` 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -180,8 +181,8 @@ def ranks_among_all(scores: np.ndarray, candidate: np.ndarray) -> np.ndarray:
 
 
 def _at(sensitivity: Sensitivity, index: Tensor) -> Sensitivity:
-    """The same quantities at some weights only, so that all formulas can be had without all their scores."""
-    tensors = {
+    """The same quantities at some weights only, to which the formulas are applied without scoring all weights."""
+    tensors: dict[str, Any] = {
         field: tensor.detach().reshape(-1)[index.to(tensor.device)]
         for field, tensor in vars(sensitivity).items()
         if isinstance(tensor, Tensor)

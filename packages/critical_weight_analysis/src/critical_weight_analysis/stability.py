@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -75,7 +75,7 @@ def discover_halves(
         RunError: a loss or a score is not finite.
     """
     needs = needs_of(metrics, engine, settings)
-    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    shapes: dict[str, Sequence[int]] = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
 
     def empty() -> Rankings:
         return {metric: Ranking(shapes, k, per_layer=False) for metric in metrics}
@@ -113,7 +113,7 @@ def dealt_anew(sensitivity: Sensitivity, seed: Sequence[int]) -> Sensitivity:
     generator = np.random.default_rng([*seed, *f"null/{sensitivity.name}".encode()])
     shape, device = sensitivity.weight.shape, sensitivity.weight.device
     orders = [torch.from_numpy(generator.permutation(size)).to(device) for size in shape]
-    fields: dict[str, Tensor] = {}
+    fields: dict[str, Any] = {}
     for name, values in vars(sensitivity).items():
         if isinstance(values, Tensor) and name != "weight":
             for axis, order in enumerate(orders):

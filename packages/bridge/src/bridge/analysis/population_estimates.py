@@ -4,12 +4,12 @@ Every measured unit counts 1 / inclusion times, inclusion being the probability 
 the same row is the agreement over the measured units alone: of the design, in which high scores are frequent.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import pandas as pd
 
-from bridge.analysis.measured_sets import rows_where, single_layers, top_sets
+from bridge.analysis.measured_sets import SETTING, rows_where, single_layers, top_sets
 from bridge.analysis.population import population_precision, population_ratio
 from bridge.analysis.single_weights import weight_effects
 from bridge.analysis.weighted_rho import effective_number, rho_interval, weighted_rho
@@ -71,7 +71,7 @@ def with_population_estimates(
     keys = zip(table["unit"], table["metric"], table["perturbation"], table["k"], strict=True)
     estimates = [estimate_population(points.get(key, nothing)) for key in keys]
     columns = pd.DataFrame(estimates, columns=list(PopulationColumns._fields), index=table.index, dtype=float)
-    return table.assign(**dict(columns.items()))
+    return table.assign(**{name: columns[name] for name in PopulationColumns._fields})
 
 
 def estimate_population(points: pd.DataFrame) -> PopulationColumns:
@@ -115,10 +115,11 @@ def _layer_points(measurements: pd.DataFrame, targets: pd.DataFrame | None) -> d
         return points
     inclusion = targets.drop_duplicates("target_layer").set_index("target_layer")["inclusion"]
     tops = single_layers(top_sets(measurements)).sort_values(["target_layer", "seed"], kind="stable")
-    for (metric, perturbation, k), sets in tops.groupby(["metric", "perturbation", "k"]):
+    for key, sets in tops.groupby(SETTING):
+        metric, perturbation, k = cast(tuple[str, str, int], key)
         means = sets.groupby("target_layer")[["score_sum", "delta_nll"]].mean()
         means = means.rename(columns={"score_sum": "score", "delta_nll": "effect"})
-        points["layers", str(metric), str(perturbation), int(k)] = means.assign(inclusion=inclusion)
+        points["layers", metric, perturbation, int(k)] = means.assign(inclusion=inclusion)
     return points
 
 

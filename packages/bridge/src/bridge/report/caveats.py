@@ -25,15 +25,30 @@ def caveats(evidence: Evidence) -> list[str]:
     ]
 
 
+def _all_weights(evidence: Evidence) -> list[str]:
+    """Rho over all weights of the model, estimated from the sample."""
+    figures = []
+    for row in evidence.weight_correlations.dropna(subset=["population_rho"]).itertuples():
+        known = np.isfinite([row.population_low, row.population_high]).all()
+        interval = f" [{row.population_low:.2f}, {row.population_high:.2f}]" if known else ""
+        figures.append(f"{row.metric} {row.population_rho:.2f}{interval}")
+    if not figures:
+        return []
+    return [
+        f"Over all weights of the model, each drawn one weighted by 1 / its probability, rho is {', '.join(figures)}."
+    ]
+
+
 def _choice_of_units(evidence: Evidence) -> list[str]:
     """Which layers, weights and metrics were chosen, and what that does to the agreement."""
     sentences = []
     n_weights = evidence.weight_correlations["n"].max()
     if n_weights > 0:
         sentences.append(
-            f"The {plural(int(n_weights), 'single weight')} are of those that the discovery sampled, spread over every "
-            "order of magnitude of rank: the highest scores are far more frequent than in a random sample."
+            f"The {plural(int(n_weights), 'single weight')} were drawn over every order of magnitude of rank: the highest "
+            "scores are far more frequent than in the model, and rho over them is a figure of this design."
         )
+        sentences += _all_weights(evidence)
     n_layers = evidence.layer_effects["target_layer"].nunique()
     if 0 < n_layers < ROUGH_UNITS:
         sentences.append(f"Only {plural(n_layers, 'layer')} tested: the interval of rho is rough.")
