@@ -28,10 +28,11 @@ def caveats(evidence: Evidence) -> list[str]:
 def _all_weights(evidence: Evidence) -> list[str]:
     """Rho over all weights of the model, estimated from the sample."""
     figures = []
-    for row in evidence.weight_correlations.dropna(subset=["population_rho"]).itertuples():
-        known = np.isfinite([row.population_low, row.population_high]).all()
-        interval = f" [{row.population_low:.2f}, {row.population_high:.2f}]" if known else ""
-        figures.append(f"{row.metric} {row.population_rho:.2f}{interval}")
+    rows = evidence.weight_correlations.dropna(subset=["population_rho"])
+    numbers = rows[["population_rho", "population_low", "population_high"]].to_numpy(float)
+    for metric, (rho, low, high) in zip(rows["metric"], numbers, strict=True):
+        interval = f" [{low:.2f}, {high:.2f}]" if np.isfinite([low, high]).all() else ""
+        figures.append(f"{metric} {rho:.2f}{interval}")
     if not figures:
         return []
     return [
