@@ -46,8 +46,8 @@ def _choice_of_units(evidence: Evidence) -> list[str]:
     n_weights = evidence.weight_correlations["n"].max()
     if n_weights > 0:
         sentences.append(
-            f"The {plural(int(n_weights), 'single weight')} were drawn over every order of magnitude of rank: the highest "
-            "scores are far more frequent than in the model, and rho over them is a figure of this design."
+            f"The {plural(int(n_weights), 'single weight')} were drawn over every order of magnitude of rank: the "
+            "highest scores are far more frequent than in the model, and rho over them is a figure of this design."
         )
         sentences += _all_weights(evidence)
     n_layers = evidence.layer_effects["target_layer"].nunique()
