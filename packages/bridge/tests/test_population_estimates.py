@@ -41,6 +41,12 @@ def test_without_two_units_there_is_no_estimate(points):
     assert np.isnan(estimate_population(points)).all()
 
 
+def test_two_units_give_an_estimate_without_an_interval():
+    estimate = estimate_population(frame([1, 2], [5, 3], [0.5, 0.25]))
+    assert estimate.population_rho == pytest.approx(-1)
+    assert np.isnan([estimate.population_low, estimate.population_high]).all()
+
+
 def test_columns_of_the_table_follow_each_row(tmp_path):
     weights = synthetic.sampled(40)
     table = synthetic.with_single_weights(synthetic.measurements(n=12), weights)

@@ -4,7 +4,7 @@ import pytest
 import synthetic
 from bridge.analysis.single_weights import choose_weights, weight_effects
 from bridge.exchange.tables import MEASUREMENTS, SINGLE_WEIGHTS, read_table, write_table
-from bridge.exchange.weight_sample import half_decade, half_decade_sizes
+from bridge.exchange.weight_sample import draw_probability, draw_weights, half_decade, half_decade_sizes
 
 
 def shares(n=400, metrics=synthetic.METRICS):
@@ -52,6 +52,11 @@ def test_rows_are_the_sampled_ones_and_the_draw_depends_on_the_seed():
     assert len(both) == 7
     assert both["score"].tolist() == both["score_magnitude"].tolist()
     assert choose_weights(sampled, ["magnitude"], 7, N).equals(chosen)
+    probability = draw_probability(sampled[["share_magnitude"]].to_numpy() * N, N)
+    rng = np.random.default_rng([0, *b"single weights"])
+    drawn = draw_weights(probability, sampled["inclusion"].to_numpy(), 7, rng)
+    expected = dict(zip(sampled["score_magnitude"].iloc[drawn.chosen], drawn.inclusion, strict=True))
+    assert dict(zip(chosen["score"], chosen["inclusion"], strict=True)) == expected
     assert not choose_weights(sampled, ["magnitude"], 7, N, seed=1).equals(chosen)
 
 

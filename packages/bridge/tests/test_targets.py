@@ -67,6 +67,11 @@ def test_kinds_are_met_in_proportion():
         ["down_proj", "up_proj", "q_proj", "k_proj"], 2
     )
     assert (chosen["inclusion"] == 0.2).all()
+    beside_a_top = choose_targets(
+        pd.DataFrame({"parameter": [table["parameter"][0]] * 3}), table.iloc[[0, 2, 6, 10, 3, 7, 11]], 1, 2
+    )  # 3 queries, 3 keys are left
+    assert beside_a_top["target_layer"].str.rpartition(".")[2].tolist()[0] == "down_proj"
+    assert set(beside_a_top["target_layer"].str.rpartition(".")[2][1:]) == {"q_proj", "k_proj"}
 
 
 def test_more_than_there_are():

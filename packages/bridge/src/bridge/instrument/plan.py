@@ -30,7 +30,7 @@ class ValidationOptions:
         from_: a folder that holds discovery runs (the newest complete one is taken), or one run's folder.
         layers: how many of the highest-ranked layers, by their share of the first metric's global top-K, are certain.
         control_layers: how many further layers, drawn at random over all kinds of matrix and the whole range of the
-            score; all where there are no more. A rho of 0.5 within 7 kinds is shown in 85 % of cases by 40, in 46 % by 20.
+            score; all where there are no more. A rho of 0.5 within 7 kinds is shown by 40 in 85 %, by 20 in 46 %.
         all_layers: measure every layer instead; slower, but nothing has to be estimated.
         draw_seed: of the draw of layers and of single weights.
         metrics: whose top weights are perturbed; by default all metrics of the run.
