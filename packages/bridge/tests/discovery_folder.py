@@ -45,7 +45,8 @@ def make_discovery(
         places = ["layer", "parameter", "row", "col", "value"]
         every[f"share_{metric}"] = every["score"].rank(ascending=False) / len(every)
         sampled.append(every.rename(columns={"score": f"score_{metric}"}).set_index(places).sort_index())
-    pd.concat(sampled, axis=1).iloc[::7].to_csv(folder / "sampled_weights.csv")
+    rows = pd.concat(sampled, axis=1).iloc[::7]
+    rows.assign(inclusion=1 / 7).to_csv(folder / "sampled_weights.csv")
     model = MODEL | (model or {})
     baseline = {"model": model["id"], "revision": model["revision"], "dtype": model["dtype"]}
     baseline |= {key: CORPUS[key] for key in ("corpus_sha256", "n_tokens", "n_sequences")}

@@ -141,6 +141,7 @@ def sampled(n: int = 40, metrics=METRICS, seed: int = 5) -> pd.DataFrame:
             "row": range(n),
             "col": pd.array(np.arange(n) * 3, dtype="Int64"),
             "value": rng.normal(0, 1, n),
+            "inclusion": 0.01,
         }
     )
     frame["col"] = frame["col"].mask(vector)
@@ -174,6 +175,7 @@ def targets(n: int = 30, n_control: int = 10) -> pd.DataFrame:
             "score_sum": [*np.linspace(2, 0.01, n), 30.0],
             "score_rank": [*range(1, n + 1), 0],
             "n_layers": 100,
+            "inclusion": [1.0] * (n - n_control) + [n_control / (100 - n + n_control)] * n_control + [1.0],
         }
     )
 

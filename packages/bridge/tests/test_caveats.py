@@ -1,5 +1,6 @@
 from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import pytest
 import synthetic
@@ -61,14 +62,33 @@ def test_a_model_of_few_layers_has_no_restricted_range():
     assert not any("range is restricted" in text for text in caveats(every))
 
 
+def test_single_weights_are_of_a_design_and_the_whole_model_is_estimated():
+    weights = synthetic.sampled(40)
+    example = synthetic.evidence(sampled=weights)
+    texts = caveats(example)
+    assert any("The 40 single weights were drawn over" in text and "a figure of this design" in text for text in texts)
+    assert not any("all weights of the model" in text for text in texts)
+    of_weights = example.correlations["unit"] == "weights"
+    columns = {"population_rho": 0.25, "population_low": 0.125, "population_high": np.inf}
+    estimated = example.correlations.assign(**{name: np.where(of_weights, x, np.nan) for name, x in columns.items()})
+    census = estimated.assign(population_high=np.nan)
+    (text,) = [t for t in caveats(replace(example, correlations=census)) if "all weights of the model" in t]
+    assert text.endswith("rho is grad_x_weight 0.25, magnitude 0.25, obd 0.25.")
+    sample = estimated.assign(population_high=0.5)
+    (text,) = [t for t in caveats(replace(example, correlations=sample)) if "all weights of the model" in t]
+    assert "grad_x_weight 0.25 [0.12, 0.50]" in text
+
+
 def test_stability_of_the_ranking_is_told_where_it_was_measured():
     rows = [("halves", 10, 0.25), ("halves", 10, 0.5), ("halves", 100, 0.9), ("seeds", 10, 0.7)]
     table = pd.DataFrame(rows, columns=["kind", "k", "jaccard"]).assign(jaccard_chance=1e-6)
+    table["jaccard_null"] = [0.125, 0.375, 0.5, 0.5]
     example = synthetic.evidence()
     texts = caveats(replace(example, stability=table.assign(metric=example.metric, other=example.metric)))
     (text,) = [text for text in texts if "Jaccard" in text]
     assert f"the top 10 by {example.metric} of two random halves" in text
-    assert "0.25 to 0.50 (2 splits; " in text and "chance gives 1.0×10⁻⁶" in text
+    assert "0.25 to 0.50 (2 splits; " in text
+    assert "the same weights with gradients of other weights give 0.25, random sets 1.0×10⁻⁶)" in text
     assert caveats(replace(example, stability=table.assign(metric="another"))) == caveats(example)
     same = table.assign(metric=example.metric, other=example.metric, jaccard=1.0)
     (text,) = [text for text in caveats(replace(example, stability=same)) if "Jaccard" in text]

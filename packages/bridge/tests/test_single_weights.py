@@ -3,7 +3,8 @@ import pandas as pd
 import pytest
 import synthetic
 from bridge.analysis.single_weights import choose_weights, weight_effects
-from bridge.exchange.tables import MEASUREMENTS, TOP_WEIGHTS, read_table, write_table
+from bridge.exchange.tables import MEASUREMENTS, SINGLE_WEIGHTS, read_table, write_table
+from bridge.exchange.weight_sample import draw_probability, draw_weights, half_decade, half_decade_sizes
 
 
 def shares(n=400, metrics=synthetic.METRICS):
@@ -15,42 +16,53 @@ def shares(n=400, metrics=synthetic.METRICS):
     return sampled
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 10, 39, 200, 399, 400, 1000])
+N = 1_000_000
+
+
+@pytest.mark.parametrize("n", [1, 2, 10, 200, 399, 400, 1000])
 def test_so_many_different_weights_the_highest_first(n):
     sampled = shares()
-    chosen = choose_weights(sampled, ["obd"], n)
-    assert list(chosen) == list(TOP_WEIGHTS.columns)
+    chosen = choose_weights(sampled, ["obd"], n, N)
+    assert list(chosen) == list(SINGLE_WEIGHTS.columns)
     assert len(chosen) == min(n, 400) and not chosen.duplicated(["parameter", "row", "col"]).any()
-    assert chosen["score"].iloc[0] == sampled["score_obd"].max()
-    assert n == 1 or chosen["score"].iloc[-1] == sampled["score_obd"].min()
     assert chosen["rank"].tolist() == list(range(1, len(chosen) + 1))
     assert chosen["score"].is_monotonic_decreasing
+    assert (chosen["inclusion"] <= 0.01).all() and (chosen["inclusion"] > 0).all()
+    assert n < 400 or set(chosen["inclusion"]) == {0.01}  # as in the discovery: all are taken
 
 
-@pytest.mark.parametrize("metrics", [["obd"], list(synthetic.METRICS), list(synthetic.METRICS)[::-1]])
-def test_every_decade_of_rank_is_there_by_every_metric(metrics):
-    sampled = shares()
-    # as a discovery samples: the head is crowded, the rest is thin
-    crowded = pd.concat([sampled.nsmallest(150, f"share_{metrics[0]}"), sampled.iloc[::7]]).drop_duplicates()
-    chosen = choose_weights(crowded, metrics, 60).merge(sampled, on=["parameter", "row", "col"])
+@pytest.mark.parametrize("metrics", [["obd"], ["magnitude", "obd"]])
+def test_every_half_decade_of_rank_is_there_by_every_metric_that_is_compared(metrics):
+    n = 20_000
+    sampled = synthetic.sampled(n).assign(inclusion=1.0)
+    for metric in synthetic.METRICS:
+        sampled[f"share_{metric}"] = sampled[f"score_{metric}"].rank(ascending=False) / n
+    chosen = choose_weights(sampled, metrics, 240 * len(metrics), n).merge(sampled, on=["parameter", "row", "col"])
     for metric in metrics:
-        decades = np.floor(np.log10(chosen[f"share_{metric}"]) - 1e-9).value_counts()
-        assert set(range(-6, 0)) <= set(decades.index)
-        assert decades[[-6, -5, -4, -3, -2, -1]].min() >= 60 // len(metrics) // 10
-        assert chosen[f"score_{metric}"].max() == crowded[f"score_{metric}"].max()
+        counts = np.bincount(half_decade(chosen[f"share_{metric}"].to_numpy() * n), minlength=9)
+        assert half_decade_sizes(n).tolist() == [3, 6, 22, 68, 217, 683, 2163, 6837, 10001]
+        assert counts[:2].tolist() == [3, 6]  # certain
+        assert counts[2:].min() >= 7  # at least 13 are expected
 
 
-def test_rows_are_the_sampled_ones():
+def test_rows_are_the_sampled_ones_and_the_draw_depends_on_the_seed():
     sampled = shares()
-    chosen = choose_weights(sampled, ["magnitude"], 7)
+    chosen = choose_weights(sampled, ["magnitude"], 7, N)
     both = chosen.merge(sampled, on=["layer", "parameter", "row", "col", "value"])
     assert len(both) == 7
     assert both["score"].tolist() == both["score_magnitude"].tolist()
+    assert choose_weights(sampled, ["magnitude"], 7, N).equals(chosen)
+    probability = draw_probability(sampled[["share_magnitude"]].to_numpy() * N, N)
+    rng = np.random.default_rng([0, *b"single weights"])
+    drawn = draw_weights(probability, sampled["inclusion"].to_numpy(), 7, rng)
+    expected = dict(zip(sampled["score_magnitude"].iloc[drawn.chosen], drawn.inclusion, strict=True))
+    assert dict(zip(chosen["score"], chosen["inclusion"], strict=True)) == expected
+    assert not choose_weights(sampled, ["magnitude"], 7, N, seed=1).equals(chosen)
 
 
 def test_equal_scores_stay_in_model_order():
     sampled = shares(9).assign(score_obd=1.0, share_obd=0.5)
-    assert choose_weights(sampled, ["obd"], 3)["row"].tolist() == [0, 1, 2]
+    assert choose_weights(sampled, ["obd"], 9, N)["row"].tolist() == list(range(9))
 
 
 def test_measurements_of_single_weights_come_back_from_their_file(tmp_path):

@@ -1,10 +1,10 @@
 import subprocess
-from itertools import pairwise
 
+import numpy as np
 import pandas as pd
 import pytest
 from bridge import cli
-from bridge.analysis.targets import choose_targets, render, spread, target_names
+from bridge.analysis.targets import choose_targets, render, target_names
 from bridge.exchange.discovery_run import choose_discovery
 from bridge.exchange.errors import RequestError
 from bridge.exchange.tables import TARGETS
@@ -40,22 +40,45 @@ def test_by_score():
     assert chosen["score_sum"].tolist() == [5.0, 5.0, 2.0]
 
 
-def test_controls_span_the_whole_range_of_ranks():
+def test_top_layers_are_certain_and_the_others_share_one_probability():
     scores = [float(100 - i) for i in range(100)]
-    chosen = choose_targets(top({0: 5, 1: 4}), summary(scores), 2, 5)
-    assert names(chosen, "control") == ["h.2", "h.26", "h.51", "h.75", "h.99"]
-    assert len(set(chosen["target_layer"])) == 7
+    chosen = choose_targets(top({0: 5, 1: 4}), summary(scores), 2, 7)
+    assert names(chosen, "top") == ["h.0", "h.1"]
+    assert chosen["inclusion"].tolist() == [1.0] * 2 + [7 / 98] * 7
+    assert set(names(chosen, "control")).isdisjoint({"h.0", "h.1"})
+    ranks = chosen.loc[chosen["role"] == "control", "score_rank"]
+    assert np.diff(ranks).tolist() == [14] * 6  # every 14th of the 98 others, best first
 
 
-def test_top_layers_do_not_leave_the_range_of_the_controls():
-    chosen = choose_targets(top({9: 5}), summary([float(10 - i) for i in range(10)]), 1, 3)
-    assert names(chosen, "control") == ["h.0", "h.4", "h.8"]
+def test_the_draw_depends_on_the_seed_alone():
+    table = summary([float(i % 7) for i in range(50)])
+    draws = [tuple(choose_targets(top({}), table, 0, 4, seed=seed)["target_layer"]) for seed in [0, 0, 1, 2, 3]]
+    assert draws[0] == draws[1]
+    assert len(set(draws)) > 2
+
+
+def test_kinds_are_met_in_proportion():
+    table = summary([float(i) for i in range(40)])
+    kinds = ["mlp.down_proj", "mlp.up_proj", "self_attn.q_proj", "self_attn.k_proj"]
+    table["layer"] = [f"model.layers.{i // 4}.{kinds[i % 4]}" for i in range(40)]
+    table["parameter"] = table["layer"] + ".weight"
+    chosen = choose_targets(top({}), table, 0, 8, seed=3)
+    assert chosen["target_layer"].str.rpartition(".")[2].value_counts().to_dict() == dict.fromkeys(
+        ["down_proj", "up_proj", "q_proj", "k_proj"], 2
+    )
+    assert (chosen["inclusion"] == 0.2).all()
+    beside_a_top = choose_targets(
+        pd.DataFrame({"parameter": [table["parameter"][0]] * 3}), table.iloc[[0, 2, 6, 10, 3, 7, 11]], 1, 2
+    )  # 3 queries, 3 keys are left
+    assert beside_a_top["target_layer"].str.rpartition(".")[2].tolist()[0] == "down_proj"
+    assert set(beside_a_top["target_layer"].str.rpartition(".")[2][1:]) == {"q_proj", "k_proj"}
 
 
 def test_more_than_there_are():
     chosen = choose_targets(top({0: 1}), summary([3.0, 2.0, 1.0]), 2, 9)
     assert names(chosen, "top") == ["h.0", "h.1"]
     assert names(chosen, "control") == ["h.2"]
+    assert chosen["inclusion"].tolist() == [1.0, 1.0, 1.0]
     assert len(choose_targets(top({0: 1}), summary([3.0, 2.0]), 7, 7)) == 2
     assert choose_targets(top({0: 1}), summary([3.0, 2.0]), 0, 0).empty
 
@@ -63,19 +86,6 @@ def test_more_than_there_are():
 def test_negative_number():
     with pytest.raises(RequestError, match="cannot be negative: -1"):
         choose_targets(top({0: 1}), summary([3.0]), -1, 0)
-
-
-@pytest.mark.parametrize("size", [0, 1, 2, 3, 7, 10, 33])
-@pytest.mark.parametrize("count", [0, 1, 2, 3, 6, 9, 33, 40])
-def test_spread_is_distinct_even_and_reaches_both_ends(size, count):
-    positions = spread(size, count)
-    assert len(positions) == min(size, count)
-    assert sorted(set(positions)) == positions
-    assert all(0 <= p < size for p in positions)
-    if 2 <= count <= size:
-        assert (positions[0], positions[-1]) == (0, size - 1)
-        gaps = [b - a for a, b in pairwise(positions)]
-        assert max(gaps) - min(gaps) <= 1
 
 
 def test_name_means_one_parameter_and_no_other():
@@ -98,7 +108,7 @@ def test_render():
     chosen = choose_targets(top({1: 2}), summary([3.0, 2.0]), 2, 0)
     assert render(chosen, "env") == 'TARGET_LAYER="h.1,h.0"'
     assert render(chosen, "list") == "h.1\nh.0"
-    assert render(chosen, "csv").splitlines()[1] == "h.1,top,2,2.0,2,2"
+    assert render(chosen, "csv").splitlines()[1] == "h.1,top,2,2.0,2,2,1.0"
 
 
 HOSTILE = [

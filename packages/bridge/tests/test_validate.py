@@ -427,17 +427,15 @@ def test_the_primary_analysis_is_the_first_of_the_request(output, python):
     assert primary == {"unit": "layers", "metric": "grad_x_weight", "perturbation": "sign_flip", "k": 2}
 
 
-def test_single_weights_are_chosen_written_measured_and_correlated(tmp_path, output, python):
+def test_single_weights_are_chosen_written_measured_and_correlated(tmp_path, output, python, capsys):
     lines = validate.validate(options(output, python, single_weights=12, metrics=["magnitude"]))
     folder = output / "validation_v"
     chosen = pd.read_csv(folder / "single_weights.csv")
     sampled = pd.read_csv(folder / "sampled_weights.csv")
     assert sampled.equals(pd.read_csv(output / "critical_analysis_1" / "sampled_weights.csv"))
     assert len(chosen) == 12
-    assert chosen["score"].iloc[[0, -1]].tolist() == [
-        sampled["score_magnitude"].max(),
-        sampled["score_magnitude"].min(),
-    ]
+    assert set(chosen["score"]) <= set(sampled["score_magnitude"])
+    assert (chosen["inclusion"] <= 1 / 7).all() and (chosen["inclusion"] > 0).all()
     assert "--per-weight=single_weights.csv" in starts(tmp_path)[0]["argv"]
     measured = pd.read_csv(folder / "measurements.csv").query("selection == 'weight'")
     places = ["parameter", "row", "col"]
@@ -445,6 +443,15 @@ def test_single_weights_are_chosen_written_measured_and_correlated(tmp_path, out
     correlations = pd.read_csv(folder / "correlations.csv").query("unit == 'weights'")
     assert correlations["metric"].tolist() == ["grad_x_weight", "magnitude"]
     assert correlations["n"].tolist() == [12, 12]
+    weights = 1 / chosen["inclusion"]
+    assert correlations["n_effective"].tolist() == pytest.approx([weights.sum() ** 2 / (weights**2).sum()] * 2)
+    assert correlations["population_rho"].between(-1, 1).all()
+    layers = pd.read_csv(folder / "correlations.csv").query("unit == 'layers'")
+    inclusion = pd.read_csv(folder / "targets.csv")["inclusion"]
+    assert inclusion.tolist() == [1, 1, 1] + [4 / 9] * 4
+    assert layers["n_effective"].tolist() == pytest.approx([12**2 / (3 + 4 * (9 / 4) ** 2)])
+    n = len(pd.read_csv(folder / "measurements.csv"))
+    assert f"{n} measurements (8 targets x 4 sets of weights, 12 single weights) on 90" in capsys.readouterr().err
     assert len(lines) == 7
     assert "Over 12 single weights, " in lines[6]
     assert " ".join(lines[6].split()) in (folder / "report.md").read_text().replace("\\", "")
@@ -501,6 +508,40 @@ def test_more_single_weights_than_were_sampled(output, python, no_plots, capsys)
     assert f"WARNING: {warning}" in capsys.readouterr().err
     assert read_manifest(output / "validation_v")["warnings"] == [warning]
     assert len(pd.read_csv(output / "validation_v" / "single_weights.csv")) == 69
+
+
+def test_a_sample_of_unknown_probability_is_asked_for_again(output, python):
+    path = output / "critical_analysis_1" / "sampled_weights.csv"
+    pd.read_csv(path).drop(columns="inclusion").to_csv(path, index=False)
+    assert plan(options(output, python)).single_weights is None
+    with pytest.raises(RequestError, match=r"lacks the column inclusion of sampled weights; run the discovery again$"):
+        plan(options(output, python, single_weights=3))
+
+
+@pytest.mark.parametrize("inclusion", ["0", "1.5", "-0.2", "nan"])
+def test_a_probability_is_above_0_and_at_most_1(output, python, inclusion):
+    path = output / "critical_analysis_1" / "sampled_weights.csv"
+    pd.read_csv(path).assign(inclusion=inclusion).to_csv(path, index=False)
+    with pytest.raises(RequestError, match="an inclusion probability is not above 0 and at most 1"):
+        plan(options(output, python, single_weights=3))
+
+
+def test_by_default_layers_are_drawn_and_none_is_certain(output, python):
+    ready = plan(ValidationOptions(from_=[str(output)], perturb_python=python, experiment_id="v"))
+    assert set(ready.targets["role"]) == {"control"}
+    assert ready.targets["inclusion"].tolist() == [1.0] * 12  # fewer than 40: all of them
+    few = [plan(options(output, python, layers=0, control_layers=3, draw_seed=seed)) for seed in (0, 0, 1, 2, 3)]
+    drawn = [tuple(ready.targets["target_layer"]) for ready in few]
+    assert drawn[0] == drawn[1] and len(set(drawn)) > 1
+    assert few[0].identity == few[1].identity != few[2].identity
+    assert few[2].options["draw_seed"] == 1
+
+
+def test_the_cost_is_the_number_of_measurements(output, python):
+    many = {"perturbations": ["gaussian_noise", "sign_flip"], "seeds": [0, 1], "k": [2, 3], "bottom": True}
+    ready = plan(options(output, python, single_weights=4, **many))
+    # a layer, by k: noise on 2 tops and 2 bottoms with 2 seeds, 2 random ones; flipped 2 tops, 2 bottoms, 2 random ones
+    assert ready.cost == ("268 measurements (8 targets x 32 sets of weights, 12 single weights) on 90 predicted tokens")
 
 
 def test_discovery_without_sampled_weights(output, python):

@@ -1,15 +1,14 @@
-from collections import Counter
-from math import log10
-
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from bridge.exchange.tables import SAMPLED_WEIGHTS, Table, read_table, write_table
-from critical_weight_analysis import whole_model
+from bridge.exchange.weight_sample import draw_probability
+from critical_weight_analysis import sampling, whole_model
 from critical_weight_analysis.discovery import discover, engine_for
 from critical_weight_analysis.metrics import METRICS, Sensitivity
 from critical_weight_analysis.ranking import top_indices
-from critical_weight_analysis.sampling import N_HEAD, N_STRATUM, Sample
+from critical_weight_analysis.sampling import N_HEAD, N_ROWS, Sample, candidate_probability, ranks_among_all
 from llm_perturb.evaluation.parameters import in_scope
 from reference import naive_score, naive_sensitivities, naive_top
 
@@ -21,8 +20,8 @@ def places(frame):
     return list(zip(frame["parameter"], frame["row"], cols, strict=True))
 
 
-def sampled(weights: dict[str, torch.Tensor], metrics=("magnitude",), order=None) -> pd.DataFrame:
-    sample = Sample({name: tuple(weight.shape) for name, weight in weights.items()}, metrics)
+def sampled(weights: dict[str, torch.Tensor], metrics=("magnitude",), order=None, seed=0) -> pd.DataFrame:
+    sample = Sample({name: tuple(weight.shape) for name, weight in weights.items()}, metrics, seed)
     for name in order or weights:
         sensitivity = Sensitivity(name, weights[name])
         sample.update(sensitivity, [top_indices(METRICS[metric].score(sensitivity), N_HEAD) for metric in metrics])
@@ -30,34 +29,32 @@ def sampled(weights: dict[str, torch.Tensor], metrics=("magnitude",), order=None
 
 
 @pytest.mark.parametrize("scope", ["matrices", "all"])
-def test_tops_of_every_metric_with_the_scores_of_all(model, sequences, scope):
+def test_rows_hold_the_scores_and_ranks_by_every_metric(model, sequences, scope, monkeypatch):
+    monkeypatch.setattr(sampling, "N_ROWS", 500)
     parameters = in_scope(model, scope)
-    found = discover(engine_for(model), model, sequences, parameters, NAMES, 5).sampled
+    table = discover(engine_for(model), model, sequences, parameters, NAMES, 5).sampled
     naive = naive_sensitivities(model, sequences)
-    scores = {metric: {name: naive_score(metric, naive, name) for name in parameters} for metric in NAMES}
-    here = places(found)
-    assert len(set(here)) == len(here)
+    here = places(table)
+    assert len(set(here)) == len(here) == 500
     assert here == sorted(here, key=lambda place: (list(parameters).index(place[0]), place[1], place[2] or 0))
-    for metric in NAMES:
-        tops = [naive_top({name: s}, 2) for name, s in scores[metric].items()] + [naive_top(scores[metric], 9)]
-        assert {line[:3] for top in tops for line in top} <= set(here)
-        expected = [scores[metric][name][row if col is None else (row, col)].item() for name, row, col in here]
-        assert found[f"score_{metric}"].tolist() == pytest.approx(expected, rel=1e-9)
-    per_parameter = found["parameter"].value_counts()
-    assert set(per_parameter.index) == set(parameters)
     n = sum(parameter.numel() for parameter in parameters.values())
-    assert len(found) <= len(parameters) * (2 * len(NAMES) + 2) + N_STRATUM * len(NAMES) * (2 * log10(n) + 1)
+    ranks = []
     for metric in NAMES:
-        ranks = [line[:3] for line in naive_top(scores[metric], n)]
-        shares = {place: (at + 1) / n for at, place in enumerate(ranks)}
-        expected = pd.Series([shares[place] for place in here])
-        sure = expected < 0.9  # below are the biases of keys, whose gradient is rounding alone
-        assert found.loc[sure, f"share_{metric}"].tolist() == pytest.approx(expected[sure].tolist())
-        strata = [int(2 * log10(rank)) for rank in range(1, n + 1)]
-        there = Counter(int(2 * log10(round(share * n))) for share in found[f"share_{metric}"])
-        assert all(there[s] >= min(N_STRATUM, strata.count(s)) for s in set(strata))
+        scores = {name: naive_score(metric, naive, name) for name in parameters}
+        expected = [scores[name][row if col is None else (row, col)].item() for name, row, col in here]
+        assert table[f"score_{metric}"].tolist() == pytest.approx(expected, rel=1e-9)
+        rank_of = {line[:3]: at + 1 for at, line in enumerate(naive_top(scores, n))}
+        ranks.append([rank_of[place] for place in here])
+        sure = np.array(ranks[-1]) < 0.9 * n  # below are the biases of keys, whose gradient is rounding alone
+        assert (table[f"share_{metric}"] * n)[sure].tolist() == pytest.approx(np.array(ranks[-1])[sure].tolist())
     values = [parameters[name][row if col is None else (row, col)].item() for name, row, col in here]
-    assert found["value"].tolist() == values
+    assert table["value"].tolist() == values
+    # every weight was a candidate: one threshold explains all probabilities, and those at 1 are the likeliest
+    probability = draw_probability((table[[f"share_{m}" for m in NAMES]] * n).to_numpy(), n)
+    drawn = table["inclusion"] < 1
+    ratio = (table["inclusion"] / probability)[drawn]
+    assert ratio.tolist() == pytest.approx([ratio.iloc[0]] * len(ratio))
+    assert (probability[~drawn] * ratio.iloc[0] >= 1 - 1e-12).all()
 
 
 def test_scores_are_those_of_the_ranking_bit_for_bit(tiny_model, sequences):
@@ -72,48 +69,67 @@ def test_scores_are_those_of_the_ranking_bit_for_bit(tiny_model, sequences):
         assert both["value"].tolist() == both["value_sampled"].tolist()
 
 
-def test_two_of_each_parameter_are_drawn_and_depend_on_its_name_alone():
-    names = [f"{n}.weight" for n in range(40)]
-    flat = {name: torch.ones(300, 200) for name in names}
-    assert sampled(flat, order=reversed(names)).equals(sampled(flat))
-    together, alone = sampled(flat), [sampled({name: flat[name]}) for name in names[:5]]
-    for name, frame in zip(names, alone, strict=False):
-        both = set(places(frame)) & set(places(together[together["parameter"] == name]))
-        assert len(both) >= 2 + 2  # the first two, of equal scores, and the two drawn
+def test_the_draw_depends_on_nothing_but_the_seed():
+    flat = {f"{n}.weight": torch.ones(30, 20) for n in range(20)}
+    table = sampled(flat)
+    assert len(table) == N_ROWS
+    assert sampled(flat, order=reversed(flat)).equals(table)
+    assert not sampled(flat, seed=1).equals(table)
+
+
+def test_all_rows_where_there_are_no_more():
+    table = sampled({"a.weight": torch.arange(600.0).reshape(20, 30)})
+    assert places(table) == [("a.weight", row, col) for row in range(20) for col in range(30)]
+    assert (table["inclusion"] == 1).all()
+    assert table["share_magnitude"].tolist() == [(600 - i) / 600 for i in range(600)]
+
+
+def test_candidates_outside_the_heads_share_one_probability():
+    certain = np.array([True, False, True, False, False])
+    assert candidate_probability(certain, 32).tolist() == [1, 0.1, 1, 0.1, 0.1]
+    assert candidate_probability(np.array([True, True]), 2).tolist() == [1, 1]
+
+
+def test_a_rank_is_the_number_of_weights_that_the_candidates_before_stand_for():
+    scores = np.array([1.0, 9.0, 5.0, 5.0, 7.0])
+    candidate = np.array([0.1, 1, 1, 0.25, 0.1])
+    # in order: 9 stands for 1; 7 for 10; 5 for 1; 5 for 4; 1 for 10
+    assert ranks_among_all(scores, candidate).tolist() == [21.5, 1, 12, 14.5, 6.5]
+    assert ranks_among_all(scores, np.ones(5)).tolist() == [5, 1, 3, 4, 2]
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_share_of_weights_that_score_at_least_as_high(seed):
-    weight = torch.randn(700, 1000, generator=torch.Generator().manual_seed(seed)) ** 3
+def test_share_of_weights_that_score_at_least_as_high(seed, monkeypatch):
+    monkeypatch.setattr(sampling, "N_UNIFORM", 1 << 14)
+    weight = torch.randn(500, 1000, generator=torch.Generator().manual_seed(seed)) ** 3
     weights = {"a.weight": weight, "b.weight": 3 * weight[:100].flip(0)}
-    found = sampled(weights)
+    table = sampled(weights, seed=seed)
     everything = torch.cat([w.abs().reshape(-1) for w in weights.values()]).sort(descending=True).values
-    exact = torch.searchsorted(-everything, -torch.tensor(found["score_magnitude"], dtype=torch.float32), right=True)
-    n = len(everything)
-    shares = torch.tensor(found["share_magnitude"])
-    assert torch.allclose((shares * n)[exact <= 100], exact[exact <= 100].double())
-    low = exact > 2000  # of which some 330 were drawn
-    assert (shares[low] / (exact[low] / n)).log().abs().max() < 0.25
+    exact = torch.searchsorted(-everything, -torch.tensor(table["score_magnitude"], dtype=torch.float32), right=True)
+    ranks = torch.tensor(table["share_magnitude"]) * len(everything)
+    assert torch.allclose(ranks[exact <= 100], exact[exact <= 100].double())
+    low = exact > 4000  # of which some 100 were drawn
+    assert (ranks[low] / exact[low]).log().abs().max() < 0.3
     between = (exact > 100) & ~low
-    assert (shares[between] / (exact[between] / n)).log().abs().max() < 2
-    assert torch.histc((shares * n).log10(), 6, 0, 6).min() >= 8
+    assert (ranks[between] / exact[between]).log().abs().max() < 2
+    assert torch.histc(ranks.log10(), 6, 0, 6).min() >= 8
 
 
-def test_draws_are_spread_over_the_whole_parameter():
-    weights = {f"{n}.weight": torch.ones(10, 50) for n in range(200)}
-    drawn = sampled(weights)
-    drawn = drawn[(drawn["row"] > 0) | (drawn["col"] >= 2)]
-    assert set(drawn["row"]) == set(range(10))
-    flat = drawn["row"] * 50 + drawn["col"]
-    assert 200 < flat.mean() < 300
-
-
-def test_head_of_all_weights_may_lie_in_one_parameter():
-    weights = {"a.weight": torch.zeros(40, 40), "b.weight": 5 + torch.arange(1600.0).reshape(40, 40)}
-    found = sampled(weights)
-    head = {("b.weight", 39, col) for col in range(31, 40)}
-    assert head <= set(places(found))
-    assert len(found) <= 2 + 2 + N_STRATUM * (2 * log10(3200) + 1) + 2
+def test_weighting_gives_the_model_back(monkeypatch):
+    """Over seeds, sums of value / inclusion are right: of ones, of a group of weights, of heavy-tailed values."""
+    monkeypatch.setattr(sampling, "N_UNIFORM", 2000)
+    monkeypatch.setattr(sampling, "N_ROWS", 300)
+    generator = torch.Generator().manual_seed(3)
+    weights = {f"{n}.weight": torch.randn(100, 100, generator=generator) ** 3 * (n + 1) for n in range(3)}
+    tables = [sampled(weights, seed=seed) for seed in range(80)]
+    assert all(len(table) == 300 for table in tables)
+    size = sum(weight.abs().sum().item() for weight in weights.values())
+    totals = [(30_000, [np.ones(300)] * 80)]
+    totals += [(2000, [(table["parameter"] == "0.weight") & (table["row"] < 20) for table in tables])]
+    totals += [(size, [table["value"].abs() for table in tables])]
+    for total, values in totals:
+        sums = [(value / table["inclusion"]).sum() for value, table in zip(values, tables, strict=True)]
+        assert np.mean(sums) == pytest.approx(total, abs=4 * np.std(sums) / np.sqrt(80))
 
 
 def test_parameters_of_few_weights_and_of_one_dimension():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from critical_weight_analysis import stability
 from critical_weight_analysis.discovery import discover, engine_for
+from critical_weight_analysis.metrics import Sensitivity
 from critical_weight_analysis.plots import plot_stability
 from llm_perturb.evaluation.parameters import in_scope
 from reference import naive_score, naive_sensitivities, naive_top
@@ -72,6 +73,58 @@ def test_magnitude_needs_no_texts_and_gradients_do(found):
     assert (halves.loc["magnitude", "jaccard"] == 1).all()
     assert halves.loc["magnitude", "rank_correlation"].tolist() == pytest.approx([1] * 3)
     assert (halves.loc["grad_x_weight", "jaccard"] < 1).any()
+
+
+def test_null_keeps_the_weights_and_deals_all_else_anew_by_rows_and_columns():
+    grid = torch.arange(12.0).reshape(3, 4)
+    given = Sensitivity("a.weight", grid, grad=10 * grid, fisher=100 * grid)
+    null = stability.dealt_anew(given, [0, 2, 1])
+    assert null.name == "a.weight" and null.weight is grid and null.curvature is None
+    assert torch.equal(null.fisher, 10 * null.grad)  # one order for all fields
+    assert torch.equal(null.grad.flatten().sort().values, 10 * grid.flatten())
+    rows, columns = null.grad[:, 0].div(40).floor(), null.grad[0].remainder(40)
+    assert torch.equal(null.grad, 40 * rows[:, None] + columns)
+    assert torch.equal(stability.dealt_anew(given, [0, 2, 1]).grad, null.grad)
+    corners = {stability.dealt_anew(given, [0, split, 0]).grad[0, 0].item() for split in range(300)}
+    assert corners == {10.0 * i for i in range(12)}  # any weight may get what any other has
+
+
+def test_null_column_is_the_overlap_of_halves_with_gradients_dealt_anew(found, model, sequences):
+    table, parameters = found
+    naive = []
+    for side, members in enumerate(stability.halves(len(sequences), 7, 1)):
+        sums = naive_sensitivities(model, [sequences[i] for i in members])
+        scores = {}
+        for name, parameter in parameters.items():
+            dealt = stability.dealt_anew(Sensitivity(name, parameter.detach(), grad=sums.grad[name]), [7, 1, side])
+            scores[name] = (dealt.grad * parameter.detach()).abs()
+        naive.append([line[:3] for line in naive_top(scores, KS[-1])])
+    rows = table[(table["k"] == KS[-1]) & (table["metric"] == "grad_x_weight")].set_index(
+        ["kind", "seed", "other_seed"]
+    )
+    assert rows.loc[("halves", 1, 1), "jaccard_null"] == pytest.approx(naive_overlap(*naive)[0])
+    magnitude = table[table["metric"] == "magnitude"]
+    assert (magnitude.loc[magnitude["kind"] != "metrics", "jaccard_null"] == 1).all()
+    assert table.loc[table["kind"] == "metrics", "jaccard_null"].isna().all()
+    assert table.loc[table["kind"] != "metrics", "jaccard_null"].notna().all()
+
+
+def test_null_of_pure_noise_is_what_the_halves_themselves_share():
+    """Gradients of pure noise: the halves agree as the null does, and far more than chance, because of the weights."""
+    weight = torch.randn(400, 500, generator=torch.Generator().manual_seed(0), dtype=torch.float64) ** 5
+    k, overlaps = 200, {"halves": [], "null": []}
+    for seed in range(20):
+        rng = torch.Generator().manual_seed(seed + 1)
+        noise = [torch.randn(400, 500, generator=rng, dtype=torch.float64) for _ in range(2)]
+        halves = [Sensitivity("a.weight", weight, grad=grad) for grad in noise]
+        nulls = [stability.dealt_anew(half, [seed, side]) for side, half in enumerate(halves)]
+        for kind, pair in {"halves": halves, "null": nulls}.items():
+            tops = [(s.weight * s.grad).abs().flatten().topk(k).indices for s in pair]
+            common = len(set(tops[0].tolist()) & set(tops[1].tolist()))
+            overlaps[kind].append(common / (2 * k - common))
+    observed, null = (sum(values) / 20 for values in overlaps.values())
+    assert null == pytest.approx(observed, rel=0.05)
+    assert observed > 100 * stability.chance_jaccard(k, weight.numel())
 
 
 @pytest.mark.parametrize("n", [4, 7, 100])

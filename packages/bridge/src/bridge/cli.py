@@ -36,7 +36,7 @@ def targets(
         from_: a folder that holds discovery runs (the newest complete one is taken), or one run's folder.
         top: how many layers.
         by: count: layers that hold most of the global top-K come first; score: those of the highest summed score.
-        controls: how many further layers, drawn evenly over the whole range of the score's rank.
+        controls: how many further layers, drawn at random over all kinds of matrix and the whole range of the score.
         metric: the sensitivity metric; by default the first one of the run.
         k: which global top-K to count in; by default the smallest one of the run.
         format: env: TARGET_LAYER="a,b"; list: one a line; csv: with counts, scores and ranks.

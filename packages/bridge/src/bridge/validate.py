@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,8 +10,9 @@ from bridge.analysis.correlation import write_correlations
 from bridge.exchange import layout
 from bridge.exchange.errors import RequestError, RunError
 from bridge.exchange.fingerprint import write_fingerprint
+from bridge.exchange.printable import say
 from bridge.exchange.run_folder import Run, find_runs, is_complete, open_run, read_manifest
-from bridge.exchange.tables import MEASUREMENTS, TARGETS, TOP_WEIGHTS, atomic_path, read_table, write_table
+from bridge.exchange.tables import MEASUREMENTS, SINGLE_WEIGHTS, TARGETS, atomic_path, read_table, write_table
 from bridge.exchange.validation_run import Validation
 from bridge.instrument import process
 from bridge.instrument.checks import (
@@ -49,6 +51,7 @@ def validate(options: ValidationOptions) -> list[str]:
         RunError: the measurement failed, or is not of the setup that the discovery had.
     """
     ready = plan(options)
+    say(ready.cost, stream=sys.stderr)
     if ready.shard:
         return _measure_shard(ready, options)
     parts = _parts(ready, options.merge) if options.merge else None
@@ -115,7 +118,7 @@ def _prepare(ready: Plan, run: Run) -> None:
     if ready.discovery.fingerprint:  # the instrument compares it with the model's
         write_fingerprint(run.folder, ready.discovery.fingerprint)
     if ready.single_weights is not None:
-        write_table(run.folder / layout.SINGLE_WEIGHTS_FILE, ready.single_weights, TOP_WEIGHTS)
+        write_table(run.folder / layout.SINGLE_WEIGHTS_FILE, ready.single_weights, SINGLE_WEIGHTS)
         _copy(ready.discovery.folder / layout.SAMPLED_WEIGHTS_FILE, run.folder / layout.SAMPLED_WEIGHTS_FILE)
 
 

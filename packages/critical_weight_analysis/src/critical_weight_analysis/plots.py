@@ -72,7 +72,8 @@ def plot_scores_by_rank(tops: dict[str, pd.DataFrame], path: Path) -> None:
 def plot_stability(table: pd.DataFrame, path: Path) -> None:
     """Draw the Jaccard overlap of the top-K against K: of two halves of the corpus, of two splits, of two metrics.
 
-    A point is one comparison, the line goes through the means; grey is what two random sets share.
+    A point is one comparison, the line goes through the means; the dashed line is what the same weights share when
+    their gradients are dealt out anew, grey what two random sets share.
     """
     kinds = {"halves": "two halves", "seeds": "first halves of two splits", "metrics": "two metrics, whole corpus"}
     shown = [kind for kind in kinds if (table["kind"] == kind).any()]
@@ -82,6 +83,9 @@ def plot_stability(table: pd.DataFrame, path: Path) -> None:
             (points,) = axes.plot(rows["k"], rows["jaccard"], ".", alpha=0.5)
             label = metric if metric == other else f"{metric}, {other}"
             axes.plot(rows.groupby("k")["jaccard"].mean(), color=points.get_color(), label=label)
+            if rows["jaccard_null"].notna().any():
+                null = rows.groupby("k")["jaccard_null"].mean()
+                axes.plot(null, color=points.get_color(), linestyle="--", label=f"{label}, null")
         axes.plot(table.groupby("k")["jaccard_chance"].first(), color="grey", linestyle=":", label="chance")
         axes.set(xscale="log", xlabel="K", title=kinds[kind], ylim=(-0.03, 1.03))
         axes.legend(fontsize=7)

@@ -66,8 +66,9 @@ def write_stability(table: pd.DataFrame, folder: Path, with_plot: bool) -> None:
     """The rows of STABILITY as a file, in words, and as a plot."""
     write_table(folder / STABILITY_FILE, table, STABILITY)
     for (metric, k), rows in table[table["kind"] == "halves"].groupby(["metric", "k"], sort=False):
-        words = metric, k, rows["jaccard"].mean(), rows["jaccard_chance"].iloc[0]
-        _log.info("stability: %s, top %d: mean Jaccard overlap of two halves %.3f (chance %.2g)", *words)
+        words = metric, k, rows["jaccard"].mean(), rows["jaccard_null"].mean(), rows["jaccard_chance"].iloc[0]
+        message = "stability: %s, top %d: mean Jaccard overlap of two halves %.3f (null %.3f, chance %.2g)"
+        _log.info(message, *words)
     if with_plot:
         (folder / PLOTS_FOLDER).mkdir(exist_ok=True)
         plots.plot_stability(table, folder / PLOTS_FOLDER / STABILITY_PLOT)

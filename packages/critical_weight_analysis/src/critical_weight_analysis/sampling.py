@@ -1,66 +1,67 @@
-"""A few weights of every parameter with the scores of all metrics: what the metrics are compared on."""
+"""Single weights with the scores of all metrics, drawn with known probability: what the metrics are compared on.
 
-from collections.abc import Sequence
+Two phases. Candidates: by each metric the ``N_HEAD`` highest weights of every parameter, which are certain, and
+``N_UNIFORM`` drawn uniformly of all weights together. From the candidates each weight's rank among all weights is known
+(exactly for the first ``N_HEAD``) or estimated, and by these ranks ``N_ROWS`` of them are drawn over every order of
+magnitude of rank (``bridge.exchange.weight_sample``). The column ``inclusion`` is the probability of both together.
+"""
+
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from bridge.exchange import layout
+from bridge.exchange.weight_sample import draw_probability, draw_weights
 from llm_perturb.evaluation.parameters import layer_of
 from torch import Tensor
 
 from critical_weight_analysis.layerwise.saved_state import State, StateError, columns_of, rows_by_parameter
 from critical_weight_analysis.metrics import METRICS, Sensitivity
 
-N_TOP = 2  # of each parameter, by each metric
-N_DRAWN = 2  # of each parameter, uniformly at random
-N_HEAD = 100  # of all weights together, by each metric, of which the rank is known exactly
-N_STRATUM = 8  # of each half decade of rank among all weights, by each metric
-_N_UNIFORM = 1 << 17  # drawn of all weights together, from which lower ranks are estimated
-_SEED = 0
+N_HEAD = 100  # of each parameter, by each metric; so many ranks among all weights are known exactly
+N_UNIFORM = 1 << 17  # drawn of all weights together, from which lower ranks are estimated
+N_ROWS = 4000  # of the table
 _COLUMNS = {
     "index": torch.int64,
     "value": torch.float64,
     "scores": torch.float64,
     "certain": torch.bool,
-    "uniform": torch.bool,
 }
 
 
 @dataclass(frozen=True)
 class _Part:
-    """Candidates of one parameter in the order of their flat indices; ``certain``: in the table in any case."""
+    """Candidates of one parameter in the order of their flat indices; ``certain``: among the highest by a metric."""
 
     index: np.ndarray  # (m,)
     value: np.ndarray  # (m,)
     scores: np.ndarray  # (m, number of metrics)
     certain: np.ndarray  # (m,)
-    uniform: np.ndarray  # (m,): drawn of all weights together
 
 
 class Sample:
-    """Collects the rows of SAMPLED_WEIGHTS.
-
-    Of each parameter the two highest by each metric and two drawn at random; and of all weights together, by each
-    metric, ``N_STRATUM`` of every half decade of rank (1 to 3, 4 to 9, 10 to 31, ... to the last), so that the whole
-    range of each metric's scores is there. Each with the scores of all metrics.
+    """Collects the candidates, and draws the rows of SAMPLED_WEIGHTS from them.
 
     Args:
         shapes: the shape of every parameter to come, in parameter order.
         metrics: the metrics of the run.
+        seed: of both draws.
     """
 
-    def __init__(self, shapes: dict[str, Sequence[int]], metrics: Sequence[str]) -> None:
-        self._shapes, self._metrics = shapes, list(metrics)
+    def __init__(self, shapes: Mapping[str, Sequence[int]], metrics: Sequence[str], seed: int = 0) -> None:
+        self._shapes, self._metrics, self._seed = shapes, list(metrics), seed
         self._parts: dict[str, _Part] = {}
         sizes = [int(np.prod(shape, dtype=np.int64)) for shape in shapes.values()]
         self._n_weights = sum(sizes)
-        generator = np.random.default_rng([_SEED, *b"sampled weights"])
-        drawn = generator.choice(self._n_weights, size=min(_N_UNIFORM, self._n_weights), replace=False)
-        starts = np.cumsum([0, *sizes])
-        places = np.split(np.sort(drawn), np.searchsorted(np.sort(drawn), starts[1:-1]))
-        self._uniform = {name: place - start for name, place, start in zip(shapes, places, starts, strict=False)}
+        generator = np.random.default_rng([seed, *b"sampled weights"])
+        drawn = generator.choice(self._n_weights, size=min(N_UNIFORM, self._n_weights), replace=False)
+        drawn.sort()
+        starts = np.cumsum([0, *sizes[:-1]])
+        by_parameter = np.split(drawn, np.searchsorted(drawn, starts[1:]))
+        self._uniform = {name: d - start for name, d, start in zip(shapes, by_parameter, starts, strict=True)}
 
     def update(self, sensitivity: Sensitivity, highest: Sequence[Tensor]) -> None:
         """Take in one parameter.
@@ -69,10 +70,9 @@ class Sample:
             sensitivity: of the parameter.
             highest: by each metric the ``N_HEAD`` highest of its weights, as ``top_indices`` gives them.
         """
-        drawn = _drawn(sensitivity.name, sensitivity.weight.numel())
         uniform = torch.from_numpy(self._uniform[sensitivity.name])
-        certain = torch.cat([*(index[:N_TOP] for index in highest), drawn]).unique()
-        index = torch.cat([*highest, drawn, uniform]).unique()
+        certain = torch.cat(list(highest)).unique()
+        index = torch.cat([certain, uniform]).unique()
         here = _at(sensitivity, index)
         scores = torch.stack([METRICS[metric].score(here).double().cpu() for metric in self._metrics], dim=1)
         self._parts[sensitivity.name] = _Part(
@@ -80,7 +80,6 @@ class Sample:
             here.weight.double().cpu().numpy(),
             scores.numpy(),
             torch.isin(index, certain).numpy(),
-            torch.isin(index, uniform).numpy(),
         )
 
     def state(self) -> State:
@@ -113,71 +112,76 @@ class Sample:
     def table(self) -> pd.DataFrame:
         """The rows, in parameter order, then by row and col.
 
-        For each metric a column ``score_<metric>`` and a column ``share_<metric>``: the share of all weights that
-        score at least as high, 1/n for the highest and 1 for the lowest of n. It is exact for the first ``N_HEAD``
-        weights (and where there are at most ``_N_UNIFORM``), else estimated from those drawn.
+        Besides the inclusion probability each has, by each metric, a column ``score_<metric>`` and a column
+        ``share_<metric>``: its rank divided by the number of all weights.
         """
         names = [name for name in self._shapes if name in self._parts]
         parts = [self._parts[name] for name in names]
-        scores, kept, uniform = (
-            np.concatenate([getattr(part, field) for part in parts]) for field in ("scores", "certain", "uniform")
-        )
-        ranks = [ranks_among_all(column, uniform, self._n_weights) for column in scores.T]
-        for rank in ranks:
-            kept[stratified(rank)] = True
+        scores, certain = (np.concatenate([getattr(part, field) for part in parts]) for field in ("scores", "certain"))
+        candidate = candidate_probability(certain, self._n_weights)
+        ranks = np.stack([ranks_among_all(column, candidate) for column in scores.T], axis=1)
+        rng = np.random.default_rng([self._seed, *b"rows of sampled weights"])
+        kept, inclusion = draw_weights(draw_probability(ranks, self._n_weights), candidate, N_ROWS, rng)
+        columns = {"inclusion": inclusion}
+        for at, metric in enumerate(self._metrics):
+            columns[layout.score_column(metric)] = scores[kept, at]
+            columns[layout.share_column(metric)] = ranks[kept, at] / self._n_weights
+        return pd.DataFrame(self._which(names, kept) | columns)
+
+    def _which(self, names: Sequence[str], kept: np.ndarray) -> dict[str, object]:
+        """The columns that say which weights they are, and their values.
+
+        Args:
+            names: of the parameters, in order.
+            kept: positions among the candidates of all of them.
+        """
+        parts, shapes = [self._parts[name] for name in names], [self._shapes[name] for name in names]
         number = np.repeat(np.arange(len(parts)), [len(part.index) for part in parts])[kept]
         index, value = (np.concatenate([getattr(part, field) for part in parts])[kept] for field in ("index", "value"))
-        shapes = [self._shapes[name] for name in names]
         row, col = np.divmod(index, np.array([int(np.prod(shape[1:], dtype=np.int64)) for shape in shapes])[number])
-        place = {
+        has_no_col = np.array([len(shape) < 2 for shape in shapes])[number]
+        return {
             "layer": np.array([layer_of(name) for name in names], dtype=object)[number],
             "parameter": np.array(names, dtype=object)[number],
             "row": row,
-            "col": pd.array(
-                np.ma.array(col, mask=np.array([len(shape) < 2 for shape in shapes])[number]), dtype="Int64"
-            ),
+            "col": pd.array(np.ma.array(col, mask=has_no_col), dtype="Int64"),
             "value": value,
         }
-        columns = {f"score_{metric}": scores[kept, at] for at, metric in enumerate(self._metrics)}
-        shares = {f"share_{m}": rank[kept] / self._n_weights for m, rank in zip(self._metrics, ranks, strict=True)}
-        return pd.DataFrame(place | columns | shares)
 
 
-def ranks_among_all(scores: np.ndarray, uniform: np.ndarray, n_weights: int) -> np.ndarray:
+def candidate_probability(certain: np.ndarray, n_weights: int) -> np.ndarray:
+    """Probability with which each candidate became one: 1, or m / (N - H) for the m drawn of those outside the heads.
+
+    A uniform draw holds any m of the N - H weights outside the heads with the same probability.
+
+    Args:
+        certain: whether a candidate is one of the H in the heads, (number of candidates,).
+        n_weights: N.
+    """
+    n_certain = int(certain.sum())
+    drawn = (len(certain) - n_certain) / max(n_weights - n_certain, 1)
+    return np.where(certain, 1.0, drawn)
+
+
+def ranks_among_all(scores: np.ndarray, candidate: np.ndarray) -> np.ndarray:
     """The rank among all weights of each candidate, from 1 = highest; equal scores in the order of the candidates.
 
-    Where c of the u candidates drawn uniformly come no later than it, a candidate's rank is about c n / u; it is
-    exact for the first ``N_HEAD``, which are all among the candidates.
+    A candidate stands for 1/pi weights around its score. Its rank is the sum of 1/pi over those before it and the
+    middle of its own, (1/pi + 1) / 2: exact while all candidates so far are certain.
 
     Args:
         scores: of the candidates, (m,).
-        uniform: which of them were drawn uniformly from all, (m,).
-        n_weights: n, the number of all weights.
+        candidate: pi, the probability of being one, (m,).
     """
     order = np.argsort(-scores, kind="stable")
-    position = np.arange(1, len(scores) + 1)
-    estimate = np.cumsum(uniform[order]) * (n_weights / uniform.sum())
+    stands_for = 1 / candidate[order]
     ranks = np.empty(len(scores))
-    ranks[order] = np.where(position <= N_HEAD, position, np.maximum(position, estimate))
+    ranks[order] = np.cumsum(stands_for) - (stands_for - 1) / 2
     return ranks
 
 
-def stratified(ranks: np.ndarray) -> np.ndarray:
-    """Positions of at most ``N_STRATUM`` candidates of each half decade of rank, evenly spaced within it."""
-    order = np.argsort(ranks, kind="stable")
-    _, starts = np.unique(np.floor(2 * np.log10(ranks[order])), return_index=True)
-    strata = np.split(order, starts[1:])
-    return np.concatenate([s[np.unique(np.linspace(0, len(s) - 1, N_STRATUM).round().astype(int))] for s in strata])
-
-
-def _drawn(name: str, n_weights: int) -> Tensor:
-    """Flat indices of weights drawn uniformly; they depend on nothing but the parameter's name and size."""
-    generator = np.random.default_rng([_SEED, *f"sampled weights/{name}".encode()])
-    return torch.from_numpy(generator.choice(n_weights, size=min(N_DRAWN, n_weights), replace=False))
-
-
 def _at(sensitivity: Sensitivity, index: Tensor) -> Sensitivity:
-    """The same quantities at some weights only, so that all formulas can be had without all their scores."""
+    """The same quantities at some weights only, to which the formulas are applied without scoring all weights."""
     tensors: dict[str, Any] = {
         field: tensor.detach().reshape(-1)[index.to(tensor.device)]
         for field, tensor in vars(sensitivity).items()

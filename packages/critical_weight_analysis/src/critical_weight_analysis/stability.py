@@ -6,11 +6,18 @@ ranks of all other weights unknown, see Fagin, Kumar & Sivakumar 2003). That rho
 only one list has, and its range is restricted: it is to be read beside the overlap, not instead of it.
 
 Halves of one split share no sequence. First halves of two splits share about half of theirs and agree better.
+
+Two halves agree more than random sets do even where the gradients are pure noise, because a score like |θ dL/dθ| holds
+the weight itself. So each overlap stands beside that of a null: within every parameter all that a half tells of the
+weights (gradients, their squares, inputs) is dealt out anew to them, for each half in another random order of rows and
+columns, and the weights stay where they are. What the overlap has beyond that is what the texts agree on.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations
 from types import ModuleType
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -21,14 +28,23 @@ from torch import Tensor
 from torch.nn import Parameter
 from transformers import PreTrainedModel
 
-from critical_weight_analysis.discovery import needs_of, scores_of
+from critical_weight_analysis.discovery import Engine, needs_of, scores_of
 from critical_weight_analysis.layerwise.pass_settings import Settings
+from critical_weight_analysis.metrics import Sensitivity
 from critical_weight_analysis.ranking import Ranking
 
 MIN_SEQUENCES = 4  # two in each half
 MIN_COMMON = 3  # two weights are always in the same or the opposite order
 Rankings = dict[str, Ranking]  # by metric
-Halves = tuple[Rankings, Rankings]
+
+
+class Halves(NamedTuple):
+    """The rankings by two halves of the corpus, and by the same halves under the null."""
+
+    first: Rankings
+    second: Rankings
+    null_first: Rankings
+    null_second: Rankings
 
 
 def halves(n: int, seed: int, split: int) -> tuple[list[int], list[int]]:
@@ -38,7 +54,7 @@ def halves(n: int, seed: int, split: int) -> tuple[list[int], list[int]]:
 
 
 def discover_halves(
-    engine: ModuleType,
+    engine: ModuleType | Engine,
     model: PreTrainedModel,
     sequences: list[Tensor],
     parameters: dict[str, Parameter],
@@ -49,7 +65,9 @@ def discover_halves(
     seed: int = 0,
     settings: Settings = Settings(),  # noqa: B008 - frozen
 ) -> Iterator[Halves]:
-    """For each of ``n_splits`` splits the global top-K of both halves. One split costs one pass over the corpus.
+    """For each of ``n_splits`` splits the global top-K of both halves, also under the null.
+
+    One split costs one pass over the corpus.
 
     The arguments are those of ``discovery.discover``.
 
@@ -57,20 +75,51 @@ def discover_halves(
         RunError: a loss or a score is not finite.
     """
     needs = needs_of(metrics, engine, settings)
-    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    shapes: dict[str, Sequence[int]] = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
 
-    def top_of(members: list[int]) -> Rankings:
-        rankings = {metric: Ranking(shapes, k, per_layer=False) for metric in metrics}
-        half = [sequences[i] for i in members]
-        _, stream = engine.sensitivities(model, half, list(parameters), needs, settings)
+    def empty() -> Rankings:
+        return {metric: Ranking(shapes, k, per_layer=False) for metric in metrics}
+
+    def top_of(members: list[int], *half: int) -> tuple[Rankings, Rankings]:
+        rankings, null = empty(), empty()
+        _, stream = engine.sensitivities(model, [sequences[i] for i in members], list(parameters), needs, settings)
         for sensitivity in stream:
-            for metric, ranking in rankings.items():
-                ranking.update(sensitivity.name, sensitivity.weight, scores_of(metric, sensitivity))
-        return rankings
+            _update(rankings, sensitivity)
+            _update(null, dealt_anew(sensitivity, [seed, *half]))
+        return rankings, null
 
     for split in range(n_splits):
-        first, second = halves(len(sequences), seed, split)
-        yield top_of(first), top_of(second)
+        one, other = halves(len(sequences), seed, split)
+        first, null_first = top_of(one, split, 0)
+        second, null_second = top_of(other, split, 1)
+        yield Halves(first, second, null_first, null_second)
+
+
+def _update(rankings: Rankings, sensitivity: Sensitivity) -> None:
+    for metric, ranking in rankings.items():
+        ranking.update(sensitivity.name, sensitivity.weight, scores_of(metric, sensitivity))
+
+
+def dealt_anew(sensitivity: Sensitivity, seed: Sequence[int]) -> Sensitivity:
+    """The same weights, each with what another weight of the parameter has.
+
+    Rows and columns are put in a random order, the same for all fields. Any weight then gets what any other has with
+    the same probability, and nothing larger than the parameter is needed for it.
+
+    Args:
+        sensitivity: of one parameter.
+        seed: of the order, which besides depends on the parameter's name alone.
+    """
+    generator = np.random.default_rng([*seed, *f"null/{sensitivity.name}".encode()])
+    shape, device = sensitivity.weight.shape, sensitivity.weight.device
+    orders = [torch.from_numpy(generator.permutation(size)).to(device) for size in shape]
+    fields: dict[str, Any] = {}
+    for name, values in vars(sensitivity).items():
+        if isinstance(values, Tensor) and name != "weight":
+            for axis, order in enumerate(orders):
+                values = values.index_select(axis, order)
+            fields[name] = values
+    return replace(sensitivity, **fields)
 
 
 def table(full: Rankings, splits: Sequence[Halves], ks: Sequence[int], n_weights: int) -> pd.DataFrame:
@@ -85,23 +134,39 @@ def table(full: Rankings, splits: Sequence[Halves], ks: Sequence[int], n_weights
     rows = []
     for k in ks:
         chance = chance_jaccard(k, n_weights)
-        for kind, metric, other, seeds, one, two in _pairs(full, splits):
-            row = {"kind": kind, "metric": metric, "other": other, "k": k, "seed": seeds[0], "other_seed": seeds[1]}
-            rows.append(row | {"jaccard_chance": chance} | overlap(places(one, k), places(two, k)))
+        for pair in _pairs(full, splits):
+            row: dict[str, object] = {"kind": pair.kind, "metric": pair.metric, "other": pair.other, "k": k}
+            row |= {"seed": pair.seeds[0], "other_seed": pair.seeds[1], "jaccard_chance": chance}
+            row["jaccard_null"] = np.nan
+            if pair.null is not None:
+                row["jaccard_null"] = overlap(*(places(ranking, k) for ranking in pair.null))["jaccard"]
+            rows.append(row | overlap(places(pair.one, k), places(pair.two, k)))
     return pd.DataFrame(rows, columns=list(STABILITY.columns)).astype({"seed": "Int64", "other_seed": "Int64"})
 
 
-def _pairs(
-    full: Rankings, splits: Sequence[Halves]
-) -> Iterator[tuple[str, str, str, tuple[int | None, int | None], Ranking, Ranking]]:
-    """Kind, metric, other metric, the splits' numbers, and the two rankings to compare."""
+class _Pair(NamedTuple):
+    """Two rankings to compare, and the same two under the null."""
+
+    kind: str
+    metric: str
+    other: str
+    seeds: tuple[int | None, int | None]
+    one: Ranking
+    two: Ranking
+    null: tuple[Ranking, Ranking] | None
+
+
+def _pairs(full: Mapping[str, Ranking], splits: Sequence[Halves]) -> Iterator[_Pair]:
+    """Halves of each split, first halves of two splits, and pairs of metrics, which have no null."""
     for metric in full:
-        for seed, (first, second) in enumerate(splits):
-            yield "halves", metric, metric, (seed, seed), first[metric], second[metric]
+        for seed, split in enumerate(splits):
+            null = (split.null_first[metric], split.null_second[metric])
+            yield _Pair("halves", metric, metric, (seed, seed), split.first[metric], split.second[metric], null)
         for (seed, one), (other_seed, two) in combinations(enumerate(splits), 2):
-            yield "seeds", metric, metric, (seed, other_seed), one[0][metric], two[0][metric]
+            null = (one.null_first[metric], two.null_first[metric])
+            yield _Pair("seeds", metric, metric, (seed, other_seed), one.first[metric], two.first[metric], null)
     for metric, other in combinations(full, 2):
-        yield "metrics", metric, other, (None, None), full[metric], full[other]
+        yield _Pair("metrics", metric, other, (None, None), full[metric], full[other], None)
 
 
 def places(ranking: Ranking, k: int) -> Tensor:

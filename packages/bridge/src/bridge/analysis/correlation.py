@@ -14,6 +14,7 @@ from bridge.analysis.bootstrap import N_RESAMPLES
 from bridge.analysis.claims import adjusted_p_values
 from bridge.analysis.measured_sets import text_effects
 from bridge.analysis.metric_comparison import Difference, compare_metrics, standing
+from bridge.analysis.population_estimates import with_population_estimates
 from bridge.analysis.predicted_and_measured import LAYERS, Comparison, comparisons
 from bridge.analysis.primary import Primary, primary_analysis
 from bridge.analysis.rank_agreement import agreement
@@ -38,6 +39,7 @@ def correlate(
     primary: Primary | None = None,
     losses: pd.DataFrame | None = None,
     n_resamples: int = N_RESAMPLES,
+    single_weights: pd.DataFrame | None = None,
 ) -> pd.DataFrame:
     """Rank agreement of prediction and effect, one row per unit, metric, perturbation and k.
 
@@ -67,6 +69,7 @@ def correlate(
         losses: the losses of every measurement on each text (columns as in ``text_effects``); where all layers were
             measured, ``texts_low`` and ``texts_high`` are then the interval of rho over texts.
         n_resamples: of the bootstrap and the permutations each.
+        single_weights: a table of SINGLE_WEIGHTS; with it there are estimates for all weights of the model.
 
     Returns:
         A table of CORRELATIONS; an estimate that is not available is empty, and its note says why.
@@ -89,7 +92,8 @@ def correlate(
         differences = _differences([compared[at] for at in together])
         for at in together:
             rows[at] |= _standing(differences, compared[at].metric, baseline)
-    return _with_adjusted_p(pd.DataFrame(rows, columns=list(CORRELATIONS.columns)))
+    table = _with_adjusted_p(pd.DataFrame(rows, columns=list(CORRELATIONS.columns)))
+    return with_population_estimates(table, measurements, targets, sampled, single_weights)
 
 
 def write_correlations(validation: Validation, seed: int = 0) -> pd.DataFrame:
@@ -102,6 +106,7 @@ def write_correlations(validation: Validation, seed: int = 0) -> pd.DataFrame:
         validation.sampled(),
         baseline,
         primary_analysis(validation.options, baseline),
+        single_weights=validation.single_weights(),
     )
     write_table(validation.folder / layout.CORRELATIONS_FILE, table, CORRELATIONS)
     return table

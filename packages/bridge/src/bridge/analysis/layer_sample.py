@@ -5,46 +5,37 @@ from typing import NamedTuple
 
 import numpy as np
 
-DEFAULT_LAYERS = 40  # within 7 kinds a true rho of 0.5 is then shown in about 84 %
+DEFAULT_LAYERS = 40  # a rho of 0.5 within 7 kinds is then shown in 85 % (benchmarks/sampled_populations.py)
 
 
 class LayerSample(NamedTuple):
     """Layers drawn, as ascending positions, and the probability with which each was."""
 
     chosen: np.ndarray  # (n,)
-    inclusion: np.ndarray  # (n,), 1 for a layer that was certain
+    inclusion: np.ndarray  # (n,)
 
 
-def draw_layers(
-    scores: np.ndarray, kinds: Sequence[str], n: int, rng: np.random.Generator, n_top: int = 0
-) -> LayerSample:
-    """``n_top`` layers of highest score, surely, and ``n`` of the others, each with the same probability.
+def draw_layers(scores: np.ndarray, kinds: Sequence[str], n: int, rng: np.random.Generator) -> LayerSample:
+    """``n`` of N layers, each with the same probability n/N, whatever its score.
 
-    The others are put in order of kind, within kinds by score, up and down in turn, and every (N/n)-th is taken from
+    The layers are put in order of kind, within kinds by score, up and down in turn, and every (N/n)-th is taken from
     a random start: systematic sampling with a fractional interval (Madow 1949), by which each kind and each part of
-    its range is met in proportion. The probability is n/N, whatever the scores.
+    its range is met in proportion.
 
     Args:
         scores: of all layers, (N,); equal scores keep their order.
         kinds: of all layers.
-        n: how many besides the top ones; all where there are no more.
+        n: how many; all where there are no more.
         rng: gives the start.
-        n_top: how many of highest score are certain.
     """
-    scores, kind = np.asarray(scores, dtype=float), np.asarray(kinds)
-    by_score = np.argsort(-scores, kind="stable")
-    top, others = by_score[:n_top], np.sort(by_score[n_top:])
-    inclusion = np.ones(len(scores))
-    chosen = top
-    if n > 0 and len(others):
-        share = min(1.0, n / len(others))
-        inclusion[others] = share
-        order = others[_serpentine(scores[others], kind[others])]
-        places = (rng.uniform() + np.arange(min(n, len(others)))) / share
-        drawn = order[np.minimum(places.astype(int), len(order) - 1)]
-        chosen = np.concatenate([top, drawn])
-    chosen = np.sort(chosen)
-    return LayerSample(chosen, inclusion[chosen])
+    n_layers = len(scores)
+    if n >= n_layers:
+        return LayerSample(np.arange(n_layers), np.ones(n_layers))
+    order = _serpentine(np.asarray(scores, dtype=float), np.asarray(kinds))
+    places = (rng.uniform() + np.arange(n)) * n_layers / n
+    # rounding may put the last place at n_layers itself
+    chosen = np.sort(order[np.minimum(places.astype(int), n_layers - 1)])
+    return LayerSample(chosen, np.full(n, n / n_layers))
 
 
 def _serpentine(scores: np.ndarray, kinds: np.ndarray) -> np.ndarray:

@@ -7,42 +7,37 @@ import pandas as pd
 
 from bridge.analysis.measured_sets import infinite_where_undefined
 from bridge.exchange import layout
-from bridge.exchange.tables import TOP_WEIGHTS
+from bridge.exchange.tables import SINGLE_WEIGHTS
+from bridge.exchange.weight_sample import draw_probability, draw_weights
 
 
-def choose_weights(sampled: pd.DataFrame, metrics: Sequence[str], n: int) -> pd.DataFrame:
-    """``n`` of the sampled weights over the whole range of every metric's scores, so that none is favoured.
+def choose_weights(
+    sampled: pd.DataFrame, metrics: Sequence[str], n: int, n_weights: int, seed: int = 0
+) -> pd.DataFrame:
+    """``n`` of the sampled weights at random, over every order of magnitude of rank by each of the metrics.
 
-    The metrics share n equally. Each takes the weights nearest to evenly spaced points of the logarithm of
-    ``share_<metric>`` (the share of all weights that score at least as high), from its highest weight to its lowest:
-    as many among the ranks 1 to 10 as among those from a million to ten million.
+    Half of the draws favour no weight of the model; the others go to the half decades of rank by each metric equally
+    (``bridge.exchange.weight_sample``), so that the highest weights are there as well as the many that do nothing.
 
     Args:
         sampled: a table of SAMPLED_WEIGHTS.
-        metrics: whose scores are to be covered; the first gives the rank.
+        metrics: whose half decades are to be covered; the first gives the rank.
         n: how many, from 1; all of them where there are fewer.
+        n_weights: of the model that was scored.
+        seed: of the draw.
 
     Returns:
-        Table TOP_WEIGHTS, highest score by the first metric first, ranked from 1; equal scores in model order.
+        Table SINGLE_WEIGHTS, highest score by the first metric first, ranked from 1; equal scores in model order.
+        ``inclusion`` is the probability of both draws, of the discovery's and this one.
     """
-    chosen = sampled[_spread_over_ranks(sampled, metrics, n)] if n < len(sampled) else sampled
+    ranks = sampled[[layout.share_column(metric) for metric in metrics]].to_numpy(float) * n_weights  # (m, M)
+    rng = np.random.default_rng([seed, *b"single weights"])
+    drawn = draw_weights(draw_probability(ranks, n_weights), sampled["inclusion"].to_numpy(float), n, rng)
+    chosen = sampled.iloc[drawn.chosen].assign(inclusion=drawn.inclusion)
     score = layout.score_column(metrics[0])
     chosen = chosen.sort_values(score, ascending=False, kind="stable")
     chosen = chosen.rename(columns={score: "score"}).assign(rank=range(1, len(chosen) + 1))
-    return chosen[list(TOP_WEIGHTS.columns)].reset_index(drop=True)
-
-
-def _spread_over_ranks(sampled: pd.DataFrame, metrics: Sequence[str], n: int) -> np.ndarray:
-    """Which of the sampled weights are chosen, boolean, (len(sampled),); see ``choose_weights``."""
-    chosen = np.zeros(len(sampled), dtype=bool)
-    share, remainder = divmod(n, len(metrics))
-    for number, metric in enumerate(metrics):
-        quota = share + 1 if number < remainder else share
-        log_ranks = np.log(sampled[layout.share_column(metric)].to_numpy(float))
-        for point in np.linspace(log_ranks.min(), log_ranks.max(), quota):
-            distances = np.where(chosen, np.inf, abs(log_ranks - point))
-            chosen[np.argmin(distances)] = True
-    return chosen
+    return chosen[list(SINGLE_WEIGHTS.columns)].reset_index(drop=True)
 
 
 def weight_rows(measurements: pd.DataFrame) -> pd.DataFrame:

@@ -1,11 +1,14 @@
-"""Which layers of a discovery to perturb: the highest-ranked ones, and controls from the whole range of ranks."""
+"""Which layers of a discovery to perturb: the highest-ranked ones, and a sample of all others of known probability."""
 
 import re
 import shlex
 from typing import Literal
 
+import numpy as np
 import pandas as pd
 
+from bridge.analysis.components import decoder_part
+from bridge.analysis.layer_sample import draw_layers
 from bridge.exchange.errors import RequestError
 from bridge.exchange.tables import TARGETS
 
@@ -16,20 +19,22 @@ RANGE_NOTE = "only the top-ranked layers were tested: the range is restricted an
 
 
 def choose_targets(
-    top_weights: pd.DataFrame, summary: pd.DataFrame, n_top: int, n_control: int, by: By = "count"
+    top_weights: pd.DataFrame, summary: pd.DataFrame, n_top: int, n_control: int, by: By = "count", seed: int = 0
 ) -> pd.DataFrame:
-    """The layers that rank highest, and control layers from the whole range of ranks.
+    """The layers that rank highest, and a random sample of the others.
 
-    A correlation over the highest layers alone is biased, their range being restricted; the controls lie at
-    evenly spaced positions of the score rank among the layers not chosen yet, from its first to its last.
+    A correlation over the highest layers alone is biased, their range being restricted. The controls are drawn from
+    the layers not chosen yet, all with the same probability, spread over the kinds of matrix and within each over the
+    range of the score (``layer_sample``).
 
     Args:
         top_weights: global top-K (table TOP_WEIGHTS).
         summary: every parameter in model order (table LAYER_SUMMARY); each of its rows is a possible target.
-        n_top: how many layers with role ``top``.
+        n_top: how many layers with role ``top``; their inclusion probability is 1.
         n_control: how many layers with role ``control``.
         by: ``count`` ranks layers by how many of the top-K they hold, ties by summed score; ``score`` by
             summed score. What still ties stays in model order.
+        seed: of the draw.
 
     Returns:
         Table TARGETS: the top layers, best first, then the controls, highest score first. Fewer than asked
@@ -42,23 +47,13 @@ def choose_targets(
         raise RequestError(f"a number of layers cannot be negative: {min(n_top, n_control)}")
     ranked = _rank_layers(top_weights, summary)
     keys = ["n_top", "score_sum"] if by == "count" else ["score_sum"]
-    top = ranked.sort_values(keys, ascending=False, kind="stable").head(n_top).assign(role="top")
-    others = ranked.drop(top.index).sort_values("score_rank")
-    control = others.iloc[spread(len(others), n_control)].assign(role="control")
+    top = ranked.sort_values(keys, ascending=False, kind="stable").head(n_top).assign(role="top", inclusion=1.0)
+    others = ranked.drop(top.index)
+    kinds = [decoder_part(parameter).component for parameter in summary["parameter"].iloc[others.index]]
+    rng = np.random.default_rng([seed, *b"layers"])
+    drawn = draw_layers(-others["score_rank"].to_numpy(float), kinds, n_control, rng)
+    control = others.iloc[drawn.chosen].assign(role="control", inclusion=drawn.inclusion).sort_values("score_rank")
     return pd.concat([top, control], ignore_index=True)[list(TARGETS.columns)]
-
-
-def spread(size: int, count: int) -> list[int]:
-    """``count`` evenly spaced positions of ``range(size)``, both ends among them; one alone is the middle.
-
-    >>> spread(9, 3)
-    [0, 4, 8]
-    """
-    if count >= size:
-        return list(range(size))
-    if count <= 1:
-        return [(size - 1) // 2][:count]
-    return [(2 * i * (size - 1) + count - 1) // (2 * (count - 1)) for i in range(count)]  # half rounds up
 
 
 def is_restricted(targets: pd.DataFrame) -> bool:

@@ -131,11 +131,13 @@ class Discovery:
         return weights
 
     def sampled(self) -> pd.DataFrame:
-        """A few weights of every parameter with the scores of all metrics: table SAMPLED_WEIGHTS."""
+        """Weights of known probability with the scores of all metrics: table SAMPLED_WEIGHTS."""
         path = self.folder / layout.SAMPLED_WEIGHTS_FILE
         if not path.exists():
             raise RequestError(f"{path} is missing: --single-weights takes them from there; run the discovery again")
         sampled = read_sampled(path, self.metrics())
+        if not sampled["inclusion"].between(0, 1, inclusive="right").all():
+            raise RequestError(f"{path} is damaged: an inclusion probability is not above 0 and at most 1")
         shares = [layout.share_column(metric) for metric in self.metrics()]
         if not set(shares) <= set(sampled) or not sampled[shares].gt(0).all(axis=None):
             raise RequestError(f"{path} lacks {shares[0]} or another share, or one is not above 0; discover again")
@@ -144,18 +146,27 @@ class Discovery:
     def stability(self) -> pd.DataFrame | None:
         """How alike the discoveries of halves of the corpus are: table STABILITY, where the run measured it."""
         path = self.folder / layout.STABILITY_FILE
-        return read_table(path, STABILITY) if path.exists() else None
+        return _read_own(path, STABILITY) if path.exists() else None
 
 
 def read_sampled(path: Path, metrics: Sequence[str]) -> pd.DataFrame:
     """A table of SAMPLED_WEIGHTS with the scores of all the metrics, checked."""
     scores = [layout.score_column(metric) for metric in metrics]
-    sampled = read_table(path, Table(SAMPLED_WEIGHTS.name, SAMPLED_WEIGHTS.columns | dict.fromkeys(scores, "float")))
+    table = Table(SAMPLED_WEIGHTS.name, SAMPLED_WEIGHTS.columns | dict.fromkeys(scores, "float"))
+    sampled = _read_own(path, table)
     if not np.isfinite(sampled[["value", *scores]].to_numpy()).all():
         raise RequestError(f"{path} is damaged: a value or a score is not a finite number")
     if sampled.duplicated(WEIGHT_KEY).any():
         raise RequestError(f"{path} is damaged: a weight occurs twice")
     return sampled
+
+
+def _read_own(path: Path, table: Table) -> pd.DataFrame:
+    """A table that only a discovery writes; one that is damaged, or of an earlier version, is to be made again."""
+    try:
+        return read_table(path, table)
+    except RequestError as error:
+        raise RequestError(f"{error}; run the discovery again") from None
 
 
 def _read_weights(path: Path) -> pd.DataFrame:

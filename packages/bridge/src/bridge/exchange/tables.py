@@ -49,8 +49,13 @@ TOP_WEIGHTS = Table(
 )
 SAMPLED_WEIGHTS = Table(
     "sampled weights",
-    {"layer": "str", "parameter": "str", "row": "int", "col": "int?", "value": "float"},
+    {"layer": "str", "parameter": "str", "row": "int", "col": "int?", "value": "float"}
+    | {"inclusion": "float"},  # probability with which the weight came into the table
 )  # followed by score_<metric> and share_<metric> columns, one of each for each metric of the run
+SINGLE_WEIGHTS = Table(
+    "single weights",
+    TOP_WEIGHTS.columns | {"inclusion": "float"},  # probability of being perturbed alone, from the discovery on
+)
 LAYER_SUMMARY = Table(
     "layer summary",
     {"layer": "str", "parameter": "str", "n_weights": "int"}
@@ -92,6 +97,7 @@ TARGETS = Table(
         "score_sum": "float",
         "score_rank": "int",
         "n_layers": "int",  # from which the targets were chosen
+        "inclusion": "float",  # probability with which the layer was chosen; 1 for a top layer
     },
 )
 CORRELATIONS = Table(
@@ -108,7 +114,11 @@ CORRELATIONS = Table(
     | dict.fromkeys(["above", "below", "not_told_apart"], "str")  # other metrics, separated by spaces
     | dict.fromkeys(["kendall_tau_b", "weighted_tau", "rbo"], "float")
     | {"top_n": "int", "precision_at_n": "float"}
-    | {"unbounded_share": "float", "note": "str"},  # share of effects whose loss is infinite or undefined
+    | {"unbounded_share": "float", "note": "str"}  # share of effects whose loss is infinite or undefined
+    # estimates for all layers or all weights of the model, each unit weighted by 1 / inclusion, with their intervals
+    | dict.fromkeys(["population_rho", "population_low", "population_high", "population_p", "n_effective"], "float")
+    | dict.fromkeys(["population_share", "population_precision", "precision_low", "precision_high"], "float")
+    | dict.fromkeys(["population_ratio", "ratio_low", "ratio_high"], "float"),  # total effect / total score
 )
 COMPARISONS = Table(
     "comparisons",
@@ -130,6 +140,7 @@ STABILITY = Table(
         "other_seed": "int?",
         "jaccard": "float",
         "jaccard_chance": "float",  # expected of two random sets of K
+        "jaccard_null": "float",  # of the same two, had each weight another's gradients; empty for kind metrics
         "n_common": "int",
         "rank_correlation": "float",  # empty where it is not defined
     },

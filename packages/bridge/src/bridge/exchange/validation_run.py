@@ -13,7 +13,7 @@ from bridge.exchange.discovery_run import Discovery, one_folder, open_discovery,
 from bridge.exchange.errors import RequestError
 from bridge.exchange.printable import say
 from bridge.exchange.run_folder import find_runs, read_manifest
-from bridge.exchange.tables import COMPARISONS, CORRELATIONS, MEASUREMENTS, TARGETS, read_table
+from bridge.exchange.tables import COMPARISONS, CORRELATIONS, MEASUREMENTS, SINGLE_WEIGHTS, TARGETS, read_table
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,11 @@ class Validation:
         if not path.exists():
             return pd.DataFrame(columns=list(COMPARISONS.columns))
         return read_table(path, COMPARISONS)
+
+    def single_weights(self) -> pd.DataFrame | None:
+        """The weights that were perturbed alone: table SINGLE_WEIGHTS; None if none were."""
+        path = self.folder / layout.SINGLE_WEIGHTS_FILE
+        return read_table(path, SINGLE_WEIGHTS) if path.exists() else None
 
     def correlations(self) -> pd.DataFrame:
         """The agreement of score and effect: table CORRELATIONS."""

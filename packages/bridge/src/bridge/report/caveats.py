@@ -30,6 +30,21 @@ def caveats(evidence: Evidence) -> list[str]:
     ]
 
 
+def _all_weights(evidence: Evidence) -> list[str]:
+    """Rho over all weights of the model, estimated from the sample."""
+    figures = []
+    rows = evidence.weight_correlations.dropna(subset=["population_rho"])
+    numbers = rows[["population_rho", "population_low", "population_high"]].to_numpy(float)
+    for metric, (rho, low, high) in zip(rows["metric"], numbers, strict=True):
+        interval = f" [{low:.2f}, {high:.2f}]" if np.isfinite([low, high]).all() else ""
+        figures.append(f"{metric} {rho:.2f}{interval}")
+    if not figures:
+        return []
+    return [
+        f"Over all weights of the model, each drawn one weighted by 1 / its probability, rho is {', '.join(figures)}."
+    ]
+
+
 def _choice_of_units(evidence: Evidence) -> list[str]:
     """Which layers and weights were chosen, and what that does to the agreement."""
     sentences = []
@@ -37,10 +52,10 @@ def _choice_of_units(evidence: Evidence) -> list[str]:
     if n_weights > 0:
         covered = "over every order of magnitude of rank" if n_weights >= MANY_WEIGHTS else "over the ranks"
         sentences.append(
-            f"The {plural(int(n_weights), 'single weight')} are of those that the discovery sampled, spread {covered}: "
-            "the highest scores are far more frequent than in a random sample, and rho speaks of this choice, not of "
-            "all weights of the model."
+            f"The {plural(int(n_weights), 'single weight')} were drawn {covered}: the highest scores are far more "
+            "frequent than in the model, and rho over them is a figure of this design."
         )
+        sentences += _all_weights(evidence)
     n_layers = evidence.layer_effects["target_layer"].nunique()
     if 0 < n_layers < MIN_UNITS:
         layers = plural(n_layers, "layer")
@@ -138,12 +153,13 @@ def _stability(evidence: Evidence) -> list[str]:
     rows = rows_where(rows, k=smallest_k)
     low, high = rows["jaccard"].min(), rows["jaccard"].max()
     overlap = f"{low:.2f}" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f} to {high:.2f}"
+    by_null = number(rows["jaccard_null"].mean(), 2)
     by_chance = number(rows["jaccard_chance"].iloc[0], 2)
     depends = "hardly depends" if low > SAME else "depends"
     return [
         f"Which weights are critical {depends} on the texts: the top {smallest_k} by {evidence.metric} of two random "
         f"halves of them have a Jaccard overlap of {overlap} ({plural(len(rows), 'split')}; 1 would be the same, "
-        f"chance gives {by_chance})."
+        f"the same weights with gradients of other weights give {by_null}, random sets {by_chance})."
     ]
 
 
