@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from bridge.analysis.metric_comparison import compare_metrics
 from bridge.analysis.population import population_precision, population_ratio
-from bridge.analysis.weight_sample import draw_probability, draw_weights
 from bridge.analysis.weighted_rho import rho_interval, weighted_rho
+from bridge.exchange.weight_sample import draw_probability, draw_weights
 from scipy import stats
 
 from simulations.rates import ANY, Rate, claim, generator

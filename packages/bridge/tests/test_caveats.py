@@ -20,7 +20,7 @@ def example():
         ({"n": 5}, "Only 5 layers tested: rho has no interval, and nothing is claimed (at least 6)"),
         (
             {"sampled": synthetic.sampled(9)},
-            "The 9 single weights are of those that the discovery sampled, spread over the",
+            "The 9 single weights were drawn over the ranks",
         ),
         ({"seeds": (0,)}, "only 1 random draw; with 1 no p-value of a single layer can be below 0.50 (19 are needed)"),
         ({"seeds": ()}, "only 0 random draws."),
