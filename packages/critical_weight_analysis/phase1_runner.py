@@ -5,9 +5,11 @@ python phase1_runner.py --model pythia-2.8b --metric grad_x_weight grad_squared 
 python phase1_runner.py --eval-limit 20        # the embedded model, without a network
 """
 
-from critical_weight_analysis.commands.phase1_runner import main, phase1
-
-__all__ = ["phase1"]
+from bridge.exchange.border import start
 
 if __name__ == "__main__":
-    main()
+    start("critical_weight_analysis.commands.phase1_runner")
+else:
+    from critical_weight_analysis.commands.phase1_runner import phase1
+
+    __all__ = ["phase1"]

@@ -295,13 +295,19 @@ def test_exit_codes(capsys, error, code, line):
     assert capsys.readouterr() == ("", line)
 
 
-def test_a_defect_keeps_its_traceback():
+def test_a_defect_gets_one_line_and_its_traceback_a_file(capsys):
     def broken() -> None:
         """Break."""
         raise KeyError("defect")
 
-    with pytest.raises(KeyError, match="defect"):
-        flags.run(broken, name="thing", argv=[])
+    with pytest.raises(SystemExit) as caught:
+        flags.run(broken, "thing", [])
+    assert caught.value.code == 1
+    err = capsys.readouterr().err
+    assert err.startswith("thing: error: unforeseen KeyError: 'defect'; traceback: ") and err.count("\n") == 1
+    path = Path(err.strip().rpartition(" ")[2])
+    assert 'raise KeyError("defect")' in path.read_text()
+    path.unlink()
 
 
 def test_several_commands(capsys):

@@ -3,9 +3,11 @@
 python scripts/merge_shards.py --from outputs/ --output merged/
 """
 
-from llm_perturb.commands.merge_shards import main, merge
-
-__all__ = ["merge"]
+from bridge.exchange.border import start
 
 if __name__ == "__main__":
-    main()
+    start("llm_perturb.commands.merge_shards")
+else:
+    from llm_perturb.commands.merge_shards import merge
+
+    __all__ = ["merge"]

@@ -3,9 +3,11 @@
 accelerate launch --config_file configs/accelerate_config.yaml scripts/run_baseline.py --model gpt2
 """
 
-from llm_perturb.commands.run_baseline import baseline, main
-
-__all__ = ["baseline"]
+from bridge.exchange.border import start
 
 if __name__ == "__main__":
-    main()
+    start("llm_perturb.commands.run_baseline")
+else:
+    from llm_perturb.commands.run_baseline import baseline
+
+    __all__ = ["baseline"]

@@ -11,9 +11,11 @@ r"""Perturb the top-K, random and bottom-K weights of a layer and measure what e
     python scripts/run_topk_perturb.py --model gpt2 --target-layer transformer.h.* --shard ${SLURM_ARRAY_TASK_ID}/20
 """
 
-from llm_perturb.commands.run_topk_perturb import main, perturb
-
-__all__ = ["perturb"]
+from bridge.exchange.border import start
 
 if __name__ == "__main__":
-    main()
+    start("llm_perturb.commands.run_topk_perturb")
+else:
+    from llm_perturb.commands.run_topk_perturb import perturb
+
+    __all__ = ["perturb"]

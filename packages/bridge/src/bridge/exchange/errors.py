@@ -18,6 +18,17 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f" (did you mean '{close[0]}'?)" if close else ""
 
 
+def innermost(error: BaseException) -> BaseException:
+    """The exception at the bottom of the chain that led to this one."""
+    seen = {id(error)}
+    while deeper := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
+        if id(deeper) in seen:
+            break
+        seen.add(id(deeper))
+        error = deeper
+    return error
+
+
 def one_line(error: BaseException) -> str:
     """What an exception is and says, in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Any, TypeGuard
 
+from bridge.exchange.verbosity import Verbosity
+
 Command = Callable[..., None]
 FilePath = typing.NewType("FilePath", str)  # in a list flag: a comma is part of the path and separates nothing
 
@@ -144,3 +146,6 @@ def _without_none(annotation: object) -> object:
     if typing.get_origin(annotation) in {typing.Union, types.UnionType}:
         return next(part for part in typing.get_args(annotation) if part is not type(None))
     return annotation
+
+
+EVERY_COMMAND = {flag.key: flag for flag in _fields(Verbosity)}  # beside --config, --version and --help

@@ -10,57 +10,60 @@ Understood types: ``str``, ``int``, ``float``, ``bool``, ``Literal[...]``, ``lis
 
 import inspect
 import math
-import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 
 import fire
 import yaml
 
-from bridge.exchange.errors import RequestError, RunError, did_you_mean
-from bridge.exchange.flag_table import Command, FilePath, Flag, arguments_of, flags_of, spelled
+from bridge.exchange.border import border
+from bridge.exchange.errors import RequestError, did_you_mean
+from bridge.exchange.flag_table import EVERY_COMMAND, Command, FilePath, Flag, arguments_of, flags_of, spelled
 from bridge.exchange.help_page import page_of_command, page_of_commands
 from bridge.exchange.printable import escaped_logs, say
+from bridge.exchange.verbosity import Verbosity
 
 __all__ = ["Command", "FilePath", "parse", "run"]
 
 _TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 _RENAMED = {"from": "from_"}  # a keyword of the language cannot name a parameter
 _HELP = {"-h", "--help"}
+_DISTRIBUTION = "critical-weights-bridge"  # all packages have one version
 _NEGATIVE_NUMBER = re.compile(r"-\.?\d|-inf$")
 
 
 def run(command: Command | Mapping[str, Command], name: str | None = None, argv: Sequence[str] | None = None) -> None:
     """Run ``command`` (or the one that the first word names) on ``argv`` and exit as a shell expects.
 
-    Exit code 0 when it returned, 2 for a wrong request, 1 for a failed run, 130 after Ctrl-C.
+    Exit code 0 when it returned; see ``border`` for the others.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     name = name or Path(sys.argv[0]).name
-    try:
+    with border(name):
+        if "--version" in words:
+            say(f"{name} {metadata.version(_DISTRIBUTION)}")
+            return
         if isinstance(command, Mapping):
             if not words or words[0] in _HELP:
                 say(*page_of_commands(command, name).split("\n"))
                 return
             word = words.pop(0)
             command, name = _choose(command, word), f"{name} {word}"
-        if _HELP.intersection(words):
-            say(*page_of_command(command, name).split("\n"))
-            return
-        values = parse(command, words)
-        with escaped_logs():
-            fire.Fire(_flat(command), command=[f"--{key}={value!r}" for key, value in values.items()], name=name)
-    except RequestError as error:
-        raise SystemExit(_complain(name, error, 2)) from None
-    except RunError as error:
-        raise SystemExit(_complain(name, error, 1)) from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    except BrokenPipeError:  # the reader of our output, such as head, has gone; nothing more can be said there
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(1) from None
+        with border(name):
+            _run(command, name, words)
+
+
+def _run(command: Command, name: str, words: Sequence[str]) -> None:
+    if _HELP.intersection(words):
+        say(*page_of_command(command, name).split("\n"))
+        return
+    values = parse(command, words)
+    Verbosity(**{key: bool(values.pop(key)) for key in EVERY_COMMAND if key in values}).apply()
+    with escaped_logs():
+        fire.Fire(_flat(command), command=[f"--{key}={value!r}" for key, value in values.items()], name=name)
 
 
 def _flat(command: Command) -> Callable[..., None]:
@@ -79,11 +82,6 @@ def _flat(command: Command) -> Callable[..., None]:
     return call
 
 
-def _complain(name: str, error: Exception, code: int) -> int:
-    say(f"{name}: error: {' '.join(str(error).split())}", stream=sys.stderr)
-    return code
-
-
 def _choose(commands: Mapping[str, Command], word: str) -> Command:
     if word not in commands:
         raise RequestError(f"no command '{word}'{did_you_mean(word, commands)}; there are: {', '.join(commands)}")
@@ -99,7 +97,7 @@ def parse(command: Command, words: Sequence[str]) -> dict[str, object]:
         RequestError: an unknown or repeated flag, a stray word, a missing value, a wrong type, a
             required flag left out.
     """
-    table = flags_of(command)
+    table = flags_of(command) | EVERY_COMMAND
     config = Flag(key="config", annotation=str | None, default=None, help="", group="")
     tokens = _gather(table, words)
     if "config" in tokens:
@@ -175,7 +173,7 @@ def _read_flag(table: Mapping[str, Flag], word: str) -> tuple[str, list[str]]:
     is_switch = positive in table and table[positive].kind is bool
     if word.startswith("--") and is_switch and not equals:
         return positive, ["false"]
-    known = [*(flag.name for flag in table.values()), "--config", "--help"]
+    known = [*(flag.name for flag in table.values()), "--config", "--help", "--version"]
     raise RequestError(f"unknown flag '{word.partition('=')[0]}'{did_you_mean(word.partition('=')[0], known)}")
 
 

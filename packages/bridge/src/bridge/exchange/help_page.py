@@ -4,7 +4,7 @@ import inspect
 import textwrap
 from collections.abc import Mapping
 
-from bridge.exchange.flag_table import Command, FilePath, Flag, flags_of
+from bridge.exchange.flag_table import EVERY_COMMAND, Command, FilePath, Flag, flags_of
 
 _WIDTH = 100
 _TYPE_NAMES: dict[object, str] = {int: "N", float: "X", str: "TEXT", FilePath: "PATH"}
@@ -32,7 +32,10 @@ def page_of_command(command: Command, name: str) -> str:
         for flag in table.values():
             if flag.group == group:
                 lines += _entry(f"{flag.name} {_value_name(flag)}".rstrip(), _help_text(flag))
-    lines += ["", "Every command:", *_entry(_CONFIG, _CONFIG_HELP), *_entry("--help", "this page")]
+    lines += ["", "Every command:", *_entry(_CONFIG, _CONFIG_HELP)]
+    for flag in EVERY_COMMAND.values():
+        lines += _entry(flag.name, flag.help)
+    lines += [*_entry("--version", "the version"), *_entry("--help", "this page")]
     return "\n".join(lines)
 
 

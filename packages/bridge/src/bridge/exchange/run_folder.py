@@ -110,6 +110,7 @@ class Run:
         try:
             yield
         except BaseException as error:
+            error.run_folder = self.folder  # type: ignore[attr-defined] # where its traceback is written
             self.finish("failed", error=f"{type(error).__name__}: {error}")
             raise
         self.finish("complete", error=None)
