@@ -10,7 +10,6 @@ Halves of one split share no sequence. First halves of two splits share about ha
 
 from collections.abc import Iterator, Sequence
 from itertools import combinations
-from types import ModuleType
 
 import numpy as np
 import pandas as pd
@@ -21,7 +20,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from transformers import PreTrainedModel
 
-from critical_weight_analysis.discovery import needs_of, scores_of
+from critical_weight_analysis.discovery import Engine, needs_of, scores_of
 from critical_weight_analysis.layerwise.pass_settings import Settings
 from critical_weight_analysis.ranking import Ranking
 
@@ -38,7 +37,7 @@ def halves(n: int, seed: int, split: int) -> tuple[list[int], list[int]]:
 
 
 def discover_halves(
-    engine: ModuleType,
+    engine: Engine,
     model: PreTrainedModel,
     sequences: list[Tensor],
     parameters: dict[str, Parameter],
