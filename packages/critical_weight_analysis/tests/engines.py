@@ -17,7 +17,7 @@ class _Layerwise:
 
     name, account, together, gives = "layerwise", "layer by layer", True, LayerwiseEngine.gives
 
-    def sensitivities(self, model, sequences, names, needs, settings=Settings()):  # noqa: B008 - frozen
+    def sensitivities(self, model, sequences, names, needs, settings=Settings()):
         engine = LayerwiseEngine(structure_of(model, settings.checkpoint))
         return engine.sensitivities(model, sequences, names, needs, settings)
 

@@ -1,8 +1,8 @@
-from engines import LAYERWISE, structure_of
 import pytest
 import torch
 from critical_weight_analysis.layerwise import activation_cache, engine
 from critical_weight_analysis.layerwise.activation_cache import ActivationCache, bytes_to_spare, only_added
+from engines import LAYERWISE, structure_of
 from reference import naive_sensitivities
 from test_layerwise_engine import ALL, assert_same_sums, measure
 from torch.nn.functional import linear
@@ -32,7 +32,9 @@ def test_second_run_computes_no_product_that_is_kept(tiny_model, sequences, monk
     model = tiny_model("llama")
     products = []
     known = activation_cache._KnownResult.apply
-    monkeypatch.setattr(activation_cache._KnownResult, "apply", lambda *call: (products.append(call[1]), known(*call))[1])
+    monkeypatch.setattr(
+        activation_cache._KnownResult, "apply", lambda *call: (products.append(call[1]), known(*call))[1]
+    )
     measure(model, sequences[:1])
     assert len(products) == 3 * 7
 

@@ -1,14 +1,14 @@
-from engines import WHOLE_MODEL
 from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
 from bridge.exchange.errors import RunError
-from critical_weight_analysis import discovery, whole_model
+from critical_weight_analysis import discovery
 from critical_weight_analysis.discovery import discover, engine_for, scores_of
 from critical_weight_analysis.layerwise.pass_settings import Settings
 from critical_weight_analysis.metrics import METRICS, Sensitivity
+from engines import WHOLE_MODEL
 from llm_perturb.evaluation.parameters import in_scope
 from reference import naive_score, naive_sensitivities, naive_top
 

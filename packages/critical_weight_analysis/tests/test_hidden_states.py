@@ -1,9 +1,9 @@
-from engines import LAYERWISE
 import pytest
 import torch
-from critical_weight_analysis.layerwise import engine, hidden_states
+from critical_weight_analysis.layerwise import hidden_states
 from critical_weight_analysis.layerwise.hidden_states import HiddenStates, place_for
 from critical_weight_analysis.layerwise.pass_settings import Settings
+from engines import LAYERWISE
 from reference import naive_sensitivities
 
 CPU = torch.device("cpu")

@@ -1,12 +1,12 @@
-from engines import WHOLE_MODEL
 import pandas as pd
 import pytest
 import torch
 from bridge.exchange.errors import RunError
-from critical_weight_analysis import hutchinson, whole_model
+from critical_weight_analysis import hutchinson
 from critical_weight_analysis.discovery import discover, engine_for
 from critical_weight_analysis.hutchinson import hessian_diagonal, rademacher
 from decoders import DECODERS, build_decoder
+from engines import WHOLE_MODEL
 from llm_perturb.evaluation.parameters import in_scope
 from reference import naive_hessian_diagonal, naive_hessian_product, naive_top
 from scipy.linalg import hadamard

@@ -1,4 +1,3 @@
-from engines import LAYERWISE
 import itertools
 
 import pytest
@@ -6,6 +5,7 @@ import torch
 from bridge.exchange.errors import RequestError, RunError
 from critical_weight_analysis.layerwise.pass_settings import Settings
 from decoders import DECODERS, build_decoder
+from engines import LAYERWISE
 from reference import finite_difference, naive_sensitivities
 
 ALL = frozenset({"grad", "fisher", "curvature"})

@@ -1,10 +1,9 @@
-from engines import LAYERWISE, WHOLE_MODEL
 import math
 
 import pytest
 import torch
-from critical_weight_analysis import whole_model
 from critical_weight_analysis.metrics import METRICS, Sensitivity
+from engines import LAYERWISE, WHOLE_MODEL
 from reference import naive_score, naive_sensitivities
 
 EVERYTHING = frozenset().union(*(metric.needs for metric in METRICS.values()))

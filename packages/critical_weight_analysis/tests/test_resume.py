@@ -1,4 +1,3 @@
-from engines import LAYERWISE
 import json
 import shutil
 import struct
@@ -10,6 +9,7 @@ from critical_weight_analysis.layerwise import engine
 from critical_weight_analysis.layerwise.backward_checkpoints import Resume
 from critical_weight_analysis.layerwise.pass_settings import Settings
 from critical_weight_analysis.layerwise.saved_state import StateError, read_state, write_state
+from engines import LAYERWISE
 from llm_perturb.evaluation.parameters import in_scope
 
 METRICS = ["grad_x_weight", "grad_squared", "wanda", "obd"]

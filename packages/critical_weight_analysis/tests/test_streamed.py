@@ -1,6 +1,5 @@
 """Weights that are read from the checkpoint layer by layer give the same bits as weights in memory."""
 
-from engines import LAYERWISE
 import re
 from contextlib import ExitStack
 
@@ -8,9 +7,9 @@ import pytest
 import torch
 from bridge.exchange.errors import RequestError
 from critical_weight_analysis.discovery import LAYERWISE, discover, engine_for
-from critical_weight_analysis.layerwise import engine
 from critical_weight_analysis.layerwise.parameter_uses import Recorder
 from critical_weight_analysis.layerwise.pass_settings import Settings
+from engines import LAYERWISE
 from llm_perturb.evaluation import models
 from llm_perturb.evaluation.parameters import in_scope
 from safetensors.torch import load_file, save_file

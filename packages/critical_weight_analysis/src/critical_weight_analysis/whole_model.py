@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from critical_weight_analysis.layerwise.pass_settings import Settings
 from critical_weight_analysis.metrics import Sensitivity
 
+
 @dataclass(frozen=True)
 class WholeModelEngine:
     """Measures a model as a whole.

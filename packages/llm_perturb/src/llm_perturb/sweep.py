@@ -91,7 +91,9 @@ def _check_no_op(model: PreTrainedModel, condition: Condition, suffix: SuffixFor
     _check_same(_apply(model, condition, suffix, no_op=True).losses, baseline, "a change of nothing")
 
 
-def _measure_together(model: PreTrainedModel, copies: Copies, suffix: SuffixForward, baseline: Tensor) -> Iterator[Outcome]:
+def _measure_together(
+    model: PreTrainedModel, copies: Copies, suffix: SuffixForward, baseline: Tensor
+) -> Iterator[Outcome]:
     """Single weights as copies; those that change no bit, and all where copies prove wrong, in the model itself."""
     changes = [change_of(model, condition) for condition in copies.conditions]
     moving = [at for at, change in enumerate(changes) if change.changes_bits]
@@ -137,7 +139,12 @@ def _middle(suffix: SuffixForward) -> int:
 
 
 def _wrong_in_copies(
-    model: PreTrainedModel, condition: Condition, change: Change, losses: Tensor, suffix: SuffixForward, baseline: Tensor
+    model: PreTrainedModel,
+    condition: Condition,
+    change: Change,
+    losses: Tensor,
+    suffix: SuffixForward,
+    baseline: Tensor,
 ) -> str | None:
     """On one batch: a change of nothing against the baseline, and a copy against the model that was really changed."""
     number = _middle(suffix)

@@ -29,7 +29,9 @@ BY_PRODUCT = frozenset({"tokens", "inputs"})  # known only where a parameter is 
 BLOCK = 1 << 18  # weights of a block, on a CPU
 
 
-PiecesBySequence = list[tuple[int, dict[str, GradientPieces]]]  # of the sequences of a batch, by their numbers; by parameter
+PiecesBySequence = list[
+    tuple[int, dict[str, GradientPieces]]
+]  # of the sequences of a batch, by their numbers; by parameter
 
 
 def _as_it_is(total: Tensor) -> None:

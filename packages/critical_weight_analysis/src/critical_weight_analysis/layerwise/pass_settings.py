@@ -13,7 +13,6 @@ from torch import Tensor
 
 from critical_weight_analysis.layerwise.backward_checkpoints import Resume
 
-
 Item = TypeVar("Item")
 
 

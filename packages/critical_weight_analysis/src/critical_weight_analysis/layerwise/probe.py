@@ -154,7 +154,9 @@ class _WatchedForward:
         """Why the model cannot be run layer by layer, by the whole pass; None if it can."""
         if self.called != list(self.decoder.layers):
             return "its layers are not called one after another, each once"
-        if not all(torch.equal(output, following) for output, following in zip(self.outputs, self.inputs[1:], strict=False)):
+        if not all(
+            torch.equal(output, following) for output, following in zip(self.outputs, self.inputs[1:], strict=False)
+        ):
             return "a layer is not called on what the one before it returned"
         if len(self.head_probe.calls) != 1:
             return "its output head is not called once"
@@ -162,7 +164,8 @@ class _WatchedForward:
 
     def structure(self) -> Structure:
         """The structure of a model without an obstacle."""
-        runner = self.head_probe.runner(self.logits)
+        # Models that pass the ids by position (GPT-2, GPT-NeoX) keep the loss over all logits, whose sums round otherwise
+        runner = self.head_probe.runner(self.logits) if self.head_probe.ids_by_keyword else None
         return Structure(
             decoder=replace(self.decoder, runner=runner or self.model, other_outputs=self.other_outputs),
             head=self.head,

@@ -23,6 +23,7 @@ class HeadProbe:
 
     Attributes:
         calls: the head's input (B, T, H) and output (B, T, V), for each call.
+        ids_by_keyword: whether the module without the head is called with ``input_ids=``.
     """
 
     def __init__(self, model: PreTrainedModel, head: nn.Linear, decoder: Decoder | None) -> None:
@@ -35,6 +36,7 @@ class HeadProbe:
         self._bases = list(dict.fromkeys(modules))
         self._takes_ids: set[nn.Module] = set()
         self._last_hidden: dict[nn.Module, object] = {}
+        self.ids_by_keyword = False
         self._hooks = ExitStack()
 
     def __enter__(self) -> "HeadProbe":
@@ -70,6 +72,7 @@ class HeadProbe:
         ids = args[0] if args else kwargs.get("input_ids")
         if isinstance(ids, Tensor) and not ids.is_floating_point():
             self._takes_ids.add(module)
+        self.ids_by_keyword = kwargs.get("input_ids") is not None
 
     def _after_base(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
         self._last_hidden[module] = getattr(output, "last_hidden_state", None)
