@@ -1,8 +1,8 @@
 """Save matrix products of the forward pass for the second forward pass of a layer, within a memory budget.
 
 The backward pass runs each layer forward once more, to have its graph. What a linear map returned the first
-time can be cached and used again. And the last thing that most layers do is to add a linear map's result to the residual
-stream: no gradient depends on that value, so it is not computed again at all.
+time can be cached and used again. And the last thing that most layers do is to add a linear map's result to the
+residual stream: no gradient depends on that value, so it is not computed again at all.
 """
 
 from collections import deque

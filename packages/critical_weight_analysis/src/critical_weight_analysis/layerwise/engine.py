@@ -1,8 +1,8 @@
 """The layer-by-layer engine: exact gradient sums of every parameter, one decoder layer at a time, last layer first.
 
 The forward pass takes all sequences through one layer after another and saves the hidden state at the input of each.
-The backward pass runs each layer forward once more from there, to have its graph, and backpropagates through it with all
-sequences; its sums are handed out and freed before the next layer begins. Besides the weights themselves nothing of the
+The backward pass runs each layer forward once more from there, to have its graph, and backpropagates through it with
+all sequences; its sums are handed out and freed before the next layer begins. Besides the weights themselves nothing of the
 size of the model exists; and of the weights no more than one layer's need be in memory.
 """
 

@@ -164,7 +164,7 @@ class _WatchedForward:
 
     def structure(self) -> Structure:
         """The structure of a model without an obstacle."""
-        # Models that pass the ids by position (GPT-2, GPT-NeoX) keep the loss over all logits, whose sums round otherwise
+        # GPT-2 and GPT-NeoX pass the ids by position and keep the loss over all logits, which rounds otherwise
         runner = self.head_probe.runner(self.logits) if self.head_probe.ids_by_keyword else None
         return Structure(
             decoder=replace(self.decoder, runner=runner or self.model, other_outputs=self.other_outputs),
