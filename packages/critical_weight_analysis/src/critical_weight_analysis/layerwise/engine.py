@@ -2,8 +2,8 @@
 
 The forward pass takes all sequences through one layer after another and saves the hidden state at the input of each.
 The backward pass runs each layer forward once more from there, to have its graph, and backpropagates through it with
-all sequences; its sums are handed out and freed before the next layer begins. Besides the weights themselves nothing of the
-size of the model exists; and of the weights no more than one layer's need be in memory.
+all sequences; its sums are handed out and freed before the next layer begins. Besides the weights themselves
+nothing of the size of the model exists; and of the weights no more than one layer's need be in memory.
 """
 
 from collections.abc import Iterator, Sequence
