@@ -35,12 +35,12 @@ from llm_perturb.choose_weights import choose_weights
 from llm_perturb.condition import Condition
 from llm_perturb.evaluation import models
 from llm_perturb.evaluation.corpus import Corpus, CorpusOptions, read_texts, tokenize
+from llm_perturb.evaluation.decoder import Decoder
 from llm_perturb.evaluation.parameters import layer_of, named_parameters
 from llm_perturb.evaluation.perplexity import measure
 from llm_perturb.measurement_plan import Plan
 from llm_perturb.perturbation import Perturbation
 from llm_perturb.selection import Target, draw
-from llm_perturb.suffix_forward import decoder_layers
 from llm_perturb.sweep import sweep
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads must not count as work; read when torch loads
@@ -139,7 +139,7 @@ def report(what: str, seconds: Seconds, ratio: Seconds | None, goal: str = "") -
 
 def linear_layers(loaded: models.LoadedModel, step: int = 1) -> list[Target]:
     """Every linear layer of every ``step``-th decoder layer, in model order."""
-    named, path = named_parameters(loaded.model), decoder_layers(loaded.model)[0]
+    named, path = named_parameters(loaded.model), Decoder.of(loaded.model).path
     names = [name for name in named if name in linear_maps(loaded.model)]
     numbers = [int(name[len(path) :].split(".")[1]) for name in names]
     chosen = [name for name, number in zip(names, numbers, strict=True) if number % step == step // 2]

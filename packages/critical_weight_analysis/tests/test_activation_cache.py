@@ -1,7 +1,8 @@
 import pytest
 import torch
-from critical_weight_analysis.layerwise import activation_cache, engine, probe
-from critical_weight_analysis.layerwise.activation_cache import Keeper, bytes_to_spare, only_added
+from critical_weight_analysis.layerwise import activation_cache, engine
+from critical_weight_analysis.layerwise.activation_cache import ActivationCache, bytes_to_spare, only_added
+from engines import LAYERWISE, structure_of
 from reference import naive_sensitivities
 from test_layerwise_engine import ALL, assert_same_sums, measure
 from torch.nn.functional import linear
@@ -16,22 +17,24 @@ def test_budget_changes_no_sum(model, sequences, monkeypatch, left):
 
 
 def test_budget_is_given_back_and_never_exceeded(tiny_model, sequences, monkeypatch):
-    lowest, keepers = [], set()
+    lowest, caches = [], set()
     monkeypatch.setattr(engine, "bytes_to_spare", lambda parameters: 3000 * len(sequences))
-    keep = Keeper._keep
-    look = lambda self, *call: (keep(self, *call), keepers.add(self), lowest.append(self.left))[0]  # noqa: E731
-    monkeypatch.setattr(Keeper, "_keep", look)
+    compute = ActivationCache._compute
+    look = lambda self, *call: (compute(self, *call), caches.add(self), lowest.append(self.budget))[0]  # noqa: E731
+    monkeypatch.setattr(ActivationCache, "_compute", look)
     measure(tiny_model("llama"), sequences)
     assert 0 <= min(lowest) < 1000
-    assert [keeper.left for keeper in keepers] == [3000] * len(sequences)
+    assert [cache.budget for cache in caches] == [3000] * len(sequences)
 
 
 def test_second_run_computes_no_product_that_is_kept(tiny_model, sequences, monkeypatch):
     monkeypatch.setattr(engine, "bytes_to_spare", lambda parameters: 1 << 30)
     model = tiny_model("llama")
     products = []
-    known = activation_cache._Known.apply
-    monkeypatch.setattr(activation_cache._Known, "apply", lambda *call: (products.append(call[1]), known(*call))[1])
+    known = activation_cache._KnownResult.apply
+    monkeypatch.setattr(
+        activation_cache._KnownResult, "apply", lambda *call: (products.append(call[1]), known(*call))[1]
+    )
     measure(model, sequences[:1])
     assert len(products) == 3 * 7
 
@@ -46,7 +49,7 @@ def test_second_run_computes_no_product_that_is_kept(tiny_model, sequences, monk
 )
 def test_products_that_are_only_added_to_the_residual_are_found(tiny_model, name, weights):
     model = tiny_model(name)
-    unneeded = probe.find(model).unneeded
+    unneeded = structure_of(model).unneeded
     found = [name for name, parameter in model.named_parameters() if id(parameter) in unneeded]
     assert len(found) == 3 * len(weights)
     assert all(any(f"{weight}.weight" in name for weight in weights) for name in found)
@@ -63,11 +66,11 @@ def test_only_added_looks_at_every_way_to_the_output():
 def test_result_that_was_overwritten_is_computed_again():
     weight = torch.nn.Parameter(torch.randn(4, 3), requires_grad=False)
     x = torch.randn(2, 3)
-    kept = Keeper(1 << 20, frozenset())
-    kept.layer = "layer"
-    with kept:
+    cache = ActivationCache(1 << 20, frozenset())
+    cache.layer = "layer"
+    with cache:
         linear(x, weight).mul_(2)
-    with kept.replay("layer"):
+    with cache.second_forward("layer"):
         again = linear(x, weight)
     torch.testing.assert_close(again, x @ weight.T)
 
@@ -78,37 +81,37 @@ def test_budget_of_a_model_is_bounded_by_its_size():
 
 
 def kept_of(*weights, x):
-    kept = Keeper(1 << 20, frozenset())
-    with kept.record("layer"):
+    cache = ActivationCache(1 << 20, frozenset())
+    with cache.first_forward("layer"):
         for weight in weights:
             linear(x, weight)
-    return kept
+    return cache
 
 
 @pytest.mark.parametrize("again", [[1, 0], [1], [0, 0, 1], [0, 1, 1], [0], []])
 def test_a_layer_that_makes_other_calls_is_computed_again(again):
     weights = [torch.nn.Parameter(torch.randn(3, 3), requires_grad=False) for _ in range(2)]
-    kept = kept_of(*weights, x=torch.full((2, 3), torch.nan))
+    cache = kept_of(*weights, x=torch.full((2, 3), torch.nan))
     x = torch.randn(2, 3)
     same = 0
     while again[same : same + 1] == [[0, 1, None][same]]:
         same += 1
-    with kept.replay("layer"):
+    with cache.second_forward("layer"):
         results = [linear(x, weights[number]) for number in again]
     assert all(result.isnan().all() for result in results[:same])
     for number, result in list(zip(again, results, strict=True))[same:]:
         torch.testing.assert_close(result, x @ weights[number].T)
-    assert kept.left == 1 << 20
+    assert cache.budget == 1 << 20
 
 
 def test_a_result_of_another_shape_is_computed_again():
     weight = torch.nn.Parameter(torch.randn(3, 3), requires_grad=False)
-    kept, x = kept_of(weight, x=torch.randn(2, 3)), torch.randn(5, 3)
-    with kept.replay("layer"):
+    cache, x = kept_of(weight, x=torch.randn(2, 3)), torch.randn(5, 3)
+    with cache.second_forward("layer"):
         torch.testing.assert_close(linear(x, weight), x @ weight.T)
 
 
 def test_losses_alone_keep_nothing(tiny_model, sequences, monkeypatch):
-    monkeypatch.setattr(engine, "bytes_to_spare", lambda parameters: pytest.fail("nothing is to be kept"))
-    losses, _ = engine.sensitivities(tiny_model("gpt2"), sequences, ["transformer.wte.weight"], frozenset())
+    monkeypatch.setattr(engine, "bytes_to_spare", lambda parameters: pytest.fail("nothing is to be cache"))
+    losses, _ = LAYERWISE.sensitivities(tiny_model("gpt2"), sequences, ["transformer.wte.weight"], frozenset())
     assert losses.isfinite().all()

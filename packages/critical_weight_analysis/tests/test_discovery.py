@@ -4,14 +4,15 @@ import pandas as pd
 import pytest
 import torch
 from bridge.exchange.errors import RunError
-from critical_weight_analysis import discovery, whole_model
+from critical_weight_analysis import discovery
 from critical_weight_analysis.discovery import discover, engine_for, scores_of
 from critical_weight_analysis.layerwise.pass_settings import Settings
 from critical_weight_analysis.metrics import METRICS, Sensitivity
+from engines import WHOLE_MODEL
 from llm_perturb.evaluation.parameters import in_scope
 from reference import naive_score, naive_sensitivities, naive_top
 
-NAMES = [metric for metric in METRICS if METRICS[metric].needs <= whole_model.GIVES]
+NAMES = [metric for metric in METRICS if METRICS[metric].needs <= WHOLE_MODEL.gives]
 
 
 def rows(frame):
@@ -67,7 +68,7 @@ def test_losses_come_before_the_first_score_and_may_stop_the_run(tiny_model, seq
         raise RunError("enough")
 
     with pytest.raises(RunError, match="enough"):
-        discover(whole_model, model, sequences, in_scope(model), ["obd"], 5, on_losses=stop)
+        discover(WHOLE_MODEL, model, sequences, in_scope(model), ["obd"], 5, on_losses=stop)
     assert seen == [len(sequences)]
 
 
@@ -86,14 +87,14 @@ def test_gradient_that_is_not_finite_stops_the_pass(tiny_model, sequences):
     name = "model.layers.1.mlp.up_proj.weight"
 
     def broken(*arguments):
-        losses, stream = whole_model.sensitivities(*arguments)
+        losses, stream = WHOLE_MODEL.sensitivities(*arguments)
         return losses, (spoil(sensitivity) if sensitivity.name == name else sensitivity for sensitivity in stream)
 
     def spoil(sensitivity):
         sensitivity.grad[0, 0] = torch.inf
         return sensitivity
 
-    engine = SimpleNamespace(sensitivities=broken, GIVES=whole_model.GIVES)
+    engine = SimpleNamespace(sensitivities=broken, gives=WHOLE_MODEL.gives)
     with pytest.raises(RunError, match=f"grad_x_weight of {name} is not finite"):
         discover(engine, model, sequences, in_scope(model), ["grad_x_weight"], 5)
 

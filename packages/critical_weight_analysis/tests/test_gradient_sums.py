@@ -1,8 +1,8 @@
 import pytest
 import torch
 from bridge.exchange.errors import RunError
-from critical_weight_analysis.layerwise.gradient_sums import Sums
-from critical_weight_analysis.layerwise.parameter_uses import Parts, Product
+from critical_weight_analysis.layerwise.gradient_sums import GradientSums
+from critical_weight_analysis.layerwise.parameter_uses import GradientPieces, Product
 
 ALL = frozenset({"grad", "fisher", "curvature"})
 
@@ -12,7 +12,7 @@ def random(*shape):
 
 
 def sums_of(shape, lengths, needs=ALL):
-    return Sums("w", torch.nn.Parameter(random(*shape), requires_grad=False), needs, lengths)
+    return GradientSums("w", torch.nn.Parameter(random(*shape), requires_grad=False), needs, lengths)
 
 
 def assert_sums(sums, gradients, lengths):
@@ -31,7 +31,7 @@ def test_uses_of_one_sequence_are_added_before_they_are_squared(monkeypatch, blo
     sums, gradients = sums_of((6, 3), lengths), []
     for i, length in enumerate(lengths):
         one, two = (random(length, 6), random(length, 3)), (random(1, 6), random(1, 3))
-        sums.add([(i, Parts(products=[Product(*one), Product(*two)]))])
+        sums.add([(i, GradientPieces(products=[Product(*one), Product(*two)]))])
         gradients.append(one[0].T @ one[1] + two[0].T @ two[1])
     assert_sums(sums, gradients, lengths)
 
@@ -40,7 +40,7 @@ def test_parts_of_every_kind_together():
     torch.manual_seed(0)
     sums, left, right, dense = sums_of((6, 3), [2]), random(2, 6), random(2, 3), random(6, 3)
     ids, rows = torch.tensor([4, 4]), random(2, 3)
-    sums.add([(0, Parts(products=[Product(left, right)], dense=[dense], rows=[(ids, rows)]))])
+    sums.add([(0, GradientPieces(products=[Product(left, right)], dense=[dense], rows=[(ids, rows)]))])
     gradient = left.T @ right + dense
     gradient[4] += rows.sum(0)
     assert_sums(sums, [gradient], [2])

@@ -1,8 +1,9 @@
 import pytest
 import torch
-from critical_weight_analysis.layerwise import engine, hidden_states
+from critical_weight_analysis.layerwise import hidden_states
 from critical_weight_analysis.layerwise.hidden_states import HiddenStates, place_for
 from critical_weight_analysis.layerwise.pass_settings import Settings
+from engines import LAYERWISE
 from reference import naive_sensitivities
 
 CPU = torch.device("cpu")
@@ -35,7 +36,7 @@ def test_pass_with_files_is_exact(model, sequences, monkeypatch, tmp_path):
     monkeypatch.setattr(hidden_states, "place_for", lambda n_bytes, device: "file")
     names = [name for name, _ in model.named_parameters()]
     settings = Settings(batch_size=2, scratch=tmp_path)
-    _, stream = engine.sensitivities(model, sequences, names, frozenset({"grad"}), settings)
+    _, stream = LAYERWISE.sensitivities(model, sequences, names, frozenset({"grad"}), settings)
     naive = naive_sensitivities(model, sequences)
     for found in stream:
         torch.testing.assert_close(found.grad, naive.grad[found.name], rtol=1e-9, atol=1e-13)

@@ -2,10 +2,11 @@ import pandas as pd
 import pytest
 import torch
 from bridge.exchange.errors import RunError
-from critical_weight_analysis import hutchinson, whole_model
+from critical_weight_analysis import hutchinson
 from critical_weight_analysis.discovery import discover, engine_for
 from critical_weight_analysis.hutchinson import hessian_diagonal, rademacher
 from decoders import DECODERS, build_decoder
+from engines import WHOLE_MODEL
 from llm_perturb.evaluation.parameters import in_scope
 from reference import naive_hessian_diagonal, naive_hessian_product, naive_top
 from scipy.linalg import hadamard
@@ -189,7 +190,7 @@ def test_a_loss_that_is_not_finite_names_the_sequence(tiny_model, sequences):
         hessian_diagonal(model, sequences[:1], ["transformer.ln_f.weight"], 1)
 
 
-@pytest.mark.parametrize("engine", [None, whole_model])
+@pytest.mark.parametrize("engine", [None, WHOLE_MODEL])
 def test_discovery_ranks_it_beside_the_other_metrics(model, sequences, engine):
     parameters = in_scope(model)
     metrics = ["obd", "hutchinson_diag"]
@@ -219,7 +220,7 @@ def test_discovery_without_any_metric_of_the_pass(tiny_model, sequences):
     torch.testing.assert_close(alone.losses, both.losses, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("engine", [None, whole_model])
+@pytest.mark.parametrize("engine", [None, WHOLE_MODEL])
 def test_discovery_may_be_stopped_by_its_losses_before_the_hessian(tiny_model, sequences, engine, monkeypatch):
     model = tiny_model("llama")
     monkeypatch.setattr(hutchinson, "hessian_diagonal", lambda *args: pytest.fail("too late"))

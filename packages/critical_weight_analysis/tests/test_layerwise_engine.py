@@ -3,9 +3,9 @@ import itertools
 import pytest
 import torch
 from bridge.exchange.errors import RequestError, RunError
-from critical_weight_analysis.layerwise import engine
 from critical_weight_analysis.layerwise.pass_settings import Settings
 from decoders import DECODERS, build_decoder
+from engines import LAYERWISE
 from reference import finite_difference, naive_sensitivities
 
 ALL = frozenset({"grad", "fisher", "curvature"})
@@ -24,7 +24,7 @@ def matrices(model):
 
 def measure(model, sequences, names=None, needs=ALL, **options):
     names = [name for name, _ in model.named_parameters()] if names is None else names
-    losses, stream = engine.sensitivities(model, sequences, names, frozenset(needs), Settings(**options))
+    losses, stream = LAYERWISE.sensitivities(model, sequences, names, frozenset(needs), Settings(**options))
     found = {sensitivity.name: sensitivity for sensitivity in stream}
     assert sorted(found) == sorted(names)
     return losses, found
@@ -145,7 +145,7 @@ def test_row_of_the_padding_token_has_its_true_gradient(tiny_model, sequences):
 
 def test_the_model_is_left_as_it_was(model, sequences):
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    _, stream = engine.sensitivities(model, sequences, list(before), ALL, Settings(batch_size=2))
+    _, stream = LAYERWISE.sensitivities(model, sequences, list(before), ALL, Settings(batch_size=2))
     for _ in stream:
         assert not any(parameter.requires_grad for parameter in model.parameters())
     assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())

@@ -2,20 +2,19 @@ import math
 
 import pytest
 import torch
-from critical_weight_analysis import whole_model
-from critical_weight_analysis.layerwise import engine
 from critical_weight_analysis.metrics import METRICS, Sensitivity
+from engines import LAYERWISE, WHOLE_MODEL
 from reference import naive_score, naive_sensitivities
 
 EVERYTHING = frozenset().union(*(metric.needs for metric in METRICS.values()))
 
 
-@pytest.mark.parametrize("metric", [metric for metric in METRICS if METRICS[metric].needs <= engine.GIVES])
+@pytest.mark.parametrize("metric", [metric for metric in METRICS if METRICS[metric].needs <= LAYERWISE.gives])
 def test_every_score_of_every_weight_is_the_definition(model, sequences, metric):
     naive = naive_sensitivities(model, sequences)
-    everywhere = METRICS[metric].needs <= whole_model.GIVES
+    everywhere = METRICS[metric].needs <= WHOLE_MODEL.gives
     names = [name for name, weight in naive.weight.items() if everywhere or weight.ndim == 2]
-    _, stream = (whole_model if everywhere else engine).sensitivities(model, sequences, names, METRICS[metric].needs)
+    _, stream = (WHOLE_MODEL if everywhere else LAYERWISE).sensitivities(model, sequences, names, METRICS[metric].needs)
     found = {sensitivity.name: METRICS[metric].score(sensitivity) for sensitivity in stream}
     assert sorted(found) == sorted(names)
     for name, scores in found.items():

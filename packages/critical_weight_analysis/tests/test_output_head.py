@@ -1,7 +1,7 @@
 import pytest
 import torch
 from critical_weight_analysis.layerwise import output_head as output_head
-from critical_weight_analysis.layerwise.gradient_sums import Sums
+from critical_weight_analysis.layerwise.gradient_sums import GradientSums
 
 
 @pytest.mark.parametrize("columns", [3, 7, 50, 1024])
@@ -13,8 +13,8 @@ def test_loss_and_gradients_do_not_depend_on_the_blocks(monkeypatch, columns, wi
     head.weight.mul_(20)
     hidden, targets = torch.randn(9, 6, dtype=torch.float64), torch.randint(50, (9,))
     targets[2] = targets[5]
-    weight = Sums("w", head.weight, frozenset({"grad", "fisher"}), [9])
-    bias = Sums("b", head.bias, frozenset({"grad", "fisher"}), [9]) if with_bias else None
+    weight = GradientSums("w", head.weight, frozenset({"grad", "fisher"}), [9])
+    bias = GradientSums("b", head.bias, frozenset({"grad", "fisher"}), [9]) if with_bias else None
     loss, blocks = output_head.plain_loss(head, hidden, targets)
     at_hidden = output_head.back(head, hidden, blocks, {0: slice(9)}, weight, bias, None)
 

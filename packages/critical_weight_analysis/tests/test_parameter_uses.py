@@ -21,7 +21,7 @@ def test_linear_maps_give_products_and_biases_sums():
     out.sum().backward()
     for index in range(2):
         grad = 2 * (x[index] @ weight.T + bias)
-        parts = recorder.parts(index, batch=2, length=4)
+        parts = recorder.pieces(index, batch=2, length=4)
         torch.testing.assert_close(gradient_of(parts["w"]), grad[:4].T @ x[index, :4])
         torch.testing.assert_close(gradient_of(parts["b"]), grad[:4].sum(0))
 
@@ -34,7 +34,7 @@ def test_weight_used_twice_has_both_parts():
     out.sum().backward()
     again = weight.detach().clone().requires_grad_()
     (x.detach() @ again.T @ again + (again * 2).sum()).sum().backward()
-    torch.testing.assert_close(gradient_of(recorder.parts()["w"]), again.grad)
+    torch.testing.assert_close(gradient_of(recorder.pieces()["w"]), again.grad)
 
 
 def test_any_other_use_is_seen_and_the_parameter_left_alone():
@@ -47,10 +47,10 @@ def test_any_other_use_is_seen_and_the_parameter_left_alone():
         out = torch.stack([x * (1 + gain), x]).sum()
     out.backward()
     assert recorder.used == {(None, "gain")}
-    torch.testing.assert_close(gradient_of(recorder.parts()["gain"]), x.detach().sum(0))
+    torch.testing.assert_close(gradient_of(recorder.pieces()["gain"]), x.detach().sum(0))
     assert not gain.requires_grad and gain.grad is None
     with pytest.raises(RunError, match="gain cannot be told apart by sequence: --batch-size 1"):
-        recorder.parts(0, batch=2)
+        recorder.pieces(0, batch=2)
 
 
 def test_embedding_gives_rows_even_for_the_padding_token():
@@ -60,7 +60,7 @@ def test_embedding_gives_rows_even_for_the_padding_token():
         out = embedding(torch.tensor([[1, 4, 1]]), table, padding_idx=1)
         out += 1
     out.square().sum().backward()
-    ((ids, grad),) = recorder.parts()["table"].rows
+    ((ids, grad),) = recorder.pieces()["table"].rows
     assert ids.tolist() == [1, 4, 1]
     torch.testing.assert_close(grad, 2 * out[0].detach())
 
@@ -87,4 +87,4 @@ def test_conversion_to_the_dtype_that_it_has_is_no_use(convert):
     out.square().sum().backward()
     assert not recorder.used
     assert [use.kind for use in recorder.uses] == ["linear"]
-    torch.testing.assert_close(gradient_of(recorder.parts()["w"]), 2 * out.detach().T @ x.detach())
+    torch.testing.assert_close(gradient_of(recorder.pieces()["w"]), 2 * out.detach().T @ x.detach())

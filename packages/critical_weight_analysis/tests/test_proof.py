@@ -7,14 +7,15 @@ import odd_models
 import pytest
 import torch
 from bridge.exchange.errors import RequestError
-from critical_weight_analysis import discovery, whole_model
+from critical_weight_analysis import discovery
 from critical_weight_analysis.discovery import LAYERWISE, WHOLE_MODEL, engine_for, needs_of
 from critical_weight_analysis.layerwise import engine as layerwise_engine
 from critical_weight_analysis.layerwise import proof
-from critical_weight_analysis.layerwise.activation_cache import Keeper
+from critical_weight_analysis.layerwise.activation_cache import ActivationCache
 from critical_weight_analysis.layerwise.parameter_uses import Recorder
 from critical_weight_analysis.layerwise.pass_settings import Settings
-from critical_weight_analysis.layerwise.probe import StructureError, find
+from critical_weight_analysis.layerwise.probe import Refusal, probe
+from critical_weight_analysis.whole_model import WholeModelEngine
 from decoders import DECODERS, build_decoder
 from llm_perturb.evaluation import models
 from reference import naive_sensitivities
@@ -78,7 +79,7 @@ def test_the_whole_model_engine_takes_over_and_says_why(build, reason, sequences
 
 
 def test_an_engine_that_takes_a_parameter_for_another_is_found_out(tiny_model, monkeypatch):
-    model, parts = tiny_model("llama"), Recorder.parts
+    model, parts = tiny_model("llama"), Recorder.pieces
     k_and_v = [f"model.layers.2.self_attn.{name}_proj.weight" for name in "kv"]
 
     def exchanged(self, *args):
@@ -86,17 +87,17 @@ def test_an_engine_that_takes_a_parameter_for_another_is_found_out(tiny_model, m
         one, other = k_and_v
         return found | ({one: found[other], other: found[one]} if one in found else {})
 
-    monkeypatch.setattr(Recorder, "parts", exchanged)
+    monkeypatch.setattr(Recorder, "pieces", exchanged)
     account = engine_for(model).account
     assert re.search(r"the gradient of model\.layers\.2\.self_attn\.[kv]_proj\.weight differs .* of its size", account)
     assert engine_for(model, names=["model.norm.weight"]).name == LAYERWISE
 
 
-def test_an_error_in_a_replay_is_a_reason(tiny_model, monkeypatch):
+def test_an_error_in_the_second_forward_pass_is_a_reason(tiny_model, monkeypatch):
     def fail(self, func, args):
         raise AssertionError("other calls\nthan before")
 
-    monkeypatch.setattr(Keeper, "_give_back", fail)
+    monkeypatch.setattr(ActivationCache, "_recompute", fail)
     assert engine_for(tiny_model("neox")).account.endswith("it fails: AssertionError: other calls than before")
 
 
@@ -104,8 +105,8 @@ def test_an_error_in_a_replay_is_a_reason(tiny_model, monkeypatch):
 def test_sequences_that_are_not_told_apart_are_run_one_by_one(tiny_model, sequences, monkeypatch, fields):
     model = tiny_model("neox")
     names = matrices(model)
-    joined = lambda recorder, batch, sums: [(batch.members[0], recorder.parts())]  # noqa: E731
-    monkeypatch.setattr(layerwise_engine, "parts_of", joined)
+    joined = lambda recorder, batch, sums: [(batch.members[0], recorder.pieces())]  # noqa: E731
+    monkeypatch.setattr(layerwise_engine, "pieces_by_sequence", joined)
     engine = engine_for(model, names=names, needs=frozenset(fields))
     assert engine.name == LAYERWISE and not engine.together
     assert re.match(r"layer by layer, one sequence at a time because in batches the squared gradients", engine.account)
@@ -186,7 +187,7 @@ def test_streamed_weights_of_a_model_that_is_not_causal_are_refused(tmp_path):
 def test_the_proof_of_streamed_weights_holds_no_more_than_a_layer(tiny_model, tmp_path, monkeypatch):
     save(tiny_model("llama", torch.float32), tmp_path)
     loaded = models.load(str(tmp_path), weights="streamed")
-    structure_of_model = find(loaded.model, loaded.checkpoint)
+    structure_of_model = probe(loaded.model, loaded.checkpoint)
     absent = {name: parameter.data_ptr() for name, parameter in loaded.model.named_parameters()}
     most = []
 
@@ -223,7 +224,7 @@ def test_mixtures_of_experts_in_float64(name, sequences, tmp_path):
         parameter.data.add_(0.2 * torch.randn_like(parameter))
     save(model, tmp_path)
     model = models.load(str(tmp_path), dtype="float64").model
-    for engine in (engine_for(model), whole_model):
+    for engine in (engine_for(model), WholeModelEngine()):
         assert_right(engine, model, sequences, rtol=1e-5, of_largest=2e-6)
     assert engine_for(model).name == LAYERWISE
 
@@ -251,5 +252,4 @@ def test_processes_agree_on_what_the_weakest_of_them_can_do(tiny_model):
 def test_the_probe_says_why_it_refuses(tiny_model, change, reason):
     model = tiny_model("gpt2")
     change(model)
-    with pytest.raises(StructureError, match=reason):
-        find(model)
+    assert probe(model) == Refusal(reason)

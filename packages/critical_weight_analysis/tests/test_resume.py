@@ -9,6 +9,7 @@ from critical_weight_analysis.layerwise import engine
 from critical_weight_analysis.layerwise.backward_checkpoints import Resume
 from critical_weight_analysis.layerwise.pass_settings import Settings
 from critical_weight_analysis.layerwise.saved_state import StateError, read_state, write_state
+from engines import LAYERWISE
 from llm_perturb.evaluation.parameters import in_scope
 
 METRICS = ["grad_x_weight", "grad_squared", "wanda", "obd"]
@@ -60,7 +61,7 @@ def restored(folder, processes=None, name="word"):
 
 def tables(model, sequences, resume=None):
     settings = Settings(batch_size=2, resume=resume)
-    found = discover(engine, model, sequences, in_scope(model), METRICS, 20, settings=settings)
+    found = discover(LAYERWISE, model, sequences, in_scope(model), METRICS, 20, settings=settings)
     frames = [found.sampled, *(ranking.top(20) for ranking in found.rankings.values())]
     frames += [ranking.top_per_layer(5) for ranking in found.rankings.values()]
     frames += [summary.table({}) for summary in found.summaries.values()]
@@ -72,14 +73,14 @@ def killed_after(monkeypatch, model, sequences, folder, n_parameters):
     """Run until the sums of that many parameters are known, then die."""
     known = []
 
-    def finish(self, original=engine.Sums.finish):
+    def finish(self, original=engine.GradientSums.finish):
         if len(known) == n_parameters:
             raise KilledError
         known.append(self.name)
         return original(self)
 
     with monkeypatch.context() as patch, pytest.raises(KilledError):
-        patch.setattr(engine.Sums, "finish", finish)
+        patch.setattr(engine.GradientSums, "finish", finish)
         tables(model, sequences, Resume(folder, IDENTITY))
 
 
@@ -93,13 +94,13 @@ def test_killed_pass_goes_on_and_finds_the_same(model, sequences, monkeypatch, t
     in_last = [name for name in in_scope(model) if ".2." in name]
     after = [name for name in in_scope(model) if name == "lm_head.weight"]
     assert (resume.layers > 0) == (n_parameters >= len(after) + len(in_last))
-    computed, original = [], engine._Pass._layer
+    computed, original = [], engine._Pass._back_through_layer
 
     def counted(self, layer, sums):
         computed.append(layer)
         return original(self, layer, sums)
 
-    monkeypatch.setattr(engine._Pass, "_layer", counted)
+    monkeypatch.setattr(engine._Pass, "_back_through_layer", counted)
     for one, other in zip(tables(model, sequences, resume), truth, strict=True):
         assert one.equals(other)
     assert len(computed) == 3 - resume.layers

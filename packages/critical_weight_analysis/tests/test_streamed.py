@@ -7,9 +7,9 @@ import pytest
 import torch
 from bridge.exchange.errors import RequestError
 from critical_weight_analysis.discovery import LAYERWISE, discover, engine_for
-from critical_weight_analysis.layerwise import engine
 from critical_weight_analysis.layerwise.parameter_uses import Recorder
 from critical_weight_analysis.layerwise.pass_settings import Settings
+from engines import LAYERWISE as LAYERWISE_ENGINE
 from llm_perturb.evaluation import models
 from llm_perturb.evaluation.parameters import in_scope
 from safetensors.torch import load_file, save_file
@@ -44,8 +44,8 @@ def test_streamed_weights_give_the_same_bits(folder, sequences, dtype):
     accounts = {re.sub(r"in [\d.]+ s", "", engine.account) for engine in engines}
     assert len(accounts) == 1 and "proved on 8 tokens" in accounts.pop()  # the same differences, too
     names = [name for name, _ in resident.model.named_parameters()]
-    losses, stream = engine.sensitivities(resident.model, sequences, names, NEEDS, Settings(batch_size=2))
-    others, again = engine.sensitivities(streamed.model, sequences, names, NEEDS, settings)
+    losses, stream = LAYERWISE_ENGINE.sensitivities(resident.model, sequences, names, NEEDS, Settings(batch_size=2))
+    others, again = LAYERWISE_ENGINE.sensitivities(streamed.model, sequences, names, NEEDS, settings)
     assert torch.equal(losses, others)
     for one, other in zip(stream, again, strict=True):
         assert one.name == other.name
@@ -68,7 +68,9 @@ def tables(folder, sequences, weights, metrics=("grad_x_weight", "wanda", "magni
     settings = Settings(checkpoint=loaded.checkpoint)
     engine = engine_for(loaded.model, settings)
     assert engine.name == LAYERWISE
-    found = discover(engine, loaded.model, sequences, in_scope(loaded.model), list(metrics), 20, settings=settings)
+    found = discover(
+        LAYERWISE_ENGINE, loaded.model, sequences, in_scope(loaded.model), list(metrics), 20, settings=settings
+    )
     return [found.sampled, *(found.rankings[metric].top(20) for metric in metrics)]
 
 
@@ -133,7 +135,9 @@ def test_tensors_without_the_base_models_name(tmp_path, sequences):
     resident = models.load(str(tmp_path), dtype="float64")
     names = ["transformer.h.1.mlp.c_fc.weight"]
     found = [
-        next(engine.sensitivities(m.model, sequences, names, NEEDS, Settings(checkpoint=m.checkpoint))[1]).grad
+        next(
+            LAYERWISE_ENGINE.sensitivities(m.model, sequences, names, NEEDS, Settings(checkpoint=m.checkpoint))[1]
+        ).grad
         for m in (loaded, resident)
     ]
     assert torch.equal(*found)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from bridge.exchange.errors import RunError
 from critical_weight_analysis.layerwise.pass_settings import Settings
-from critical_weight_analysis.whole_model import sensitivities
+from critical_weight_analysis.whole_model import WholeModelEngine
 from llm_perturb.evaluation.perplexity import sequence_losses
 from reference import finite_difference, naive_sensitivities
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -12,7 +12,7 @@ ALL = frozenset({"grad", "fisher", "curvature"})
 
 def measure(model, sequences, names=None, needs=ALL, **options):
     names = [name for name, _ in model.named_parameters()] if names is None else names
-    losses, stream = sensitivities(model, sequences, names, frozenset(needs), Settings(**options))
+    losses, stream = WholeModelEngine().sensitivities(model, sequences, names, frozenset(needs), Settings(**options))
     return losses, {sensitivity.name: sensitivity for sensitivity in stream}
 
 

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from llm_perturb.evaluation import lm_loss
+from llm_perturb.evaluation.decoder_head import is_plain
 from llm_perturb.evaluation.perplexity import sequence_losses
 from reference import naive_losses
 from torch import nn
@@ -58,7 +59,7 @@ def test_the_size_of_a_chunk_changes_nothing(model, sequences, monkeypatch, colu
 
 
 def test_ordinary_models_have_a_plain_head(model):
-    assert lm_loss.is_plain(model)
+    assert is_plain(model)
 
 
 SIZES = {
@@ -86,7 +87,7 @@ SIZES = {
 def test_a_head_that_does_more_than_a_product_is_not_shortened(build, sequences):
     torch.manual_seed(0)
     model = build().to(torch.float64).eval().requires_grad_(False)
-    assert not lm_loss.is_plain(model)
+    assert not is_plain(model)
     torch.testing.assert_close(sequence_losses(model, sequences, 3), naive_losses(model, sequences), rtol=1e-5, atol=0)
 
 
@@ -94,7 +95,7 @@ def test_the_probe_changes_no_random_state(model):
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)
-    lm_loss.is_plain(model)
+    is_plain(model)
     assert torch.equal(torch.rand(3), expected)
 
 

@@ -7,7 +7,7 @@ from bridge.exchange.errors import RunError
 from llm_perturb.evaluation import perplexity
 from llm_perturb.evaluation.corpus import Corpus
 from llm_perturb.evaluation.perplexity import Perplexity, measure, reference_of, sequence_losses, summarize
-from llm_perturb.suffix_forward import Restart
+from llm_perturb.suffix_forward import SuffixForward
 from reference import naive_losses
 from tiny_models import build
 
@@ -124,6 +124,6 @@ def test_the_divergence_from_a_reference_is_summed_over_each_sequence(model, seq
         p, q = (m(input_ids=sequence[None]).logits[0, :-1].log_softmax(-1) for m in (model, twin))
         expected.append((p.exp() * (p - q)).sum().item())
     model.load_state_dict(twin.state_dict())  # in place: what is kept must not change with it
-    found = Restart(model, sequences, batch_size, kept).measure()
+    found = SuffixForward(model, sequences, batch_size, kept).measure()
     torch.testing.assert_close(found.divergence, torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=0)
     assert measure(model, sequences, batch_size).divergence is None

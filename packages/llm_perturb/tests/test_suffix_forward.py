@@ -5,11 +5,12 @@ import torch
 from llm_perturb.batched_single_weights import group
 from llm_perturb.condition import Condition
 from llm_perturb.evaluation.corpus import Corpus
+from llm_perturb.evaluation.decoder import Decoder
 from llm_perturb.evaluation.parameters import layer_of, named_parameters
 from llm_perturb.evaluation.perplexity import sequence_losses
 from llm_perturb.perturbation import Perturbation
 from llm_perturb.selection import Target
-from llm_perturb.suffix_forward import Restart, decoder_layers
+from llm_perturb.suffix_forward import SuffixForward
 from llm_perturb.sweep import sweep
 from reference import naive_losses, zeroed
 from tiny_models import BUILDERS, build, shared_key_values
@@ -19,8 +20,7 @@ N_LAYERS = 3
 
 
 def layers_of(model):
-    _, layers = decoder_layers(model)
-    return layers
+    return list(Decoder.of(model).layers.values())
 
 
 def perturb_from(model, depth):
@@ -39,12 +39,12 @@ def perturb_from(model, depth):
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("boundary", range(N_LAYERS))
 def test_losses_have_the_bits_of_a_full_pass(model, sequences, boundary, batch_size):
-    restart = Restart(model, sequences, batch_size)
-    restart.move_to(boundary)
-    assert torch.equal(restart.losses(), sequence_losses(model, sequences, batch_size))
+    suffix = SuffixForward(model, sequences, batch_size)
+    suffix.move_to(boundary)
+    assert torch.equal(suffix.losses(), sequence_losses(model, sequences, batch_size))
     for depth in range(N_LAYERS - 1, boundary - 1, -1):
         perturb_from(model, depth)
-        found = restart.losses()
+        found = suffix.losses()
         assert torch.equal(found, sequence_losses(model, sequences, batch_size))
         torch.testing.assert_close(found, naive_losses(model, sequences), rtol=1e-12, atol=0)
 
@@ -53,10 +53,10 @@ def test_losses_have_the_bits_of_a_full_pass(model, sequences, boundary, batch_s
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_the_bits_agree_in_narrow_models_too(sequences, dtype, batch_size):
     model = build("gpt2", dtype)
-    restart = Restart(model, sequences, batch_size)
+    suffix = SuffixForward(model, sequences, batch_size)
     for boundary in (1, 2):
-        restart.move_to(boundary)
-        assert torch.equal(restart.losses(), sequence_losses(model, sequences, batch_size))
+        suffix.move_to(boundary)
+        assert torch.equal(suffix.losses(), sequence_losses(model, sequences, batch_size))
 
 
 @pytest.mark.parametrize("family", sorted(BUILDERS))
@@ -73,50 +73,50 @@ def test_the_layers_before_the_boundary_do_not_run(family, sequences):
     for number, layer in enumerate(layers_of(model)):
         layer.mlp.register_forward_hook(count(number))
     sequence_losses(model, sequences)  # whatever the model is asked only once is asked here
-    restart = Restart(model, sequences)
-    restart.move_to(2)
+    suffix = SuffixForward(model, sequences)
+    suffix.move_to(2)
     runs[:] = [0] * N_LAYERS
-    restart.losses()
+    suffix.losses()
     assert runs == [0, 0, len(sequences)]
 
 
 def test_weights_before_the_boundary_no_longer_matter(sequences):
     """The other side of the bargain: what is kept is really used."""
     model = build("neox")
-    restart = Restart(model, sequences)
-    restart.move_to(2)
-    before = restart.losses()
+    suffix = SuffixForward(model, sequences)
+    suffix.move_to(2)
+    before = suffix.losses()
     model.gpt_neox.layers[0].mlp.dense_4h_to_h.weight.data.add_(1.0)
-    assert torch.equal(restart.losses(), before)
+    assert torch.equal(suffix.losses(), before)
     assert not torch.equal(sequence_losses(model, sequences), before)
 
 
 @pytest.mark.parametrize("way", [[2, 1, 2], [1, 2, 0, 1], [2, 0, 2], [1, 1], [0, 2, 2, 1, 0]])
 def test_the_boundary_moves_forth_and_back(model, sequences, way):
     expected = sequence_losses(model, sequences, 3)
-    restart = Restart(model, sequences, 3)
+    suffix = SuffixForward(model, sequences, 3)
     for boundary in way:
-        restart.move_to(boundary)
-        assert restart.boundary == boundary
-        assert torch.equal(restart.losses(), expected)
+        suffix.move_to(boundary)
+        assert suffix.boundary == boundary
+        assert torch.equal(suffix.losses(), expected)
 
 
 def test_moving_back_forgets_what_was_kept(sequences):
     model = build("llama")
-    restart = Restart(model, sequences)
-    restart.move_to(2)
+    suffix = SuffixForward(model, sequences)
+    suffix.move_to(2)
     model.model.layers[0].mlp.down_proj.weight.data.add_(1.0)
     for boundary in (1, 0):
-        restart.move_to(boundary)
-        assert torch.equal(restart.losses(), sequence_losses(model, sequences))
+        suffix.move_to(boundary)
+        assert torch.equal(suffix.losses(), sequence_losses(model, sequences))
 
 
 @pytest.mark.parametrize("boundary", [1, 2])
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_a_model_that_nothing_has_measured_yet_can_be_restarted(sequences, boundary, batch_size):
-    restart = Restart(build("llama"), sequences, batch_size)
-    restart.move_to(boundary)
-    torch.testing.assert_close(restart.losses(), naive_losses(build("llama"), sequences), rtol=1e-12, atol=0)
+def test_a_model_that_nothing_has_measured_yet_can_begin_at_a_layer(sequences, boundary, batch_size):
+    suffix = SuffixForward(build("llama"), sequences, batch_size)
+    suffix.move_to(boundary)
+    torch.testing.assert_close(suffix.losses(), naive_losses(build("llama"), sequences), rtol=1e-12, atol=0)
 
 
 def is_clean(model):
@@ -124,10 +124,10 @@ def is_clean(model):
 
 
 def test_the_layers_are_as_before_afterwards(model, sequences):
-    restart = Restart(model, sequences)
-    restart.move_to(2)
+    suffix = SuffixForward(model, sequences)
+    suffix.move_to(2)
     assert is_clean(model)
-    restart.losses()
+    suffix.losses()
     assert is_clean(model)
     assert torch.equal(sequence_losses(model, sequences), sequence_losses(copy.deepcopy(model), sequences))
 
@@ -135,53 +135,65 @@ def test_the_layers_are_as_before_afterwards(model, sequences):
 def test_the_layers_are_as_before_after_an_exception(sequences):
     model = build("llama")
     sequence_losses(model, sequences)
-    restart = Restart(model, sequences)
-    restart.move_to(1)
+    suffix = SuffixForward(model, sequences)
+    suffix.move_to(1)
 
     def fail(module, inputs):
         raise KeyboardInterrupt("in the norm")
 
     handle = model.model.norm.register_forward_pre_hook(fail)
     with pytest.raises(KeyboardInterrupt, match="in the norm"):
-        restart.losses()
+        suffix.losses()
     assert is_clean(model)
     handle.remove()
     handle = model.model.layers[1].mlp.register_forward_pre_hook(fail)
     with pytest.raises(KeyboardInterrupt, match="in the norm"):
-        restart.move_to(2)
+        suffix.move_to(2)
     assert is_clean(model)
     handle.remove()
-    assert torch.equal(restart.losses(), sequence_losses(model, sequences))
+    assert torch.equal(suffix.losses(), sequence_losses(model, sequences))
 
 
 @pytest.mark.parametrize("family", sorted(BUILDERS))
 def test_depth_is_the_first_layer_that_holds_one_of_the_parameters(family, sequences):
     model = build(family)
-    path, layers = decoder_layers(model)
-    restart = Restart(model, sequences)
+    path, layers = Decoder.of(model).path, layers_of(model)
+    suffix = SuffixForward(model, sequences)
     names = {
         number: f"{path}.{number}.{next(iter(dict(layer.named_parameters())))}" for number, layer in enumerate(layers)
     }
-    assert [restart.depth_of([names[number]]) for number in range(N_LAYERS)] == [0, 1, 2]
-    assert restart.depth_of([names[2], names[1]]) == 1
+    assert [suffix.depth_of([names[number]]) for number in range(N_LAYERS)] == [0, 1, 2]
+    assert suffix.depth_of([names[2], names[1]]) == 1
     embedding = next(iter(named_parameters(model)))
-    assert restart.depth_of([embedding]) == 0
-    assert restart.depth_of([names[2], embedding]) == 0
+    assert suffix.depth_of([embedding]) == 0
+    assert suffix.depth_of([names[2], embedding]) == 0
 
 
 def test_a_tenth_layer_is_not_the_first(sequences):
-    restart = Restart(build("llama"), sequences)
-    assert restart.depth_of(["model.layers.12.mlp.up_proj.weight", "model.layers.2.mlp.up_proj.weight"]) == 2
-    assert restart.depth_of(["model.layers.12.mlp.up_proj.weight"]) == 12
+    suffix = SuffixForward(build("llama"), sequences)
+    assert suffix.depth_of(["model.layers.12.mlp.up_proj.weight", "model.layers.2.mlp.up_proj.weight"]) == 2
+    assert suffix.depth_of(["model.layers.12.mlp.up_proj.weight"]) == 12
 
 
-def test_a_model_whose_layers_are_not_found_runs_whole(sequences):
+class NoList(nn.Module):
+    """Layers that can be indexed, but are no list of modules."""
+
+    def __init__(self, layers):
+        super().__init__()
+        for number, layer in enumerate(layers):
+            self.add_module(str(number), layer)
+
+    def __getitem__(self, index):
+        return list(self.children())[index]
+
+
+def test_a_model_without_a_list_of_layers_runs_whole(sequences):
     model = build("llama")
-    model.extra = nn.ModuleList([nn.Identity() for _ in range(N_LAYERS)])
-    assert decoder_layers(model) is None
-    restart = Restart(model, sequences, 3)
-    assert restart.depth_of(["model.layers.2.mlp.up_proj.weight"]) == 0
-    assert torch.equal(restart.losses(), sequence_losses(model, sequences, 3))
+    model.model.layers = NoList(model.model.layers)
+    assert Decoder.of(model) is None
+    suffix = SuffixForward(model, sequences, 3)
+    assert suffix.depth_of(["model.layers.2.mlp.up_proj.weight"]) == 0
+    assert torch.equal(suffix.losses(), sequence_losses(model, sequences, 3))
 
 
 AFTER = {
@@ -201,17 +213,17 @@ AFTER = {
 def test_what_comes_after_all_layers_needs_none_of_them(family, sequences):
     """But not a head that is the embedding too, nor one that has been called before the layers."""
     model = build(family)
-    restart = Restart(model, sequences, 3)
+    suffix = SuffixForward(model, sequences, 3)
     named = named_parameters(model)
-    after = {name for name in named if restart.depth_of([name]) == N_LAYERS}
+    after = {name for name in named if suffix.depth_of([name]) == N_LAYERS}
     assert after == AFTER[family] & named.keys()
-    assert restart.depth_of([*after, next(name for name in named if ".2." in name)]) == 2
-    restart.move_to(N_LAYERS)
-    assert torch.equal(restart.losses(), sequence_losses(model, sequences, 3))
+    assert suffix.depth_of([*after, next(name for name in named if ".2." in name)]) == 2
+    suffix.move_to(N_LAYERS)
+    assert torch.equal(suffix.losses(), sequence_losses(model, sequences, 3))
     for name in after:
         named[name].data.mul_(1.5)
-        assert torch.equal(restart.losses(), sequence_losses(model, sequences, 3))
-        torch.testing.assert_close(restart.losses(), naive_losses(model, sequences), rtol=1e-12, atol=0)
+        assert torch.equal(suffix.losses(), sequence_losses(model, sequences, 3))
+        torch.testing.assert_close(suffix.losses(), naive_losses(model, sequences), rtol=1e-12, atol=0)
     assert is_clean(model)
     assert not any(module._forward_pre_hooks for module in model.modules())
 
@@ -252,7 +264,7 @@ class Reversed(nn.ModuleList):
 
 def sweep_of(model, sequences):
     """Each layer's first matrix, one weight and many, against the state dict."""
-    path, layers = decoder_layers(model)
+    path, layers = Decoder.of(model).path, layers_of(model)
     named, conditions = named_parameters(model), []
     for number in range(len(layers)):
         name = next(n for n in named if n.startswith(f"{path}.{number}.") and named[n].ndim == 2)
@@ -296,11 +308,19 @@ def test_layers_that_run_in_another_order_are_run_whole(sequences, capsys):
 
 def test_a_layer_that_cannot_be_left_out_is_said_once(sequences, capsys):
     model = sharing(new_for_each_pass=True)
-    restart = Restart(model, sequences)
+    suffix = SuffixForward(model, sequences)
     for boundary in (2, 1, 2):
-        restart.move_to(boundary)
-        if not restart.is_exact(0, sequence_losses(model, sequences)):
-            restart.give_up("it does not work")
-    assert restart.boundary == 0
+        suffix.move_to(boundary)
+        if not suffix.is_exact(0, sequence_losses(model, sequences)):
+            suffix.give_up("it does not work")
+    assert suffix.boundary == 0
     assert capsys.readouterr().err.splitlines() == [FULL + "it does not work"]
-    assert torch.equal(restart.losses(), sequence_losses(model, sequences))
+    assert torch.equal(suffix.losses(), sequence_losses(model, sequences))
+
+
+def test_another_list_of_modules_is_not_taken_for_the_layers():
+    model = build("llama")
+    model.extra = nn.ModuleList([nn.Identity() for _ in range(N_LAYERS)])
+    assert Decoder.of(model).path == "model.layers"
+    model.extra = nn.ModuleList([nn.Linear(1000, 100)])  # more parameters, but not as many modules as layers
+    assert Decoder.of(model).path == "model.layers"

@@ -1,9 +1,10 @@
 """Global discovery: score every weight with every metric in one pass over a corpus, keep the exact top-K."""
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from types import ModuleType
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import pandas as pd
 from bridge.exchange.errors import RequestError, RunError
@@ -12,24 +13,25 @@ from torch import Tensor
 from torch.nn import Parameter
 from transformers import PreTrainedModel
 
-from critical_weight_analysis import hutchinson, whole_model
+from critical_weight_analysis import hutchinson
 from critical_weight_analysis.control_lists import Controls
 from critical_weight_analysis.layer_summary import Summary
-from critical_weight_analysis.layerwise import engine as layerwise_engine
+from critical_weight_analysis.layerwise.engine import LayerwiseEngine
 from critical_weight_analysis.layerwise.parallel import on_cores
 from critical_weight_analysis.layerwise.pass_settings import Settings
-from critical_weight_analysis.layerwise.probe import Structure, StructureError, find
+from critical_weight_analysis.layerwise.probe import Refusal, probe
 from critical_weight_analysis.layerwise.proof import FIELDS, ProofError, by_autograd, prove
 from critical_weight_analysis.layerwise.saved_state import nested
 from critical_weight_analysis.metrics import METRICS, Sensitivity
 from critical_weight_analysis.ranking import Ranking, top_indices
 from critical_weight_analysis.sampling import N_HEAD, Sample
+from critical_weight_analysis.whole_model import WholeModelEngine
 
-LAYERWISE, WHOLE_MODEL = "layerwise", "whole_model"
-_MODULES = {LAYERWISE: layerwise_engine, WHOLE_MODEL: whole_model}
+LAYERWISE, WHOLE_MODEL = LayerwiseEngine.name, WholeModelEngine.name
 
 TOGETHER = 1 << 25  # weights of a parameter whose scores by several metrics may be in memory at the same time
 BEFORE = frozenset({"hessian"})  # what no engine gives, because it is computed before the pass
+_log = logging.getLogger("critical_weight_analysis")
 
 
 @dataclass(frozen=True)
@@ -51,31 +53,24 @@ class Discovery:
     sampled: pd.DataFrame
 
 
-@dataclass(frozen=True)
-class Engine:
-    """How a model is measured.
-
-    Attributes:
-        name: ``LAYERWISE`` or ``WHOLE_MODEL``.
-        account: why, in one line.
-        structure: of the model, by which it is run layer by layer.
-        together: whether sequences may be run as a batch.
-    """
-
-    name: str
-    account: str
-    structure: Structure | None = field(default=None, repr=False)
-    together: bool = True
+class Engine(Protocol):
+    """Measures the sensitivity of a model's loss to its parameters."""
 
     @property
-    def module(self) -> ModuleType:
-        """The module whose ``sensitivities`` measures the model."""
-        return _MODULES[self.name]
+    def name(self) -> str:
+        """``LAYERWISE`` or ``WHOLE_MODEL``."""
 
     @property
-    def GIVES(self) -> frozenset[str]:  # noqa: N802 - as of a module
+    def account(self) -> str:
+        """Why the model is measured this way, in one line."""
+
+    @property
+    def together(self) -> bool:
+        """Whether sequences may be run as a batch."""
+
+    @property
+    def gives(self) -> frozenset[str]:
         """The fields of ``Sensitivity`` that it can fill."""
-        return self.module.GIVES
 
     def sensitivities(
         self,
@@ -83,12 +78,9 @@ class Engine:
         sequences: list[Tensor],
         names: Sequence[str],
         needs: frozenset[str],
-        settings: Settings = Settings(),  # noqa: B008 - frozen
+        settings: Settings = ...,
     ) -> tuple[Tensor, Iterator[Sensitivity]]:
-        """Those of the module."""
-        batch_size = settings.batch_size if self.together else 1
-        settings = replace(settings, structure=self.structure, batch_size=batch_size)
-        return self.module.sensitivities(model, sequences, names, needs, settings)
+        """The loss S_i of every sequence, float64 (n,), and what is needed of every parameter named."""
 
 
 def engine_for(
@@ -122,32 +114,37 @@ def engine_for(
 
 def _engine(
     model: PreTrainedModel, checkpoint: Checkpoint | None, names: Sequence[str], needs: frozenset[str], begun: float
-) -> Engine:
-    try:
-        structure = find(model, checkpoint)
-    except StructureError as error:
+) -> LayerwiseEngine | WholeModelEngine:
+    structure = probe(model, checkpoint)
+    if isinstance(structure, Refusal):
+        _log.info("the model is not run layer by layer: %s", structure.reason)
         if not checkpoint:
             by_autograd(model, names, needs)  # what it refuses cannot be measured as a whole either
-        return _whole(error)
+        return _whole(structure.reason)
     expected = by_autograd(model, names, needs, structure, checkpoint)
     try:
         proof = prove(model, structure, expected, checkpoint)
     except ProofError as error:
-        return _whole(error)
-    return Engine(LAYERWISE, proof.account(time.monotonic() - begun), structure, proof.together)
+        return _whole(str(error))
+    account = proof.account(time.monotonic() - begun)
+    return LayerwiseEngine(structure=structure, account=account, together=proof.together)
 
 
-def _whole(obstacle: Exception) -> Engine:
-    return Engine(WHOLE_MODEL, f"as a whole, because layer by layer is not possible: {obstacle}")
+def _whole(reason: str) -> WholeModelEngine:
+    return WholeModelEngine(f"as a whole, because layer by layer is not possible: {reason}")
 
 
-def _agreed(engine: Engine, decisions: list[tuple[str, bool, str]]) -> Engine:
+def _agreed(
+    engine: LayerwiseEngine | WholeModelEngine, decisions: list[tuple[str, bool, str]]
+) -> LayerwiseEngine | WholeModelEngine:
     """What every process can do: as a whole if one must, one sequence at a time if one must."""
     name, together, account = max(decisions, key=lambda decision: (decision[0] == WHOLE_MODEL, not decision[1]))
-    return replace(engine, name=name, together=together, account=account)
+    if name == WHOLE_MODEL:
+        return WholeModelEngine(account=account, together=together)
+    return replace(engine, account=account, together=together)
 
 
-def needs_of(metrics: Sequence[str], engine: ModuleType | Engine, settings: Settings = Settings()) -> frozenset[str]:  # noqa: B008 - frozen
+def needs_of(metrics: Sequence[str], engine: Engine, settings: Settings = Settings()) -> frozenset[str]:  # noqa: B008 - frozen
     """The fields of ``Sensitivity`` that the metrics need.
 
     Raises:
@@ -156,10 +153,9 @@ def needs_of(metrics: Sequence[str], engine: ModuleType | Engine, settings: Sett
     for metric in metrics:
         if "hessian" in METRICS[metric].needs and settings.checkpoint:
             raise RequestError(f"--metric {metric} needs all weights in memory: --weights resident")
-        if not METRICS[metric].needs <= engine.GIVES | BEFORE:
-            account = getattr(engine, "account", "as a whole")
+        if not METRICS[metric].needs <= engine.gives | BEFORE:
             raise RequestError(
-                f"--metric {metric} needs a model that is run layer by layer, and this one is run {account}"
+                f"--metric {metric} needs a model that is run layer by layer, and this one is run {engine.account}"
             )
     return frozenset().union(*(METRICS[metric].needs for metric in metrics))
 
@@ -181,7 +177,7 @@ def scores_of(metric: str, sensitivity: Sensitivity) -> Tensor:
 
 
 def discover(
-    engine: ModuleType | Engine,
+    engine: Engine,
     model: PreTrainedModel,
     sequences: list[Tensor],
     parameters: dict[str, Parameter],
@@ -199,7 +195,7 @@ def discover(
     For `hutchinson_diag` the diagonal of the Hessian of all parameters is computed first, and kept during the pass.
 
     Args:
-        engine: a module with ``sensitivities``, see ``engine_for``.
+        engine: from ``engine_for``.
         model: the model that the parameters belong to.
         sequences: each (T_i + 1,) ids.
         parameters: by name, in model order.

@@ -16,7 +16,6 @@ columns, and the weights stay where they are. What the overlap has beyond that i
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -54,7 +53,7 @@ def halves(n: int, seed: int, split: int) -> tuple[list[int], list[int]]:
 
 
 def discover_halves(
-    engine: ModuleType | Engine,
+    engine: Engine,
     model: PreTrainedModel,
     sequences: list[Tensor],
     parameters: dict[str, Parameter],

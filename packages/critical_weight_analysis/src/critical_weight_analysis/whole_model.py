@@ -5,6 +5,8 @@ large as the parameters they belong to, only one parameter's gradient exists at 
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from bridge.exchange.errors import RunError
@@ -18,55 +20,68 @@ from transformers import PreTrainedModel
 from critical_weight_analysis.layerwise.pass_settings import Settings
 from critical_weight_analysis.metrics import Sensitivity
 
-GIVES = frozenset({"grad", "fisher", "curvature"})
 
+@dataclass(frozen=True)
+class WholeModelEngine:
+    """Measures a model as a whole.
 
-def sensitivities(
-    model: PreTrainedModel,
-    sequences: list[Tensor],
-    names: Sequence[str],
-    needs: frozenset[str],
-    settings: Settings = Settings(),  # noqa: B008 - frozen
-) -> tuple[Tensor, Iterator[Sensitivity]]:
-    """The loss of every sequence, and what the metrics need to know of every named parameter.
-
-        grad = (1/N) Σ_i dS_i/dθ     fisher = (1/n) Σ_i (dS_i/dθ / T_i)²     curvature = (1/N) Σ_i (dS_i/dθ)²
-
-    A tied tensor's gradient holds all its uses: autograd adds them before it hands them over.
-
-    Args:
-        model: a causal language model in eval mode.
-        sequences: each (T_i + 1,) ids.
-        names: parameters to be measured, each by its first name.
-        needs: the fields of ``Sensitivity`` to be filled.
-        settings: how it is done; a batch size is without effect here, where squares need each sequence's own
-            gradient.
-
-    Returns:
-        S_i, float64 (n,) on the CPU; and the parameters in model order. Each is freed once the next is taken.
-
-    Raises:
-        RunError: a loss is not finite, or no gradient came back.
+    Attributes:
+        account: why this engine, in one line.
+        together: whether sequences may be run as a batch; here they are always run one by one.
     """
-    chosen = set(names)
-    parameters = {name: p for name, p in named_parameters(model).items() if name in chosen}
-    assert len(parameters) == len(chosen), f"unknown parameters: {chosen - parameters.keys()}"
-    sums = {name: _GradientSums(parameter, needs) for name, parameter in parameters.items()}
-    losses = torch.zeros(len(sequences), dtype=torch.float64)
-    mine = settings.share(list(enumerate(sequences)))
-    lengths = [len(sequence) - 1 for sequence in sequences]
-    with Gradients(model, sums, lambda name, gradient: sums[name].add(gradient, lengths[i])) as gradients:
-        for i, sequence in tqdm(mine, desc="gradients", disable=not settings.progress):
-            loss = summed_loss(logits_of(model, sequence, with_graph=bool(needs)), sequence)
-            losses[i] = loss.item()
-            if not losses[i].isfinite():
-                raise RunError(f"the loss of sequence {i} is {losses[i].item()}, not finite; try --dtype float32")
-            if needs:
-                gradients.backward(loss)
-    settings.add_up(losses)
-    for total in [total for one in sums.values() for total in one.sums.values()]:
-        settings.add_up(total)
-    return losses, _divided(parameters, sums, len(sequences), count_tokens(sequences))
+
+    account: str = "as a whole"
+    together: bool = True
+    name: ClassVar[str] = "whole_model"
+    gives: ClassVar[frozenset[str]] = frozenset({"grad", "fisher", "curvature"})
+
+    def sensitivities(
+        self,
+        model: PreTrainedModel,
+        sequences: list[Tensor],
+        names: Sequence[str],
+        needs: frozenset[str],
+        settings: Settings = Settings(),  # noqa: B008 - frozen
+    ) -> tuple[Tensor, Iterator[Sensitivity]]:
+        """The loss of every sequence, and what the metrics need to know of every named parameter.
+
+            grad = (1/N) Σ_i dS_i/dθ     fisher = (1/n) Σ_i (dS_i/dθ / T_i)²     curvature = (1/N) Σ_i (dS_i/dθ)²
+
+        A tied tensor's gradient holds all its uses: autograd adds them before it hands them over.
+
+        Args:
+            model: a causal language model in eval mode.
+            sequences: each (T_i + 1,) ids.
+            names: parameters to be measured, each by its first name.
+            needs: the fields of ``Sensitivity`` to be filled.
+            settings: how it is done; a batch size is without effect here, where squares need each sequence's own
+                gradient.
+
+        Returns:
+            S_i, float64 (n,) on the CPU; and the parameters in model order. Each is freed once the next is taken.
+
+        Raises:
+            RunError: a loss is not finite, or no gradient came back.
+        """
+        chosen = set(names)
+        parameters = {name: p for name, p in named_parameters(model).items() if name in chosen}
+        assert len(parameters) == len(chosen), f"unknown parameters: {chosen - parameters.keys()}"
+        sums = {name: _GradientSums(parameter, needs) for name, parameter in parameters.items()}
+        losses = torch.zeros(len(sequences), dtype=torch.float64)
+        mine = settings.share(list(enumerate(sequences)))
+        lengths = [len(sequence) - 1 for sequence in sequences]
+        with Gradients(model, sums, lambda name, gradient: sums[name].add(gradient, lengths[i])) as gradients:
+            for i, sequence in tqdm(mine, desc="gradients", disable=not settings.progress):
+                loss = summed_loss(logits_of(model, sequence, with_graph=bool(needs)), sequence)
+                losses[i] = loss.item()
+                if not losses[i].isfinite():
+                    raise RunError(f"the loss of sequence {i} is {losses[i].item()}, not finite; try --dtype float32")
+                if needs:
+                    gradients.backward(loss)
+        settings.add_up(losses)
+        for total in [total for one in sums.values() for total in one.sums.values()]:
+            settings.add_up(total)
+        return losses, _divided(parameters, sums, len(sequences), count_tokens(sequences))
 
 
 def logits_of(model: PreTrainedModel, sequence: Tensor, with_graph: bool = False) -> Tensor:

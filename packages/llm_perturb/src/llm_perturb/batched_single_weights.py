@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
@@ -22,10 +23,11 @@ from transformers.pytorch_utils import Conv1D
 
 from llm_perturb.condition import Condition, new_values
 from llm_perturb.evaluation.causality import COMMON, LENGTH, probe_sequences, tolerance
+from llm_perturb.evaluation.decoder import Decoder
 from llm_perturb.evaluation.parameters import layer_of
 from llm_perturb.evaluation.perplexity import Measured, in_order
 from llm_perturb.perturbation import changed
-from llm_perturb.suffix_forward import Restart, decoder_layers
+from llm_perturb.suffix_forward import SuffixForward
 
 AT_ONCE = 1024  # tokens in a batch of copies; more were no faster
 GROUP = 32  # weights that are measured, recorded and resumed together
@@ -42,6 +44,7 @@ class Copies:
 
 
 Unit = Condition | Copies
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -60,13 +63,14 @@ def group(model: PreTrainedModel, conditions: Sequence[Condition]) -> list[Unit]
     The groups depend on nothing but the model and the set of conditions: not on their order, on what is
     finished already, nor on how many processes there are, so that none of these changes a number.
     """
-    maps = {}
+    maps: dict[str, nn.Module] = {}
     if any(c.selection == "weight" for c in conditions):
         try:
             maps = linear_maps(model)
-        except Exception as error:  # whatever a model makes of the trial
+        except Exception as error:  # whatever a model makes of the probe
             tqdm.write(f"{ONE_BY_ONE} no two sequences can be run together: {one_line(error)}", sys.stderr)
-    path = (decoder_layers(model) or ("",))[0]
+    decoder = Decoder.of(model)
+    path = decoder.path if decoder else ""
     layers: dict[str, list[Condition]] = {}
     rest: list[Unit] = []
     for condition in conditions:
@@ -81,7 +85,7 @@ def group(model: PreTrainedModel, conditions: Sequence[Condition]) -> list[Unit]
     return rest
 
 
-def even_parts(items: Sequence, largest: int) -> list[Sequence]:
+def even_parts(items: Sequence[Item], largest: int) -> list[Sequence[Item]]:
     """Split into as few parts as go, none larger than ``largest``, their sizes at most one apart."""
     n = -(-len(items) // largest)
     ends = [len(items) * i // n for i in range(n + 1)] if n else []
@@ -92,14 +96,14 @@ def even_parts(items: Sequence, largest: int) -> list[Sequence]:
 def linear_maps(model: PreTrainedModel) -> dict[str, nn.Module]:
     """The linear maps inside of decoder layers that see each position of each sequence once, in order; by weight name.
 
-    Found in a trial: experts, which see some of the tokens, maps that see them in another order, and modules that share
+    As a probe shows. Experts, which see some of the tokens, maps that see them in another order, and modules that share
     a weight are left out.
     """
-    layers = (decoder_layers(model) or ("", nn.ModuleList()))[1]
-    if model.dtype not in _WIDE:
+    decoder = Decoder.of(model)
+    if decoder is None or model.dtype not in _WIDE:
         return {}
     seen: dict[nn.Module, list[tuple[Tensor, ...]]] = {
-        m: [] for layer in layers for m in layer.modules() if type(m) in (nn.Linear, Conv1D)
+        m: [] for layer in decoder.layers.values() for m in layer.modules() if type(m) in (nn.Linear, Conv1D)
     }
     hooks = [m.register_forward_hook(lambda m, inputs, output: seen[m].append(inputs)) for m in seen]
     ids = torch.stack(probe_sequences(model)).to(model.device)
@@ -118,7 +122,7 @@ def linear_maps(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 def _rows_are_tokens(x: Tensor) -> bool:
-    """Whether what a map has seen of the trial is one row for each token of one sequence and then of the other."""
+    """Whether what a map has received in the probe is one row for each token of one sequence and then of the other."""
     if x.numel() != 2 * LENGTH * x.shape[-1]:
         return False
     one, other = x.reshape(2, LENGTH, -1)
@@ -142,7 +146,7 @@ def change_of(model: PreTrainedModel, condition: Condition) -> Change:
 
 
 def unchanged(change: Change) -> Change:
-    """The same feature with the weights that the model has: a change of nothing, made the same way."""
+    """The same feature with the weights that the model has: a change of nothing, computed the same way."""
     weight = change.module.weight.detach()
     own = weight[:, change.feature] if isinstance(change.module, Conv1D) else weight[change.feature]
     return Change(change.module, change.feature, own, changes_value=False)
@@ -168,28 +172,28 @@ def in_copies(changes: Sequence[Change]) -> Iterator[None]:
             hook.remove()
 
 
-def measure_copies(restart: Restart, changes: Sequence[Change], batch: int | None = None) -> list[Measured]:
-    """Every sequence under each of the changes; of one batch if its number is given.
+def measure_copies(suffix: SuffixForward, changes: Sequence[Change], batch: int | None = None) -> list[Measured]:
+    """Every sequence under each of the changes; of one batch if its number is passed.
 
     Args:
-        restart: its boundary at the layer that holds the changed maps, or before.
+        suffix: its boundary at the layer that holds the changed maps, or before.
         changes: of which each is measured alone.
         batch: the number of the only batch to be measured.
     """
-    numbers = range(len(restart.batches)) if batch is None else [batch]
-    found: list[list[Measured]] = [[] for _ in changes]
+    numbers = range(len(suffix.batches)) if batch is None else [batch]
+    by_change: list[list[Measured]] = [[] for _ in changes]
     for number in numbers:
-        n = len(restart.batches[number])
-        n_tokens = n * (max(len(restart.sequences[i]) for i in restart.batches[number]))
+        n = len(suffix.batches[number])
+        n_tokens = n * (max(len(suffix.sequences[i]) for i in suffix.batches[number]))
         copy = 0
         for part in even_parts(changes, max(1, AT_ONCE // n_tokens)):
             with in_copies(part):
-                together = restart.measure_batch(number, len(part))
+                together = suffix.measure_batch(number, len(part))
             for start in range(0, n * len(part), n):
-                found[copy].append(_rows(together, slice(start, start + n)))
+                by_change[copy].append(_rows(together, slice(start, start + n)))
                 copy += 1
-    order = [restart.batches[number] for number in numbers]
-    return [in_order(order, one) for one in found]
+    order = [suffix.batches[number] for number in numbers]
+    return [in_order(order, one) for one in by_change]
 
 
 def _rows(measured: Measured, rows: slice) -> Measured:

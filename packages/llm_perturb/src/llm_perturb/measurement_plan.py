@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from llm_perturb.batched_single_weights import Copies, Unit
 from llm_perturb.condition import Condition
-from llm_perturb.evaluation.lm_loss import is_plain
+from llm_perturb.evaluation.decoder_head import is_plain
 from llm_perturb.evaluation.parameters import layer_of, match, named_parameters
 from llm_perturb.output_channels import check_channels
 from llm_perturb.perturbation import Perturbation

@@ -28,7 +28,7 @@ from llm_perturb.evaluation.corpus import Corpus
 from llm_perturb.evaluation.perplexity import Measured, Reference
 from llm_perturb.perturbation import perturbed
 from llm_perturb.selection import Target
-from llm_perturb.suffix_forward import Restart
+from llm_perturb.suffix_forward import SuffixForward
 
 OTHER_LOSSES = "the unperturbed model gives other losses from there on"
 
@@ -54,50 +54,52 @@ def sweep(
     Raises:
         RunError: the instrument does not give the same bits twice.
     """
-    restart = Restart(model, corpus.sequences, batch_size, reference)
+    suffix = SuffixForward(model, corpus.sequences, batch_size, reference)
     checked: set[int] = set()
-    for depth, unit in sorted(((_depth(restart, unit), unit) for unit in units), key=lambda pair: pair[0]):
-        restart.move_to(depth)
+    for depth, unit in sorted(((_depth(suffix, unit), unit) for unit in units), key=lambda pair: pair[0]):
+        suffix.move_to(depth)
         for condition in unit.conditions if isinstance(unit, Copies) else [unit]:
             _check_own(model, condition.target)
         if isinstance(unit, Copies):
-            yield from _measure_together(model, unit, restart, baseline)
+            yield from _measure_together(model, unit, suffix, baseline)
         else:
             if depth and depth not in checked:
-                _check_no_op(model, unit, restart, baseline)
+                _check_no_op(model, unit, suffix, baseline)
                 checked.add(depth)
-            yield _apply(model, unit, restart)
-    restart.move_to(0)
-    _check_same(restart.losses(), baseline, "the unperturbed model at the end")
+            yield _apply(model, unit, suffix)
+    suffix.move_to(0)
+    _check_same(suffix.losses(), baseline, "the unperturbed model at the end")
 
 
-def _depth(restart: Restart, unit: Unit) -> int:
+def _depth(suffix: SuffixForward, unit: Unit) -> int:
     if isinstance(unit, Copies):
-        return min(_depth(restart, condition) for condition in unit.conditions)
-    return restart.depth_of(list(unit.target.split(unit.positions)))
+        return min(_depth(suffix, condition) for condition in unit.conditions)
+    return suffix.depth_of(list(unit.target.split(unit.positions)))
 
 
-def _check_no_op(model: PreTrainedModel, condition: Condition, restart: Restart, baseline: Tensor) -> None:
+def _check_no_op(model: PreTrainedModel, condition: Condition, suffix: SuffixForward, baseline: Tensor) -> None:
     """A change of nothing must give the baseline; where it does not from a layer on, it must in a full pass."""
-    if restart.boundary:
+    if suffix.boundary:
         try:
-            if torch.equal(_apply(model, condition, restart, no_op=True).losses, baseline):
+            if torch.equal(_apply(model, condition, suffix, no_op=True).losses, baseline):
                 return
-            restart.give_up(OTHER_LOSSES)
+            suffix.give_up(OTHER_LOSSES)
         except RunError:
             raise
         except Exception as error:  # whatever a model makes of layers that are left out
-            restart.give_up(one_line(error))
-    _check_same(_apply(model, condition, restart, no_op=True).losses, baseline, "a change of nothing")
+            suffix.give_up(one_line(error))
+    _check_same(_apply(model, condition, suffix, no_op=True).losses, baseline, "a change of nothing")
 
 
-def _measure_together(model: PreTrainedModel, copies: Copies, restart: Restart, baseline: Tensor) -> Iterator[Outcome]:
+def _measure_together(
+    model: PreTrainedModel, copies: Copies, suffix: SuffixForward, baseline: Tensor
+) -> Iterator[Outcome]:
     """Single weights as copies; those that change no value, and all where copies prove wrong, in the model itself."""
     changes = [change_of(model, condition) for condition in copies.conditions]
     moving = [at for at, change in enumerate(changes) if change.changes_value]
-    measured = _measured_copies(model, copies, changes, moving, restart, baseline) if moving else {}
+    measured = _measured_copies(model, copies, changes, moving, suffix, baseline) if moving else {}
     for at, condition in enumerate(copies.conditions):
-        yield Outcome(condition, measured[at], 1) if at in measured else _apply(model, condition, restart)
+        yield Outcome(condition, measured[at], 1) if at in measured else _apply(model, condition, suffix)
 
 
 def _measured_copies(
@@ -105,25 +107,25 @@ def _measured_copies(
     copies: Copies,
     changes: Sequence[Change],
     moving: Sequence[int],
-    restart: Restart,
+    suffix: SuffixForward,
     baseline: Tensor,
 ) -> dict[int, Measured]:
-    """What the changes in ``moving`` give in copies, by their places; nothing where copies prove wrong."""
+    """What the changes in ``moving`` give in copies, by their number; nothing where copies prove wrong."""
     try:
-        measured = dict(zip(moving, measure_copies(restart, [changes[at] for at in moving]), strict=True))
+        measured = dict(zip(moving, measure_copies(suffix, [changes[at] for at in moving]), strict=True))
         largest = max(moving, key=lambda at: _size(measured[at].losses - baseline))
         chosen = copies.conditions[largest], changes[largest], measured[largest].losses
-        wrong = _wrong_in_copies(model, *chosen, restart, baseline)
+        wrong = _wrong_in_copies(model, *chosen, suffix, baseline)
     except RunError:
         raise
     except Exception as error:  # whatever a model makes of copies of a batch
         wrong = one_line(error)
     if wrong is None:
         return measured
-    if restart.boundary and not restart.is_exact(_middle(restart), baseline):
-        restart.give_up(OTHER_LOSSES)
-        return _measured_copies(model, copies, changes, moving, restart, baseline)
-    restart.say(f"{ONE_BY_ONE} copies of a batch prove wrong: {wrong}")
+    if suffix.boundary and not suffix.is_exact(_middle(suffix), baseline):
+        suffix.give_up(OTHER_LOSSES)
+        return _measured_copies(model, copies, changes, moving, suffix, baseline)
+    suffix.say(f"{ONE_BY_ONE} copies of a batch prove wrong: {wrong}")
     return {}
 
 
@@ -131,39 +133,44 @@ def _size(differences: Tensor) -> float:
     return differences.sum().abs().nan_to_num(torch.inf).item()
 
 
-def _middle(restart: Restart) -> int:
+def _middle(suffix: SuffixForward) -> int:
     """The number of the batch that checks are made on."""
-    return len(restart.batches) // 2
+    return len(suffix.batches) // 2
 
 
 def _wrong_in_copies(
-    model: PreTrainedModel, condition: Condition, change: Change, found: Tensor, restart: Restart, baseline: Tensor
+    model: PreTrainedModel,
+    condition: Condition,
+    change: Change,
+    losses: Tensor,
+    suffix: SuffixForward,
+    baseline: Tensor,
 ) -> str | None:
     """On one batch: a change of nothing against the baseline, and a copy against the model that was really changed."""
-    number = _middle(restart)
-    chosen = torch.tensor(restart.batches[number]).sort()
-    n_tokens = torch.tensor([len(restart.sequences[i]) - 1 for i in chosen.values])
+    number = _middle(suffix)
+    chosen = torch.tensor(suffix.batches[number]).sort()
+    n_tokens = torch.tensor([len(suffix.sequences[i]) - 1 for i in chosen.values])
     before = baseline[chosen.values]
-    (nothing,) = measure_copies(restart, [unchanged(change)], number)
+    (nothing,) = measure_copies(suffix, [unchanged(change)], number)
     wrong = _too_far(nothing.losses, before, before, n_tokens, "a change of nothing")
     if wrong:
         return wrong
     parts = condition.target.split(condition.positions)
     with perturbed(condition.target.parameters, parts, new_values(model, condition)):
-        really = restart.measure_batch(number).losses[chosen.indices]
-    return _too_far(found[chosen.values], really, before, n_tokens, condition.key)
+        really = suffix.measure_batch(number).losses[chosen.indices]
+    return _too_far(losses[chosen.values], really, before, n_tokens, condition.key)
 
 
-def _too_far(found: Tensor, expected: Tensor, before: Tensor, n_tokens: Tensor, what: str) -> str | None:
+def _too_far(losses: Tensor, expected: Tensor, before: Tensor, n_tokens: Tensor, what: str) -> str | None:
     allowed = TOLERANCE * n_tokens + 1e-3 * (expected - before).abs()  # a broken model amplifies rounding
-    same = (found - expected).abs() <= allowed
-    if (same | ~(found.isfinite() | expected.isfinite())).all():
+    same = (losses - expected).abs() <= allowed
+    if (same | ~(losses.isfinite() | expected.isfinite())).all():
         return None
-    worst = ((found - expected).abs() / n_tokens).max().item()
+    worst = ((losses - expected).abs() / n_tokens).max().item()
     return f"{what} in a copy is {worst:.3g} nats per token away from the same in the model, and may be {TOLERANCE}"
 
 
-def _apply(model: PreTrainedModel, condition: Condition, restart: Restart, no_op: bool = False) -> Outcome:
+def _apply(model: PreTrainedModel, condition: Condition, suffix: SuffixForward, no_op: bool = False) -> Outcome:
     target = condition.target
 
     def as_before(name: str, tensor: Tensor, index: Tensor) -> Tensor:
@@ -171,7 +178,7 @@ def _apply(model: PreTrainedModel, condition: Condition, restart: Restart, no_op
 
     change = as_before if no_op else new_values(model, condition)
     with perturbed(target.parameters, target.split(condition.positions), change) as n_changed:
-        return Outcome(condition, restart.measure(), n_changed)
+        return Outcome(condition, suffix.measure(), n_changed)
 
 
 def _check_own(model: PreTrainedModel, target: Target) -> None:

@@ -1,4 +1,4 @@
-"""Sequences that are run together, and what is known of them on the way."""
+"""Sequences that are run together, and how far their forward and backward pass has come."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
+from llm_perturb.evaluation.decoder import Call
 from torch import Tensor
 
-from critical_weight_analysis.layerwise.activation_cache import Keeper
+from critical_weight_analysis.layerwise.activation_cache import ActivationCache
 from critical_weight_analysis.layerwise.parallel import n_cores
 
 _CPU_TOKENS = 512
@@ -26,19 +27,23 @@ class Batch:
         members: their numbers in the corpus.
         ids: (B, T), sequences of T_i + 1 tokens, padded.
         targets: of each member, (T_i,): all but the first token.
-        keeper: what it kept of the linear maps' results.
+        cache: results of linear maps, saved for the second forward pass of a layer.
         calls: what each decoder layer is called with, by layer; the hidden state in it is not to be used.
-        hidden: (B, T, H), the hidden state where the way forward has come to.
-        gradient: d Σ S_i / d hidden state (B, T, H), where the way back has come to.
+        hidden: (B, T, H), the hidden state that the forward pass has reached.
+        gradient: d Σ S_i / d hidden state (B, T, H), where the backward pass has arrived.
     """
 
     members: list[int]
     ids: Tensor
     targets: list[Tensor]
-    keeper: Keeper
-    calls: dict[str, tuple[tuple, dict]] = field(default_factory=dict)
-    hidden: Tensor | None = None
-    gradient: Tensor | None = None
+    cache: ActivationCache
+    calls: dict[str, Call] = field(default_factory=dict)
+    hidden: Tensor = field(default_factory=lambda: torch.empty(0))
+    gradient: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def forget_hidden(self) -> None:
+        """Free the hidden state, which the backward pass does not need."""
+        self.hidden = torch.empty(0)
 
     def groups(self, n_tokens: int) -> Iterator[list[int]]:
         """Its rows, as many together as have that many real tokens; one at least."""
@@ -67,11 +72,11 @@ def first_batch_size(sequences: list[Tensor], device: torch.device) -> int:
     return min(len(sequences), _GPU_SEQUENCES)
 
 
-def make_batch(members: list[int], sequences: list[Tensor], device: torch.device, keeper: Keeper) -> Batch:
+def make_batch(members: list[int], sequences: list[Tensor], device: torch.device, cache: ActivationCache) -> Batch:
     """A batch of these sequences, the longest of them first; the padding repeats the last token."""
     length = len(sequences[members[0]])
     ids = torch.stack([F.pad(sequences[i], (0, length))[:length] for i in members])
     for row, i in enumerate(members):
         ids[row, len(sequences[i]) :] = sequences[i][-1]
     targets = [sequences[i][1:].to(device) for i in members]
-    return Batch(members, ids.to(device), targets, keeper)
+    return Batch(members=members, ids=ids.to(device), targets=targets, cache=cache)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from critical_weight_analysis.layerwise.batches import Batch
 from critical_weight_analysis.layerwise.parallel import on_cores
-from critical_weight_analysis.layerwise.parameter_uses import Parts, Product, Recorder
+from critical_weight_analysis.layerwise.parameter_uses import GradientPieces, Product, Recorder
 from critical_weight_analysis.metrics import Sensitivity
 
 SQUARES = frozenset({"fisher", "curvature"})
@@ -29,14 +29,16 @@ BY_PRODUCT = frozenset({"tokens", "inputs"})  # known only where a parameter is 
 BLOCK = 1 << 18  # weights of a block, on a CPU
 
 
-PartsOf = list[tuple[int, dict[str, Parts]]]  # of the sequences of a batch, by their numbers; by parameter
+PiecesBySequence = list[
+    tuple[int, dict[str, GradientPieces]]
+]  # of the sequences of a batch, by their numbers; by parameter
 
 
 def _as_it_is(total: Tensor) -> None:
     """Nothing to add: one process saw every sequence."""
 
 
-class Sums:
+class GradientSums:
     """What is known so far of one parameter; every ``add_*`` is one whole gradient of one or several sequences.
 
     Args:
@@ -87,7 +89,7 @@ class Sums:
         device = self.parameter.device
         return tuple(torch.zeros(size, dtype=torch.float64, device=device) for size in self.parameter.shape)
 
-    def add(self, batch: Sequence[tuple[int, Parts]]) -> None:
+    def add(self, batch: Sequence[tuple[int, GradientPieces]]) -> None:
         """The gradients of sequences that were run together, whatever each is made of."""
         products = [(i, _joined(parts.products)) for i, parts in batch if parts.products]
         if len(products) == len(batch) and not any(parts.rows or parts.dense for _, parts in batch):
@@ -100,7 +102,7 @@ class Sums:
             else:
                 self.add_dense(i, self._total(parts))
 
-    def _total(self, parts: Parts) -> Tensor:
+    def _total(self, parts: GradientPieces) -> Tensor:
         total = sum((dense.to(self.dtype) for dense in parts.dense), self._zeros())
         for left, right, _ in parts.products:
             total.addmm_(left.to(self.dtype).T, right.to(self.dtype))
@@ -132,7 +134,7 @@ class Sums:
             with_positions: whether what is counted by position is to be counted, too.
         """
         if with_positions:
-            self._count_positions([(i, Parts([product])) for i, product in batch], start)
+            self._count_positions([(i, GradientPieces([product])) for i, product in batch], start)
             self._pair(batch, start, ids or {})
         if not self.squares and self.grad is None:
             return
@@ -162,7 +164,7 @@ class Sums:
             self._apart.setdefault(i, []).append((inside, product[inside - rows.start]))
             product.index_fill_(0, inside - rows.start, 0)
 
-    def _count_positions(self, batch: Sequence[tuple[int, Parts]], start: int = 0) -> None:
+    def _count_positions(self, batch: Sequence[tuple[int, GradientPieces]], start: int = 0) -> None:
         """What is summed over positions: squares of products of a row and a column, squares of the inputs."""
         for _, parts in batch:
             for one, two in combinations_with_replacement(parts.products, 2) if self.tokens is not None else ():
@@ -247,16 +249,16 @@ class Sums:
         return Sensitivity(self.name, self.parameter.detach(), **fields)
 
 
-def parts_of(recorder: Recorder, batch: Batch, sums: dict[str, Sums]) -> PartsOf:
+def pieces_by_sequence(recorder: Recorder, batch: Batch, sums: dict[str, GradientSums]) -> PiecesBySequence:
     """What a batch left in the recorder, sequence by sequence where they must be told apart."""
     if not any(s.by_sequence for s in sums.values()):
-        return [(batch.members[0], recorder.parts())]
+        return [(batch.members[0], recorder.pieces())]
     lengths = [len(targets) + 1 for targets in batch.targets]
     n = len(lengths)
-    return [(i, recorder.parts(row, n, lengths[row])) for row, i in enumerate(batch.members)]
+    return [(i, recorder.pieces(row, n, lengths[row])) for row, i in enumerate(batch.members)]
 
 
-def add(found: Sequence[PartsOf], sums: dict[str, Sums], device: torch.device) -> None:
+def add(found: Sequence[PiecesBySequence], sums: dict[str, GradientSums], device: torch.device) -> None:
     """Add the gradients of some batches to the sums, the largest parameters first."""
 
     def add_to(name: str) -> None:

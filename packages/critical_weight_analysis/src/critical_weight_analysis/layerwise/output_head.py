@@ -12,7 +12,7 @@ import torch
 from llm_perturb.evaluation.onednn_linear import linear
 from torch import Tensor, nn
 
-from critical_weight_analysis.layerwise.gradient_sums import Sums
+from critical_weight_analysis.layerwise.gradient_sums import GradientSums
 from critical_weight_analysis.layerwise.parallel import n_cores, on_cores
 from critical_weight_analysis.layerwise.parameter_uses import Product
 
@@ -87,8 +87,8 @@ def back(
     hidden: Tensor,
     blocks: list[Block],
     rows: dict[int, slice],
-    weight: Sums | None,
-    bias: Sums | None,
+    weight: GradientSums | None,
+    bias: GradientSums | None,
     ids: dict[int, Tensor] | None,
 ) -> Tensor:
     """Go back through the head with the gradient at its result: add to its sums, return the gradient at its input.

@@ -59,7 +59,7 @@ class Product(NamedTuple):
 
 
 @dataclass
-class Parts:
+class GradientPieces:
     """The gradient of one parameter, as the sum of the parts that its uses gave.
 
     Attributes:
@@ -138,7 +138,7 @@ class Recorder(TorchFunctionMode):
             self.used |= touched
         return result
 
-    def parts(self, index: int = 0, batch: int = 1, length: int | None = None) -> dict[str, Parts]:
+    def pieces(self, index: int = 0, batch: int = 1, length: int | None = None) -> dict[str, GradientPieces]:
         """The gradients after the way back, by parameter.
 
         Args:
@@ -146,15 +146,15 @@ class Recorder(TorchFunctionMode):
             batch: how many were run; 1 also where several need not be told apart.
             length: how many of its tokens are real; None for all.
         """
-        found: dict[str, Parts] = {}
+        found: dict[str, GradientPieces] = {}
         for use in self.uses:
             for name, kind, part in _use_parts(use, index, batch, length):
-                getattr(found.setdefault(name, Parts()), kind).append(part)
+                getattr(found.setdefault(name, GradientPieces()), kind).append(part)
         for (_, name), alias in self.aliases.items():
             if alias.grad is not None:
                 if batch > 1:
                     raise RunError(f"the gradients of {name} cannot be told apart by sequence: --batch-size 1")
-                found.setdefault(name, Parts()).dense.append(alias.grad)
+                found.setdefault(name, GradientPieces()).dense.append(alias.grad)
         return found
 
     def _among(self, things: Iterable) -> bool:

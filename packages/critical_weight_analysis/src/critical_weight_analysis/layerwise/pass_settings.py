@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from llm_perturb.evaluation.checkpoint import Checkpoint
@@ -11,7 +12,8 @@ from llm_perturb.evaluation.processes import Processes
 from torch import Tensor
 
 from critical_weight_analysis.layerwise.backward_checkpoints import Resume
-from critical_weight_analysis.layerwise.probe import Structure
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,6 @@ class Settings:
         processes: this process among those that share the sequences; None if it is alone.
         resume: what an earlier process left of the same pass, and where this one leaves it; None for neither.
         scratch: a folder for hidden states that do not fit into memory; None for the system's.
-        structure: of the model, if it is known already.
     """
 
     batch_size: int = 1
@@ -34,13 +35,12 @@ class Settings:
     processes: Processes | None = None
     resume: Resume | None = None
     scratch: Path | None = None
-    structure: Structure | None = None
 
-    def present(self, names: Iterable[str]) -> AbstractContextManager:
+    def present(self, names: Iterable[str]) -> AbstractContextManager[None]:
         """The weights of these parameters are there while this is open."""
         return self.checkpoint.present(names) if self.checkpoint else nullcontext()
 
-    def share(self, items: list) -> list:
+    def share(self, items: list[Item]) -> list[Item]:
         """Those that are this process's to do."""
         return items[self.processes.rank :: self.processes.world] if self.processes else items
 

@@ -1,4 +1,4 @@
-"""Find the decoder layers of a causal language model, and whether it can be taken apart between them.
+"""A probe of whether a causal language model can be run layer by layer.
 
 Nothing is concluded from a model's name. Eight tokens are run through it while every use of every
 parameter is watched: the layers must be called one after another, each on what the one before returned and on
@@ -6,18 +6,20 @@ nothing else that depends on the layers, and no parameter may act in two of them
 compared with plain autograd before it is trusted, see ``proof``.
 """
 
-from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from bridge.exchange.errors import one_line
 from llm_perturb.evaluation.checkpoint import Checkpoint
+from llm_perturb.evaluation.decoder import Decoder, LayerOutput, layer_input, layer_output
+from llm_perturb.evaluation.decoder_head import HeadProbe
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_flatten
+from transformers import PreTrainedModel
 
 from critical_weight_analysis.layerwise.activation_cache import only_added
 from critical_weight_analysis.layerwise.parameter_uses import Recorder
@@ -25,8 +27,11 @@ from critical_weight_analysis.layerwise.parameter_uses import Recorder
 BEFORE, AFTER, HEAD = "before", "after", "head"
 
 
-class StructureError(Exception):
-    """A model cannot be taken apart between its layers; the message says why."""
+@dataclass(frozen=True)
+class Refusal:
+    """Why a model cannot be run layer by layer: a clause."""
+
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -34,222 +39,170 @@ class Structure:
     """A decoder: what is before its layers, the layers, what is after them, the output head.
 
     Attributes:
-        layers: the decoder layers by name, in the order of the calls.
-        runner: what to call with ids to run all but the head; the whole model where that alone leads to its logits.
+        decoder: the walk through the layers.
         head: the output head; its weight may be the embedding's.
         plain_head: whether the logits are what the head returns for the last hidden state, and nothing else.
         causal: whether what follows a token leaves its hidden state as it is, so that padding on the right does.
         by_batch: the parameters whose gradients can be told apart by sequence when several are run as a batch.
         by_product: the parameters that act as the weight of a linear map or the table of an embedding, and not else.
         before: the parameters that act before the first layer.
-        rest: what each layer returns beside the hidden state, as a tuple or list of None, for nothing uses it; None
-            where it returns the hidden state alone.
         unneeded: the weights (by id) of the layers' linear maps whose results no gradient depends on.
     """
 
-    layers: dict[str, nn.Module]
-    runner: nn.Module
+    decoder: Decoder
     head: nn.Linear
     plain_head: bool
     causal: bool
     by_batch: frozenset[str]
     by_product: frozenset[str]
     before: frozenset[str]
-    rest: dict[str, tuple | list | None]
     unneeded: frozenset[int]
 
-    def wrap(self, layer: str, hidden: Tensor) -> Tensor | tuple | list:
-        """A hidden state in the form in which the layer returns it."""
-        rest = self.rest[layer]
-        return hidden if rest is None else type(rest)([hidden, *rest])
 
-    def owned(self, model: nn.Module) -> dict[str, list[str]]:
-        """The parameter names that belong to each layer; those of everything else under the empty name."""
-        owner = {id(p): name for name, layer in self.layers.items() for p in layer.parameters()}
-        owned: dict[str, list[str]] = {name: [] for name in ["", *self.layers]}
-        for name, parameter in model.named_parameters():
-            owned[owner.get(id(parameter), "")].append(name)
-        return owned
-
-
-def hidden_of(args: tuple, kwargs: dict) -> Tensor:
-    """The hidden state among the arguments of a decoder layer."""
-    return args[0] if args else kwargs["hidden_states"]
-
-
-def with_hidden(hidden: Tensor, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """The same arguments with another hidden state."""
-    return ((hidden, *args[1:]), kwargs) if args else ((), kwargs | {"hidden_states": hidden})
-
-
-def output_of(output: Tensor | tuple | list) -> Tensor:
-    """The hidden state among the results of a decoder layer."""
-    return output[0] if isinstance(output, tuple | list) else output
-
-
-def find(model: nn.Module, checkpoint: Checkpoint | None = None) -> Structure:
-    """The structure of a model.
+def probe(model: PreTrainedModel, checkpoint: Checkpoint | None = None) -> Structure | Refusal:
+    """The structure of a model, or why it cannot be run layer by layer.
 
     Args:
         model: a causal language model.
         checkpoint: where its weights are read from, if it does not hold them; all of it is read once.
-
-    Raises:
-        StructureError: it is not one that can be taken apart by layers.
     """
-    name, layers = layers_of(model)
+    decoder = Decoder.of(model, checkpoint)
+    if decoder is None:
+        return Refusal("it has no list of layers")
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if getattr(type(head), "forward", None) is not nn.Linear.forward:
-        raise StructureError("its output head is not a linear map")
+    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
+        return Refusal("its output head is not a linear map")
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) > 1 or devices == {torch.device("meta")}:
-        raise StructureError("its parameters are not all on one device")
-    recorder = Recorder(dict(model.named_parameters()), with_nodes=True)
-    trace = _Trace(layers, model.get_submodule(name.rpartition(".")[0]), head, recorder)
+        return Refusal("its parameters are not all on one device")
+    watch = _WatchedForward(model, decoder, head)
     try:
-        trace.run(model, checkpoint)
-    except StructureError:
-        raise
+        watch.run()
     except Exception as error:  # whatever a layer makes of being watched; the whole model is then run unwatched
-        raise StructureError(f"its forward pass fails while it is watched: {one_line(error)}") from error
-    return trace.structure(model)
+        return Refusal(watch.refusal or f"its forward pass fails while it is watched: {one_line(error)}")
+    reason = watch.refusal or watch.obstacle()
+    return Refusal(reason) if reason else watch.structure()
 
 
-def layers_of(model: nn.Module) -> tuple[str, dict[str, nn.Module]]:
-    """The name of the list of decoder layers, which holds the most parameters, and the layers by name.
+class _WatchedForward:
+    """One forward pass, and what it shows."""
 
-    Raises:
-        StructureError: there is no list of modules.
-    """
-    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and module}
-    if not lists:
-        raise StructureError("it has no list of layers")
-    name = max(lists, key=lambda name: sum(p.numel() for p in lists[name].parameters()))
-    return name, {f"{name}.{index}": layer for index, layer in enumerate(lists[name])}
-
-
-class _Trace:
-    """What one watched forward pass shows."""
-
-    def __init__(self, layers: dict[str, nn.Module], base: nn.Module, head: nn.Linear, recorder: Recorder) -> None:
-        self.layers, self.base, self.head, self.recorder = layers, base, head, recorder
+    def __init__(self, model: PreTrainedModel, decoder: Decoder, head: nn.Linear) -> None:
+        self.model = model
+        self.decoder = decoder
+        self.head = head
+        self.parameters = dict(model.named_parameters())
+        self.recorder = Recorder(self.parameters, with_nodes=True)
+        self.head_probe = HeadProbe(model, head, decoder)
+        self.refusal: str | None = None
         self.called: list[str] = []
-        self.inputs: list[Tensor] = []
-        self.rest: dict[str, tuple | list | None] = {}
-        self.outputs: list[Tensor] = []
+        self.inputs: list[Tensor] = []  # of each layer, (2, 4, H)
+        self.outputs: list[Tensor] = []  # of each layer, (2, 4, H)
+        self.other_outputs: dict[str, tuple[None, ...] | list[None] | None] = {}
         self.handed_on: list[Tensor] = []  # what layers return beside the hidden state
-        self.head_calls: list[tuple[Tensor, Tensor]] = []
-        self.base_takes_ids = False
-        self.last_hidden: Tensor | None = None
-        self.logits: Tensor | None = None
+        self.logits: Tensor  # (2, 4, V)
 
-    def run(self, model: nn.Module, checkpoint: Checkpoint | None) -> None:
-        """Two sequences of four tokens that differ in the last one."""
-        inside = {id(parameter) for layer in self.layers.values() for parameter in layer.parameters()}
-        ids = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 4]], device=next(model.parameters()).device)
+    def run(self) -> None:
+        """Run two sequences of four tokens that differ in the last one."""
+        ids = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 4]], device=next(iter(self.parameters.values())).device)
         ids = ids % self.head.weight.shape[0]
         with ExitStack() as stack:
-            if checkpoint:
-                outside = [name for name, parameter in model.named_parameters() if id(parameter) not in inside]
-                stack.enter_context(checkpoint.present(outside))
-            for name, layer in self.layers.items():
-                if checkpoint:
-                    stack.enter_context(checkpoint.present_during(layer))
-                _hook(stack, layer.register_forward_pre_hook, partial(self._enter, name))
+            stack.enter_context(self.decoder.present(self.decoder.parameters_by_layer()[""]))
+            for name, layer in self.decoder.layers.items():
+                if self.decoder.checkpoint:
+                    stack.enter_context(self.decoder.checkpoint.present_during(layer))
+                enter = layer.register_forward_pre_hook(partial(self._enter, name), with_kwargs=True)
+                stack.callback(enter.remove)
                 stack.callback(layer.register_forward_hook(partial(self._leave, name)).remove)
-            _hook(stack, self.head.register_forward_pre_hook, self._enter_head)
+            stack.callback(self.head.register_forward_pre_hook(self._enter_head).remove)
             stack.callback(self.head.register_forward_hook(self._leave_head).remove)
-            _hook(stack, self.base.register_forward_pre_hook, self._enter_base)
-            stack.callback(self.base.register_forward_hook(self._leave_base).remove)
+            stack.enter_context(self.head_probe)
             self.recorder.section = BEFORE
-            # the graph is looked at, never run, so it need not hold what it would compute with: the weights, above all
-            stack.enter_context(saved_tensors_hooks(_forget, _forget))
+            # autograd's graph is looked at and never run, so it need not hold its operands: the weights, above all
+            stack.enter_context(saved_tensors_hooks(_nothing, _nothing))
             with torch.enable_grad(), self.recorder:
-                self.logits = model(input_ids=ids, use_cache=False).logits
+                self.logits = self.model(input_ids=ids, use_cache=False).logits
 
-    def _enter(self, name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _enter(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.called.append(name)
         self.recorder.section = name
-        hidden = hidden_of(args, kwargs)
+        hidden = layer_input((args, kwargs))
         self.inputs.append(hidden)
         for leaf in tree_flatten((args, kwargs))[0]:
             if leaf is not hidden and (_is_state(leaf) or any(leaf is tensor for tensor in self.handed_on)):
-                raise StructureError(f"{name} takes more than the hidden state from what is before it")
+                self.refusal = self.refusal or f"{name} takes more than the hidden state from what is before it"
 
-    def _leave(self, name: str, module: nn.Module, args: tuple, output: Any) -> None:  # noqa: ANN401 - a tensor, tuple or list
-        hidden = output_of(output)
+    def _leave(self, name: str, module: nn.Module, args: tuple[Any, ...], output: LayerOutput) -> None:
+        hidden = layer_output(output)
         if not isinstance(hidden, Tensor):
-            raise StructureError(f"{name} returns a {type(output).__name__}")
+            self.refusal = self.refusal or f"{name} returns a {type(output).__name__}"
+            return
         self.outputs.append(hidden)
-        self.rest[name] = None
+        self.other_outputs[name] = None
         if isinstance(output, tuple | list):
-            self.rest[name] = type(output)([None] * len(output[1:]))
+            self.other_outputs[name] = type(output)([None] * len(output[1:]))
             self.handed_on += [leaf for leaf in tree_flatten(output[1:])[0] if isinstance(leaf, Tensor)]
         self.recorder.section = AFTER
 
-    def _enter_head(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _enter_head(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self.recorder.section = HEAD
 
-    def _leave_head(self, module: nn.Module, args: tuple, output: Tensor) -> None:
-        self.head_calls.append((args[0].detach(), output.detach().clone()))
+    def _leave_head(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         self.recorder.section = AFTER
 
-    def _enter_base(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self.base_takes_ids = kwargs.get("input_ids") is not None
+    def obstacle(self) -> str | None:
+        """Why the model cannot be run layer by layer, by the whole pass; None if it can."""
+        if self.called != list(self.decoder.layers):
+            return "its layers are not called one after another, each once"
+        if not all(
+            torch.equal(output, following) for output, following in zip(self.outputs, self.inputs[1:], strict=False)
+        ):
+            return "a layer is not called on what the one before it returned"
+        if len(self.head_probe.calls) != 1:
+            return "its output head is not called once"
+        return self._shared_parameter()
 
-    def _leave_base(self, module: nn.Module, args: tuple, output: Any) -> None:  # noqa: ANN401 - a model's own record
-        self.last_hidden = getattr(output, "last_hidden_state", None)
-
-    def structure(self, model: nn.Module) -> Structure:
-        """The structure, if what was seen allows it."""
-        if self.called != list(self.layers):
-            raise StructureError("its layers are not called one after another, each once")
-        if not all(torch.equal(a, b) for a, b in zip(self.outputs, self.inputs[1:], strict=False)):
-            raise StructureError("a layer is not called on what the one before it returned")
-        if len(self.head_calls) != 1:
-            raise StructureError("its output head is not called once")
-        self._check_homes(model)
-        (head_input, head_output), last = self.head_calls[0], self.last_hidden
-        is_last = last is not None and torch.equal(head_input, last) and torch.equal(head_output, self.logits)
-        plain = is_last and self.base_takes_ids
+    def structure(self) -> Structure:
+        """The structure of a model without an obstacle."""
+        # GPT-2 and GPT-NeoX pass the ids by position and keep the loss over all logits, which rounds otherwise
+        runner = self.head_probe.runner(self.logits) if self.head_probe.ids_by_keyword else None
         return Structure(
-            layers=self.layers,
-            runner=self.base if plain else model,
+            decoder=replace(self.decoder, runner=runner or self.model, other_outputs=self.other_outputs),
             head=self.head,
-            plain_head=plain,
+            plain_head=runner is not None,
             causal=all(_same_prefix(hidden) for hidden in self.outputs),
             by_batch=self._by_batch(),
             by_product=self._by_product(),
             before=self._before(),
-            rest=self.rest,
-            unneeded=self._unneeded(model),
+            unneeded=self._unneeded(),
         )
 
-    def _check_homes(self, model: nn.Module) -> None:
-        """Each parameter must act in its own layer only, or outside the layers in one place only.
+    def _shared_parameter(self) -> str | None:
+        """That a parameter acts in more than its own layer, or outside the layers in more than one section.
 
         The one exception is the head's weight, which may be the embedding's table too.
         """
-        home = {id(p): name for name, layer in self.layers.items() for p in layer.parameters()}
-        places: dict[str, set] = {}
+        own_layer = {id(p): name for name, layer in self.decoder.layers.items() for p in layer.parameters()}
+        uses: dict[str, set[tuple[str, str]]] = {name: set() for name in self.parameters}  # (section, kind)
         for use in self.recorder.uses:
-            for name in filter(None, (use.weight, use.bias)):
-                places.setdefault(name, set()).add((use.section, use.kind))
+            for name in (use.weight, use.bias):
+                if name is not None:
+                    uses[name].add((use.section, use.kind))
         for section, name in self.recorder.used:
-            places.setdefault(name, set()).add((section, "other"))
-        for name, parameter in model.named_parameters():
-            seen = places.get(name, set())
-            sections = {section for section, _ in seen}
-            if id(parameter) in home:
-                allowed = sections <= {home[id(parameter)]}
+            uses[name].add((section, "other"))
+        for name, parameter in self.parameters.items():
+            sections = {section for section, _ in uses[name]}
+            if id(parameter) in own_layer:
+                allowed = sections <= {own_layer[id(parameter)]}
             elif parameter is self.head.weight:
-                allowed = seen <= {(HEAD, "linear"), (BEFORE, "embedding")}
+                allowed = uses[name] <= {(HEAD, "linear"), (BEFORE, "embedding")}
             elif parameter is self.head.bias:
                 allowed = sections <= {HEAD}
             else:
                 allowed = sections <= {BEFORE} or sections <= {AFTER}
             if not allowed:
-                raise StructureError(f"{name} acts in more than one place: {', '.join(sorted(sections))}")
+                return f"{name} acts in more than one place: {', '.join(sorted(sections))}"
+        return None
 
     def _by_product(self) -> frozenset[str]:
         otherwise = {name for _, name in self.recorder.used} | {use.bias for use in self.recorder.uses}
@@ -259,12 +212,16 @@ class _Trace:
         uses = [(use.section, name) for use in self.recorder.uses for name in (use.weight, use.bias) if name]
         return frozenset(name for section, name in [*uses, *self.recorder.used] if section == BEFORE)
 
-    def _unneeded(self, model: nn.Module) -> frozenset[int]:
-        parameters, found = dict(model.named_parameters()), set()
-        for name, hidden, output in zip(self.layers, self.inputs, self.outputs, strict=True):
-            nodes = {use.node: use.weight for use in self.recorder.uses if use.section == name and use.weight}
-            found |= only_added(output, nodes, hidden.grad_fn)
-        return frozenset(id(parameters[name]) for name in found)
+    def _unneeded(self) -> frozenset[int]:
+        names: set[str] = set()
+        for layer, hidden, output in zip(self.decoder.layers, self.inputs, self.outputs, strict=True):
+            nodes = {
+                use.node: use.weight
+                for use in self.recorder.uses
+                if use.section == layer and use.weight is not None and use.node is not None
+            }
+            names |= only_added(output, nodes, hidden.grad_fn)
+        return frozenset(id(self.parameters[name]) for name in names)
 
     def _by_batch(self) -> frozenset[str]:
         """The parameters of which every use seen had one row a token, in order, as the common prefix shows.
@@ -281,12 +238,8 @@ class _Trace:
         return frozenset(seen - unclear)
 
 
-def _forget(saved: object) -> None:
-    """Keep nothing for a way back that nobody goes."""
-
-
-def _hook(stack: ExitStack, register: Callable, function: Callable) -> None:
-    stack.callback(register(function, with_kwargs=True).remove)
+def _nothing(saved: object) -> None:
+    """What autograd saves of an operand."""
 
 
 def _rows_are_tokens(x: Tensor) -> bool:

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedModel
 
-from critical_weight_analysis.layerwise import engine
+from critical_weight_analysis.layerwise.engine import LayerwiseEngine
 from critical_weight_analysis.layerwise.gradient_sums import SQUARES
 from critical_weight_analysis.layerwise.pass_settings import Settings
 from critical_weight_analysis.layerwise.probe import Structure
@@ -165,7 +165,7 @@ def prove(
     Raises:
         ProofError: the engine fails, or gives something else one by one, too.
     """
-    together = Settings(batch_size=2, checkpoint=checkpoint, structure=structure)
+    together = Settings(batch_size=2, checkpoint=checkpoint)
     try:
         return Proof(True, expected, _difference(model, structure, expected, together))
     except ProofError as error:
@@ -182,6 +182,7 @@ def _difference(model: PreTrainedModel, structure: Structure, expected: Expected
     names = list(expected.rows.get("grad", ()))
     found: Rows = {field: {} for field in expected.rows}
     try:
+        engine = LayerwiseEngine(structure)
         losses, stream = engine.sensitivities(model, expected.sequences, names, frozenset(found), settings)
         for sensitivity in stream:
             for field, rows in found.items():
@@ -193,7 +194,7 @@ def _difference(model: PreTrainedModel, structure: Structure, expected: Expected
     if not largest <= max(1e-4, 8 * eps):
         raise ProofError(f"its losses differ from those of a plain forward pass by {largest:.2g} of their size")
     for field, rows in found.items():
-        for owned in structure.owned(model).values():
+        for owned in structure.decoder.parameters_by_layer().values():
             members = [name for name in owned if name in rows]
             for name, difference in _differences(rows, expected.rows[field], members).items():
                 if not difference <= max(1e-3, 64 * eps):  # rounding grows from layer to layer
@@ -244,7 +245,7 @@ def _weights_at_hand(
     if checkpoint is None:
         yield
         return
-    parameters, owned = dict(model.named_parameters()), structure.owned(model)
+    parameters, owned = dict(model.named_parameters()), structure.decoder.parameters_by_layer()
     present: dict[int, str] = {}  # parameters of the layer that is running, by the memory they are in
 
     def enter(names: list[str]) -> Callable:
@@ -269,7 +270,7 @@ def _weights_at_hand(
 
     with ExitStack() as stack:
         stack.enter_context(checkpoint.present(owned[""]))
-        for name, layer in structure.layers.items():
+        for name, layer in structure.decoder.layers.items():
             stack.enter_context(checkpoint.present_during(layer))
             stack.callback(layer.register_forward_pre_hook(enter(owned[name])).remove)
             stack.callback(layer.register_forward_hook(enter([])).remove)

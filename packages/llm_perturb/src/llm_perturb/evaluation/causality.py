@@ -74,10 +74,10 @@ def tolerance(dtype: torch.dtype) -> float:
     return max(1e-3, 16 * torch.finfo(dtype).eps)
 
 
-def _differ(found: Tensor, expected: Tensor) -> bool:
+def _differ(logits: Tensor, expected: Tensor) -> bool:
     if not expected.isfinite().all():
         return False  # which is not for this check to say
-    return not (found - expected).abs().max() <= tolerance(expected.dtype) * expected.abs().max()
+    return not (logits - expected).abs().max() <= tolerance(expected.dtype) * expected.abs().max()
 
 
 @torch.no_grad()

@@ -69,7 +69,7 @@ class Source:
         return {name: value[0] if isinstance(value, list) else value for name, value in tensors.items()}
 
     def names(self, model: PreTrainedModel, headers: dict[str, Header]) -> list[str]:
-        """The names of all parameters and buffers that are made, computed with tensors without memory."""
+        """The names of all parameters and buffers that it makes, computed with tensors without memory."""
         return list(self.make(model, lambda key: headers[key].tensor))
 
 
@@ -85,7 +85,7 @@ def read_headers(files: Iterable[str]) -> dict[str, Header]:
 def find_sources(
     model: PreTrainedModel, keys: Iterable[str], mapping: Iterable[WeightTransform]
 ) -> tuple[list[Source], dict[str, str]]:
-    """What is made of the tensors of a checkpoint.
+    """What transformers makes of the tensors of a checkpoint.
 
     The rule is that of ``transformers.core_model_loading.convert_and_load_state_dict_in_model``.
 
@@ -122,7 +122,7 @@ class Checkpoint:
 
     Args:
         model: with parameters that have no memory, see ``drop_parameters``.
-        sources: how its parameters are made.
+        sources: how transformers makes its parameters.
         headers: of the tensors in the safetensors files, by key.
     """
 

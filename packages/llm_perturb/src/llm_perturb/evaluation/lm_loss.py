@@ -5,35 +5,13 @@ cache from the product that makes it to the sum that it goes into.
 """
 
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from llm_perturb.evaluation.onednn_linear import linear
 
 COLUMNS = 2048
-_plain: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
-
-
-def is_plain(model: PreTrainedModel) -> bool:
-    """Whether the logits are the head's linear map of the last hidden state and nothing more; as a probe shows."""
-    if model not in _plain:
-        head = model.get_output_embeddings()
-        _plain[model] = isinstance(head, nn.Linear) and _probe(model, head)
-    return _plain[model]
-
-
-@torch.no_grad()
-def _probe(model: PreTrainedModel, head: nn.Linear) -> bool:
-    ids = torch.arange(min(8, head.weight.shape[0]), device=model.device)[None]
-    logits = model(input_ids=ids, use_cache=False).logits
-    try:
-        hidden = getattr(model.base_model(input_ids=ids, use_cache=False), "last_hidden_state", None)
-        return hidden is not None and torch.equal(head(hidden), logits)
-    except Exception:  # a base that takes no ids, or a head that takes something else
-        return False
 
 
 class TokenScores(NamedTuple):

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from llm_perturb.evaluation.causality import PADDING_MATTERS, tolerance
 from llm_perturb.evaluation.corpus import Corpus
-from llm_perturb.evaluation.lm_loss import exact_scores, is_plain, token_divergence, token_scores
+from llm_perturb.evaluation.decoder_head import is_plain, runner_without_head
+from llm_perturb.evaluation.lm_loss import exact_scores, token_divergence, token_scores
 from llm_perturb.evaluation.onednn_linear import own_products
 
 
@@ -221,6 +222,8 @@ def reference_of(model: PreTrainedModel, sequences: list[Tensor], batch_size: in
 
 def _last_hidden(model: PreTrainedModel, ids: Tensor, padding: dict[str, Tensor]) -> Tensor:
     """What the head receives, (B, T, H)."""
+    runner = runner_without_head(model)
+    assert runner is not None
     with own_products(model):
-        hidden: Tensor = model.base_model(input_ids=ids, use_cache=False, **padding).last_hidden_state
+        hidden: Tensor = runner(input_ids=ids, use_cache=False, **padding).last_hidden_state
     return hidden
