@@ -9,10 +9,10 @@ import pandas as pd
 import torch
 from bridge.exchange.run_folder import RunOptions
 from bridge.exchange.tables import MEASUREMENTS, TOP_WEIGHTS, read_table
-from critical_weight_analysis import whole_model
 from critical_weight_analysis.discovery import Engine, engine_for
 from critical_weight_analysis.layerwise.pass_settings import Settings
 from critical_weight_analysis.metrics import Sensitivity
+from critical_weight_analysis.whole_model import WholeModelEngine
 from llm_perturb.evaluation.corpus import CorpusOptions
 from llm_perturb.evaluation.models import LoadedModel, ModelOptions
 from llm_perturb.perturbation_options import PerturbationOptions
@@ -56,8 +56,8 @@ def passes(loaded: LoadedModel, engine: Engine, sequences: list[Tensor], batches
         settings = Settings(batch_size=batch, checkpoint=loaded.checkpoint)
         losses, stream = engine.sensitivities(loaded.model, sequences, names, NEEDS, settings)
         yield Pass(f"{engine.name}, {where}, batch {batch}", losses, stream)
-    if not loaded.checkpoint and engine.module is not whole_model:
-        losses, stream = whole_model.sensitivities(loaded.model, sequences, names, NEEDS)
+    if not loaded.checkpoint and not isinstance(engine, WholeModelEngine):
+        losses, stream = WholeModelEngine().sensitivities(loaded.model, sequences, names, NEEDS)
         yield Pass("whole_model, resident", losses, stream)
 
 

@@ -28,7 +28,7 @@ def ranked(dtype: str, options: CorpusOptions, batch_size: int) -> tuple[Discove
     loaded = models.load(dtype=dtype)
     sequences = tokenize(read_texts(options), loaded.tokenizer, options).sequences
     engine = engine_for(loaded.model)
-    metrics = [metric for metric in METRICS if METRICS[metric].needs <= engine.GIVES]
+    metrics = [metric for metric in METRICS if METRICS[metric].needs <= engine.gives]
     weights, start = in_scope(loaded.model), time.perf_counter()
     found = discover(
         engine,

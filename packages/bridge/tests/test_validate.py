@@ -768,7 +768,7 @@ def test_command_reports_and_exits_with_1_when_a_target_failed(output, python, m
 def test_failure_of_the_last_target_is_a_failure(output, python, monkeypatch, no_plots):
     monkeypatch.setenv("FAKE", "broken")
     chosen = options(output, python, layers=1, control_layers=0, global_set=False)
-    with pytest.raises(RunError, match="changes no bit"):
+    with pytest.raises(RunError, match="changes no weight of the model"):
         validate.validate(chosen)
     assert read_manifest(output / "validation_v")["status"] == "failed"
 
