@@ -6,14 +6,10 @@ integers of any length. Here both are refused, as are files that are no text, di
 
 import json
 from pathlib import Path
-from typing import TypeVar
-
-import msgspec
 
 from bridge.exchange.errors import RequestError
 
 _INT64 = 2**63
-T = TypeVar("T")
 
 
 def read_json(path: Path, remedy: str = "") -> object:
@@ -34,20 +30,6 @@ def read_json(path: Path, remedy: str = "") -> object:
     except OSError as error:
         raise RequestError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError as error:
-        raise RequestError(f"{path} is damaged: {error}{_then(remedy)}") from None
-
-
-def read_json_as(path: Path, expected: type[T], remedy: str = "") -> T:
-    """What a JSON file holds, as a declared type (a TypedDict or a dataclass; entries that it lacks are dropped).
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        RequestError: it cannot be read, is not JSON, or a field is missing or of another type.
-    """
-    content = read_json(path, remedy)
-    try:
-        return msgspec.convert(content, expected)
-    except msgspec.ValidationError as error:
         raise RequestError(f"{path} is damaged: {error}{_then(remedy)}") from None
 
 
@@ -73,7 +55,7 @@ def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def _integer(digits: str) -> int:
-    if len(digits) > 20 or not -_INT64 <= int(digits) < 2 * _INT64:
+    if len(digits) > 20 or not -_INT64 <= int(digits) < _INT64:
         raise ValueError(f"expected an integer of 64 bits, not {digits[:30]}")
     return int(digits)
 
