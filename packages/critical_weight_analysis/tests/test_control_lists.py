@@ -11,7 +11,7 @@ from llm_perturb.evaluation.parameters import in_scope, named_parameters
 from llm_perturb.weights_csv import read_weight_list
 from reference import naive_score, naive_sensitivities, naive_top
 
-NAMES = [metric for metric in METRICS if METRICS[metric].needs <= whole_model.GIVES]
+NAMES = [metric for metric in METRICS if METRICS[metric].needs <= whole_model.WholeModelEngine.gives]
 SHAPES = {"a.weight": (6, 5), "b.weight": (4,), "c.weight": (7, 3), "d.weight": (1, 1)}
 N = 30 + 4 + 21 + 1
 

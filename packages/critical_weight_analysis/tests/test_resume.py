@@ -242,6 +242,6 @@ def test_state_file_is_plain_safetensors(tmp_path):
     save(tmp_path, 1, "one", [torch.ones(3)])
     content = (tmp_path / "resume-0-1.safetensors").read_bytes()
     header = json.loads(content[8 : 8 + struct.unpack("<Q", content[:8])[0]])
-    assert set(header) == {"__metadata__", "gradients/0", "found/word/word"}
+    assert set(header) == {"__metadata__", "gradients/0", "results/word/word"}
     assert set(header["__metadata__"]) == {"header", "sha256"}
-    assert read_state(tmp_path / "resume-0-1.safetensors")[0] == {"identity": {"format": 1, **IDENTITY}, "layers": 1}
+    assert read_state(tmp_path / "resume-0-1.safetensors")[0] == {"identity": {"format": 2, **IDENTITY}, "layers": 1}

@@ -12,7 +12,7 @@ from critical_weight_analysis.sampling import N_HEAD, N_ROWS, Sample, candidate_
 from llm_perturb.evaluation.parameters import in_scope
 from reference import naive_score, naive_sensitivities, naive_top
 
-NAMES = [metric for metric in METRICS if METRICS[metric].needs <= whole_model.GIVES]
+NAMES = [metric for metric in METRICS if METRICS[metric].needs <= whole_model.WholeModelEngine.gives]
 
 
 def places(frame):
