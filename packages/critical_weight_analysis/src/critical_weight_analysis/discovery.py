@@ -181,7 +181,7 @@ def discover(
     model: PreTrainedModel,
     sequences: list[Tensor],
     parameters: dict[str, Parameter],
-    metrics: list[str],
+    metrics: Sequence[str],
     k: int,
     *,
     per_layer: bool = True,
