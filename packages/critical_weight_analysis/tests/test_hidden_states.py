@@ -1,7 +1,7 @@
 import pytest
 import torch
 from critical_weight_analysis.layerwise import hidden_states
-from critical_weight_analysis.layerwise.hidden_states import HiddenStates, place_for
+from critical_weight_analysis.layerwise.hidden_states import HiddenStates, storage_for
 from critical_weight_analysis.layerwise.pass_settings import Settings
 from engines import LAYERWISE
 from reference import naive_sensitivities
@@ -12,7 +12,7 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("place", ["memory", "file"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_was_put_comes_back_once(monkeypatch, tmp_path, place, dtype):
-    monkeypatch.setattr(hidden_states, "place_for", lambda n_bytes, device: place)
+    monkeypatch.setattr(hidden_states, "storage_for", lambda n_bytes, device: place)
     states = HiddenStates(0, CPU, tmp_path)
     tensors = {("a", number): torch.randn(2, 3 + number, 4).to(dtype) for number in range(3)}
     for key, tensor in tensors.items():
@@ -28,12 +28,12 @@ def test_what_was_put_comes_back_once(monkeypatch, tmp_path, place, dtype):
 
 
 def test_files_are_used_where_memory_does_not_suffice():
-    assert place_for(10**3, CPU) == "memory"
-    assert place_for(10**15, CPU) == "file"
+    assert storage_for(10**3, CPU) == "memory"
+    assert storage_for(10**15, CPU) == "file"
 
 
 def test_pass_with_files_is_exact(model, sequences, monkeypatch, tmp_path):
-    monkeypatch.setattr(hidden_states, "place_for", lambda n_bytes, device: "file")
+    monkeypatch.setattr(hidden_states, "storage_for", lambda n_bytes, device: "file")
     names = [name for name, _ in model.named_parameters()]
     settings = Settings(batch_size=2, scratch=tmp_path)
     _, stream = LAYERWISE.sensitivities(model, sequences, names, frozenset({"grad"}), settings)

@@ -94,11 +94,11 @@ def test_killed_pass_goes_on_and_finds_the_same(model, sequences, monkeypatch, t
     in_last = [name for name in in_scope(model) if ".2." in name]
     after = [name for name in in_scope(model) if name == "lm_head.weight"]
     assert (resume.layers > 0) == (n_parameters >= len(after) + len(in_last))
-    computed, original = [], engine._Pass._back_through_layer
+    computed, original = set(), engine._Pass._back_through_layer
 
-    def counted(self, layer, *arguments):
-        computed.append(layer)
-        return original(self, layer, *arguments)
+    def counted(self, layer, sums, numbered_batch):
+        computed.add(layer)
+        return original(self, layer, sums, numbered_batch)
 
     monkeypatch.setattr(engine._Pass, "_back_through_layer", counted)
     for one, other in zip(tables(model, sequences, resume), truth, strict=True):
@@ -242,6 +242,6 @@ def test_state_file_is_plain_safetensors(tmp_path):
     save(tmp_path, 1, "one", [torch.ones(3)])
     content = (tmp_path / "resume-0-1.safetensors").read_bytes()
     header = json.loads(content[8 : 8 + struct.unpack("<Q", content[:8])[0]])
-    assert set(header) == {"__metadata__", "gradients/0", "found/word/word"}
+    assert set(header) == {"__metadata__", "gradients/0", "results/word/word"}
     assert set(header["__metadata__"]) == {"header", "sha256"}
-    assert read_state(tmp_path / "resume-0-1.safetensors")[0] == {"identity": {"format": 1, **IDENTITY}, "layers": 1}
+    assert read_state(tmp_path / "resume-0-1.safetensors")[0] == {"identity": {"format": 2, **IDENTITY}, "layers": 1}

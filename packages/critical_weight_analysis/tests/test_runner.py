@@ -20,8 +20,9 @@ from bridge.exchange.fingerprint import read_fingerprint
 from bridge.exchange.run_folder import open_run, read_manifest
 from bridge.exchange.tables import LAYER_SUMMARY, SAMPLED_WEIGHTS, STABILITY, TOP_WEIGHTS, read_table
 from critical_weight_analysis import run as phase1_module
+from critical_weight_analysis.discovery_options import Options
 from critical_weight_analysis.hutchinson import hessian_diagonal
-from critical_weight_analysis.run import Options
+from critical_weight_analysis.metrics import METRICS
 from llm_perturb.evaluation import models
 from llm_perturb.evaluation.perplexity import sequence_losses
 from reference import naive_score, naive_sensitivities, naive_top
@@ -447,3 +448,8 @@ def test_the_script_hands_every_flag_on():
     assert set(flags_of_the_command) == {field.name for field in fields(Options)}
     assert all(flag.help for flag in flags_of_the_command.values())
     assert len(RUNNER.read_text().splitlines()) < 80
+
+
+def test_the_command_offers_every_metric():
+    """The choices are written out for the type checker, the formulas declare themselves."""
+    assert flag_table.flags_of(runner.phase1)["metric"].choices == tuple(METRICS)

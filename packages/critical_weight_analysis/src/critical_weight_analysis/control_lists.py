@@ -4,7 +4,7 @@ As in ``ranking`` only arrays of a few K entries are kept, never an object per w
 """
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -32,7 +32,7 @@ class Controls:
         seed: of the draw.
     """
 
-    def __init__(self, shapes: dict[str, Sequence[int]], metrics: Sequence[str], k: int, seed: int = 0) -> None:
+    def __init__(self, shapes: Mapping[str, Sequence[int]], metrics: Sequence[str], k: int, seed: int = 0) -> None:
         self._first = metrics[0]
         self._lowest = {metric: Ranking(shapes, k, per_layer=False) for metric in metrics}
         self._number = {name: number for number, name in enumerate(shapes)}

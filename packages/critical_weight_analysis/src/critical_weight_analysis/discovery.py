@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -21,7 +21,7 @@ from critical_weight_analysis.layerwise.parallel import on_cores
 from critical_weight_analysis.layerwise.pass_settings import Settings
 from critical_weight_analysis.layerwise.probe import Refusal, probe
 from critical_weight_analysis.layerwise.proof import FIELDS, ProofError, by_autograd, prove
-from critical_weight_analysis.layerwise.saved_state import nested
+from critical_weight_analysis.layerwise.saved_state import Collector, nested
 from critical_weight_analysis.metrics import METRICS, Sensitivity
 from critical_weight_analysis.ranking import Ranking, top_indices
 from critical_weight_analysis.sampling import N_HEAD, Sample
@@ -181,7 +181,7 @@ def discover(
     model: PreTrainedModel,
     sequences: list[Tensor],
     parameters: dict[str, Parameter],
-    metrics: list[str],
+    metrics: Sequence[str],
     k: int,
     *,
     per_layer: bool = True,
@@ -216,8 +216,9 @@ def discover(
     summaries = {metric: Summary(list(shapes)) for metric in metrics}
     controls, sample = Controls(shapes, metrics, k, seed), Sample(shapes, metrics)
     if settings.resume:
-        by_metric = {"rankings": rankings, "summaries": summaries}
-        settings.resume.attach(nested(by_metric) | {"controls": controls, "sample": sample})
+        by_metric: dict[str, Mapping[str, Collector]] = {"rankings": rankings, "summaries": summaries}
+        others: dict[str, Collector] = {"controls": controls, "sample": sample}
+        settings.resume.attach(nested(by_metric) | others)
     hessian = {}
     if needs & BEFORE:
         on_losses(engine.sensitivities(model, sequences, [], frozenset(), settings)[0])  # before the long part

@@ -129,8 +129,8 @@ def _gradients(
             raise RunError(f"the loss of sequence {i} is {loss.item()}, not finite; try --dtype float32")
         if not loss.requires_grad:
             return {}
-        found = torch.autograd.grad(loss, list(chosen.values()), create_graph=True, allow_unused=True)
-    return {name: g for name, g in zip(chosen, found, strict=True) if g is not None and g.requires_grad}
+        all_gradients = torch.autograd.grad(loss, list(chosen.values()), create_graph=True, allow_unused=True)
+    return {name: g for name, g in zip(chosen, all_gradients, strict=True) if g is not None and g.requires_grad}
 
 
 def _products(

@@ -87,7 +87,8 @@ class WholeModelEngine:
 def logits_of(model: PreTrainedModel, sequence: Tensor, with_graph: bool = False) -> Tensor:
     """What the model says of each token but the first of a sequence (T_i + 1,): (T_i, V)."""
     with torch.set_grad_enabled(with_graph):
-        return model(input_ids=sequence[None].to(model.device), use_cache=False).logits[0, :-1]
+        logits: Tensor = model(input_ids=sequence[None].to(model.device), use_cache=False).logits  # (1, T_i + 1, V)
+        return logits[0, :-1]
 
 
 def summed_loss(logits: Tensor, sequence: Tensor) -> Tensor:
@@ -161,6 +162,7 @@ class Gradients:
     def _hook(self, name: str) -> Callable[[Parameter], None]:
         def collect(parameter: Parameter) -> None:
             gradient, parameter.grad = parameter.grad, None
+            assert gradient is not None  # the hook is called once it is there
             self.n_gradients += 1
             self.hand_on(name, gradient)
 

@@ -51,7 +51,7 @@ Item = TypeVar("Item")
 class Change:
     """One weight of a linear map: the map, its output feature, the feature's weights (I,), whether its value is new."""
 
-    module: nn.Module
+    module: nn.Linear | Conv1D
     feature: int
     weights: Tensor
     changes_value: bool
@@ -135,6 +135,7 @@ def change_of(model: PreTrainedModel, condition: Condition) -> Change:
     ((name, index),) = condition.target.split(condition.positions).items()
     tensor = model.get_parameter(name).detach()
     module = model.get_submodule(layer_of(name))
+    assert isinstance(module, nn.Linear | Conv1D), f"{name} is not the weight of a linear map"
     index = index.to(tensor.device)
     new = new_values(model, condition)(name, tensor, index)
     row, col = divmod(int(index), tensor.shape[1])
@@ -156,7 +157,7 @@ def unchanged(change: Change) -> Change:
 def in_copies(changes: Sequence[Change]) -> Iterator[None]:
     """While the block runs, the model computes copy c of a batch of ``len(changes)`` copies with change c."""
 
-    def correct(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def correct(module: nn.Linear | Conv1D, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         x = inputs[0].reshape(len(changes), -1, inputs[0].shape[-1])  # (C, B T, I)
         y = output.view(len(changes), -1, output.shape[-1])  # (C, B T, O)
         for copy, change in enumerate(changes):

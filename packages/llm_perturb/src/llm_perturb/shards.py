@@ -7,6 +7,7 @@ import pandas as pd
 from bridge.exchange import layout
 from bridge.exchange.errors import RequestError
 from bridge.exchange.fingerprint import MISSING, Fingerprint, difference, recorded_fingerprint
+from bridge.exchange.manifest import ShardManifest, checked
 from bridge.exchange.run_folder import RunOptions, check_output, find_runs, open_run, read_manifest
 from bridge.exchange.tables import atomic_path, write_text
 
@@ -31,7 +32,7 @@ def merge(parents: list[str], run_options: RunOptions) -> Path:
     output = check_output(run_options.output)
     runs = [folder.resolve() for parent in parents for folder in find_runs(Path(parent), layout.SHARD)]
     folders = list(dict.fromkeys(runs))
-    manifests = [read_manifest(folder) for folder in folders]
+    manifests = [checked(read_manifest(folder), ShardManifest, folder / layout.MANIFEST_FILE) for folder in folders]
     fingerprints = [
         recorded_fingerprint(manifest["identity"].get("fingerprint") or {}, folder)
         for folder, manifest in zip(folders, manifests, strict=True)
@@ -52,7 +53,7 @@ def merge(parents: list[str], run_options: RunOptions) -> Path:
 
 
 def _common_identity(
-    folders: list[Path], manifests: list[dict[str, Any]], fingerprints: list[Fingerprint | None]
+    folders: list[Path], manifests: list[ShardManifest], fingerprints: list[Fingerprint | None]
 ) -> dict[str, Any]:
     """The identity that all shards share.
 
@@ -83,7 +84,7 @@ def _common_identity(
     return identities[0]
 
 
-def _check_rows(manifests: list[dict[str, Any]]) -> None:
+def _check_rows(manifests: list[ShardManifest]) -> None:
     """See that the shards have each row of the request once."""
     rows = sorted(row for manifest in manifests for row in manifest["rows"])
     if rows != list(range(manifests[0]["n_rows"])):

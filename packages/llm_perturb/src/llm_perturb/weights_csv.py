@@ -121,18 +121,19 @@ def flat_indices(frame: pd.DataFrame, model_parameters: Mapping[str, Parameter],
         RequestError: an unknown parameter, a row or column out of range, a value that is not the model's.
     """
     indices = np.empty(len(frame), dtype=np.int64)
-    for name, rows in frame.groupby("parameter", sort=False):
+    for key, rows in frame.groupby("parameter", sort=False):
+        name = str(key)
         if name not in model_parameters:
             raise RequestError(f"{source}, line {rows.index[0] + 2}: the model has no parameter '{name}'")
         parameter = model_parameters[name]
         n_columns = parameter[0].numel() if parameter.ndim > 1 else 1
         if rows["col"].isna().any() and parameter.ndim > 1:
-            line = rows.index[rows["col"].isna().to_numpy().argmax()] + 2
+            line = rows.index[int(rows["col"].isna().to_numpy().argmax())] + 2
             raise RequestError(f"{source}, line {line}: {name} is a matrix, and the row has no col")
         row, col = rows["row"].to_numpy(), rows["col"].fillna(0).to_numpy(dtype=np.int64)
         outside = (row < 0) | (row >= parameter.shape[0]) | (col < 0) | (col >= n_columns)
         if outside.any():
-            line = rows.index[outside.argmax()] + 2
+            line = rows.index[int(outside.argmax())] + 2
             raise RequestError(f"{source}, line {line}: outside of {name}, whose shape is {tuple(parameter.shape)}")
         indices[rows.index] = row * n_columns + col
         if "value" in rows:

@@ -88,6 +88,13 @@ class Manifest(RunState, total=False):
     identity: dict[str, Any]
 
 
+class ShardManifest(Manifest):
+    """The manifest of a shard of a measuring run."""
+
+    rows: list[int]  # of the request, those that the shard holds
+    n_rows: int  # of the whole request
+
+
 class DiscoveryOptions(TypedDict):
     """The options of a discovery that the bridge relies on."""
 

@@ -5,7 +5,8 @@ from bridge.exchange.run_folder import RunOptions
 from llm_perturb.evaluation.corpus import CorpusOptions
 from llm_perturb.evaluation.models import ModelOptions
 
-from critical_weight_analysis.run import DiscoveryOptions, Options, run
+from critical_weight_analysis.discovery_options import DiscoveryOptions, Options
+from critical_weight_analysis.run import run
 
 
 def phase1(*, discovery: DiscoveryOptions, model: ModelOptions, corpus: CorpusOptions, run_options: RunOptions) -> None:

@@ -78,7 +78,7 @@ class ActivationCache(TorchFunctionMode):
     def __exit__(self, *error: object) -> None:
         if self.recomputing:
             self._drop()
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
     def __torch_function__(self, func: Func, types: Any, args: Args = (), kwargs: dict[str, Any] | None = None) -> Any:  # noqa: ANN401 - torch's signature
         kwargs = kwargs or {}
@@ -109,7 +109,7 @@ class ActivationCache(TorchFunctionMode):
         if result is None:
             with torch.no_grad():
                 result = linear(x, matrix, bias)
-        output: Tensor = _KnownResult.apply(x, matrix, result)
+        output: Tensor = _KnownResult.apply(x, matrix, result)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         return output
 
     def _take(self, weight: int, shape: tuple[int, ...]) -> Tensor | None:

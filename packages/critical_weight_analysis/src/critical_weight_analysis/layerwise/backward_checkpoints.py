@@ -1,7 +1,7 @@
-"""What a killed pass leaves behind, so that the next one can go on at the layer where it stopped.
+"""Checkpoints of the backward pass, so that a killed run resumes at the last finished layer.
 
-After a layer the gradient at its input is written down, with what has been found so far. The next process repeats
-the way forward, which gives the same hidden states, takes that gradient, and goes on with the layer before.
+After each layer the gradient at its input is saved together with the results so far. A new process repeats the
+forward pass (which reproduces the hidden states), loads that gradient and continues with the layer below.
 """
 
 import json
@@ -10,7 +10,7 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from llm_perturb.evaluation.processes import Processes
 from safetensors import SafetensorError
@@ -26,10 +26,11 @@ from critical_weight_analysis.layerwise.saved_state import (
     write_state,
 )
 
-_FORMAT = 1  # of the files; those of another are as those of another identity
+_FORMAT = 2  # of the files; those of another are as those of another identity
 _FILE = re.compile(r"\.?resume-(\d+)-.+")  # also temporary files, damaged ones, and those of former versions
 _SHARE = 0.1  # of the time that writing may take
 _log = logging.getLogger("critical_weight_analysis")
+T = TypeVar("T")
 
 
 class Resume:
@@ -50,13 +51,14 @@ class Resume:
     def __init__(
         self,
         folder: Path,
-        identity: dict,
+        identity: Mapping[str, Any],
         processes: Processes | None = None,
         warn: Callable[[str], None] = _log.warning,
     ) -> None:
         self._folder, self._processes, self._warn = folder, processes, warn
         self._identity = json.loads(json.dumps({"format": _FORMAT, **identity}))
-        self._rank, self._world = (processes.rank, processes.world) if processes else (0, 1)
+        self._rank: int = processes.rank if processes else 0
+        self._world: int = processes.world if processes else 1
         self._written, self._took = time.monotonic(), 0.0
         self._collectors: Mapping[str, Collector] = {}
         self._given_up = False
@@ -77,7 +79,7 @@ class Resume:
         blank = {name: collector.state() for name, collector in collectors.items()}
         try:
             for name, collector in collectors.items():
-                collector.restore(within(self._state, f"found/{name}"))
+                collector.restore(within(self._state, f"results/{name}"))
             fits = True
         except StateError as error:
             self._set_aside(self._files.pop(self.layers), error)
@@ -106,11 +108,11 @@ class Resume:
             return
         begun = time.monotonic()
         path = self._folder / f"resume-{self._rank}-{layers}.safetensors"
-        found = nested({name: collector.state() for name, collector in self._collectors.items()})
+        results = nested({name: collector.state() for name, collector in self._collectors.items()})
         by_batch = {str(number): gradient for number, gradient in enumerate(gradients)}
         header = {"identity": self._identity, "layers": layers}
         try:
-            write_state(path, header, nested({"gradients": by_batch, "found": found}))
+            write_state(path, header, nested({"gradients": by_batch, "results": results}))
         except (OSError, SafetensorError) as error:
             self._given_up = True
             self._warn(f"{path} cannot be written ({error}); the pass goes on, and a kill from now on loses more of it")
@@ -144,5 +146,5 @@ class Resume:
         aside = path.rename(path.with_name(f"{path.name}.damaged"))
         self._warn(f"{path} cannot be used ({error}); it is now {aside.name}, and what only it held is computed again")
 
-    def _gather(self, item: Any) -> list:  # noqa: ANN401
+    def _gather(self, item: T) -> list[T]:
         return self._processes.gather(item) if self._processes else [item]

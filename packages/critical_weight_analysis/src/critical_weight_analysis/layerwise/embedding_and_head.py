@@ -145,7 +145,7 @@ class EmbeddingAndHead:
     def _is_of_head(self, one: GradientSums) -> bool:
         return one.parameter is self.structure.head.weight or one.parameter is self.structure.head.bias
 
-    def _sums_of(self, parameter: nn.Parameter | None) -> GradientSums | None:
+    def _sums_of(self, parameter: Tensor | None) -> GradientSums | None:
         return next((one for one in self.sums.values() if one.parameter is parameter), None)
 
 

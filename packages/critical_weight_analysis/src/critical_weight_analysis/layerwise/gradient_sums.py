@@ -87,7 +87,11 @@ class GradientSums:
 
     def _zero_inputs(self) -> tuple[Tensor, Tensor]:
         device = self.parameter.device
-        return tuple(torch.zeros(size, dtype=torch.float64, device=device) for size in self.parameter.shape)
+        n_rows, n_columns = self.parameter.shape
+        return (
+            torch.zeros(n_rows, dtype=torch.float64, device=device),
+            torch.zeros(n_columns, dtype=torch.float64, device=device),
+        )
 
     def add(self, batch: Sequence[tuple[int, GradientPieces]]) -> None:
         """The gradients of sequences that were run together, whatever each is made of."""
@@ -138,18 +142,18 @@ class GradientSums:
             self._pair(batch, start, ids or {})
         if not self.squares and self.grad is None:
             return
-        batch = [(i, left.to(self.dtype), right.to(self.dtype)) for i, (left, right, _) in batch]
-        n_rows, n_columns = batch[0][1].shape[1], batch[0][2].shape[1]
-        if not self.squares:
-            for _, left, right in batch:
+        factors = [(i, left.to(self.dtype), right.to(self.dtype)) for i, (left, right, _) in batch]
+        n_rows, n_columns = factors[0][1].shape[1], factors[0][2].shape[1]
+        if self.grad is not None and not self.squares:
+            for _, left, right in factors:
                 self.grad[start : start + n_rows].addmm_(left.T, right)
             return
-        rows_of = {} if ids is None else {i: ids[i].unique() for i, *_ in batch}
+        rows_of = {} if ids is None else {i: ids[i].unique() for i, *_ in factors}
         step = max(1, BLOCK // n_columns) if self.parameter.device.type == "cpu" else n_rows
         buffer = torch.empty(min(step, n_rows), n_columns, dtype=self.dtype, device=self.parameter.device)
         for first in range(0, n_rows, step):
             rows = slice(start + first, start + min(first + step, n_rows))
-            for i, left, right in batch:
+            for i, left, right in factors:
                 product = torch.mm(left[:, first : first + step].T, right, out=buffer[: rows.stop - rows.start])
                 if self.grad is not None:
                     self.grad[rows].add_(product)
@@ -167,15 +171,22 @@ class GradientSums:
     def _count_positions(self, batch: Sequence[tuple[int, GradientPieces]], start: int = 0) -> None:
         """What is summed over positions: squares of products of a row and a column, squares of the inputs."""
         for _, parts in batch:
-            for one, two in combinations_with_replacement(parts.products, 2) if self.tokens is not None else ():
-                if len(one.left) != len(two.left):
-                    raise RunError(f"{self.name} meets several inputs at a position; leave it out with --exclude")
-                left, right = (a.to(self.dtype) * b.to(self.dtype) for a, b in zip(one[:2], two[:2], strict=True))
-                rows = self.tokens[start : start + left.shape[1]]
-                rows.addmm_(left.T, right, alpha=(1 if one is two else 2) / self._n_tokens)
-            for product in parts.products if self.inputs is not None and start == 0 else ():
-                x = product.left if product.input_is_left else product.right
-                self.inputs[0 if product.input_is_left else 1].add_(x.double().square().sum(0))
+            if self.tokens is not None:
+                self._add_squares_of_positions(self.tokens, parts.products, start)
+            if self.inputs is not None and start == 0:
+                for product in parts.products:
+                    x = product.left if product.input_is_left else product.right
+                    self.inputs[0 if product.input_is_left else 1].add_(x.double().square().sum(0))
+
+    def _add_squares_of_positions(self, tokens: Tensor, products: Sequence[Product], start: int) -> None:
+        """Add Σ_t (Σ_u l_ut r_ut)² / N over the uses u of the parameter to rows of ``tokens``, from ``start`` on."""
+        for one, two in combinations_with_replacement(products, 2):
+            if len(one.left) != len(two.left):
+                raise RunError(f"{self.name} meets several inputs at a position; leave it out with --exclude")
+            left = one.left.to(self.dtype) * two.left.to(self.dtype)
+            right = one.right.to(self.dtype) * two.right.to(self.dtype)
+            rows = tokens[start : start + left.shape[1]]
+            rows.addmm_(left.T, right, alpha=(1 if one is two else 2) / self._n_tokens)
 
     def _pair(self, batch: Sequence[tuple[int, Product]], start: int, ids: dict[int, Tensor]) -> None:
         """Keep what each position gives to the row that its own token will add to."""
@@ -187,6 +198,7 @@ class GradientSums:
 
     def add_input(self, x: Tensor) -> None:
         """What the columns are multiplied with at a position without a gradient, (I,)."""
+        assert self.inputs is not None, "asked for of a parameter whose inputs are not summed"
         self.inputs[1].add_(x.double().square())
 
     def add_rows(self, i: int, ids: Tensor, gradient: Tensor) -> None:

@@ -6,7 +6,6 @@ stays in the processor's cache from the product that makes it to the last use of
 
 from collections.abc import Callable
 from functools import partial
-from itertools import chain
 
 import torch
 from llm_perturb.evaluation.onednn_linear import linear
@@ -47,17 +46,16 @@ def plain_loss(head: nn.Linear, hidden: Tensor, targets: Tensor) -> tuple[Tensor
         z.sub_(highest).exp_()
         return z, highest, highest + z.sum(dim=1, keepdim=True).log()
 
-    exponentials, highest, logs = map(
-        list, zip(*on_cores(hidden.device, exponentials_of, range(len(columns))), strict=True)
-    )
-    log_normalizer = torch.cat(logs, dim=1).logsumexp(dim=1, keepdim=True)  # (T, 1)
+    computed = on_cores(hidden.device, exponentials_of, range(len(columns)))
+    exponentials = {number: z for number, (z, _, _) in enumerate(computed)}  # (T, C) each, taken out when it is used
+    highest = [of_block for _, of_block, _ in computed]  # (T, 1) each
+    log_normalizer = torch.cat([log for *_, log in computed], dim=1).logsumexp(dim=1, keepdim=True)  # (T, 1)
     nats = torch.empty_like(chosen)
     nats[positions] = log_normalizer[positions, 0] - chosen
 
     def gradient_of(number: int) -> Tensor:
         here = inside[number]
-        gradient = exponentials[number].mul_((highest[number] - log_normalizer).exp_())
-        exponentials[number] = None
+        gradient = exponentials.pop(number).mul_((highest[number] - log_normalizer).exp_())
         gradient[positions[here], targets[here] - columns[number].start] -= 1
         return gradient
 
@@ -109,7 +107,7 @@ def back(
         for block, gradient_of in some:
             gradient = gradient_of()
             result.add_(linear(gradient.to(hidden.dtype), head.weight[block].T))
-            if weight is not None:
+            if weight is not None and wide is not None:
                 batch = [(i, Product(gradient[here], wide[here])) for i, here in rows.items()]
                 weight.add_products(batch, start=block.start, ids=ids)
             if bias is not None:
@@ -118,8 +116,10 @@ def back(
 
     step = -(-len(blocks) // n_cores(hidden.device))
     runs = [blocks[start : start + step] for start in range(0, len(blocks), step)]
-    results, at_bias = zip(*on_cores(hidden.device, back_through, runs), strict=True)
+    computed = on_cores(hidden.device, back_through, runs)
+    results = [result for result, _ in computed]
     if bias is not None:
-        for i, total in zip(rows, torch.cat([*chain(*at_bias)], dim=1), strict=True):
+        at_bias = torch.cat([of_block for _, of_run in computed for of_block in of_run], dim=1)  # (sequences, V)
+        for i, total in zip(rows, at_bias, strict=True):
             bias.add_dense(i, total)
     return sum(results[1:], results[0])

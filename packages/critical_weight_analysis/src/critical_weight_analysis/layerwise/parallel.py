@@ -12,7 +12,8 @@ from typing import TypeVar
 import torch
 
 MOST = 4  # pieces at a time: what each holds in memory adds up
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def n_cores(device: torch.device) -> int:
@@ -29,7 +30,7 @@ def on_cores(device: torch.device, work: Callable[[Item], Result], items: Iterab
     items, n_threads, n = list(items), torch.get_num_threads(), n_cores(device)
     if n == 1 or len(items) < 2:
         return [work(item) for item in items]
-    with_gradients = torch.is_grad_enabled()  # which each thread has its own opinion of
+    with_gradients = torch.is_grad_enabled()  # a setting that each thread has for itself
 
     def piece(item: Item) -> Result:
         with torch.set_grad_enabled(with_gradients):

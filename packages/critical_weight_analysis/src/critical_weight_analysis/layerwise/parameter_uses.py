@@ -1,15 +1,15 @@
 """See every use of a parameter while a piece of the model runs, and what its gradient is made of.
 
 A torch function mode receives every call of torch. Where a parameter is the weight of a linear map or the
-table of an embedding, the call's input is kept and, on the way back, the gradient at its output: the
+table of an embedding, the call's input is kept and, in the backward pass, the gradient at its output: the
 parameter's gradient is their product, which is then taken sequence by sequence. Everywhere else the parameter is
 replaced by an alias that shares its memory and requires a gradient, so that autograd finds it. No flag of the
 model is touched, and no use is missed, whatever the module is called and however it reaches its weight.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_any, tree_map_only
+
+Func = Callable[..., Any]
+Args = tuple[Any, ...]
 
 
 @dataclass
@@ -44,7 +47,7 @@ class Use:
     version: int = 0
 
     def keep_grad(self, grad: Tensor) -> None:
-        """Called by autograd on the way back."""
+        """Called by autograd in the backward pass."""
         if self.x._version != self.version:
             raise RunError(f"the input of {self.weight} was overwritten after its use, and its gradient needs it")
         self.grad = grad
@@ -73,6 +76,9 @@ class GradientPieces:
     dense: list[Tensor] = field(default_factory=list)
 
 
+NamedPiece = tuple[str, Literal["products", "rows", "dense"], Product | tuple[Tensor, Tensor] | Tensor]
+
+
 class Recorder(TorchFunctionMode):
     """Records the uses of the given parameters while it is active (``with recorder:``).
 
@@ -96,7 +102,7 @@ class Recorder(TorchFunctionMode):
         self._parameters = parameters
         self._names = {id(parameter): name for name, parameter in parameters.items()}
 
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:  # noqa: ANN401 - torch's signature
+    def __torch_function__(self, func: Func, types: Any, args: Args = (), kwargs: dict[str, Any] | None = None) -> Any:  # noqa: ANN401 - torch's signature
         kwargs = kwargs or {}
         if self.paused or not (self._among(args) or self._among(kwargs.values())):
             return func(*args, **kwargs)
@@ -117,13 +123,14 @@ class Recorder(TorchFunctionMode):
         use.node = out.grad_fn if self._with_nodes else None
         return out.clone() if out.is_leaf else out  # a leaf could not be changed in place by what follows
 
-    def _with_aliases(self, func: Callable, args: tuple, kwargs: dict) -> Any:  # noqa: ANN401
-        touched = set()
+    def _with_aliases(self, func: Func, args: Args, kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
+        touched: set[tuple[Any, str]] = set()
 
         def alias(tensor: Tensor) -> Tensor:
-            if not self._is_ours(tensor):
+            name = self._name(tensor)
+            if name is None:
                 return tensor
-            key = (self.section, self._name(tensor))
+            key = (self.section, name)
             touched.add(key)
             if key not in self.aliases:
                 self.aliases[key] = tensor.detach().requires_grad_()
@@ -139,25 +146,25 @@ class Recorder(TorchFunctionMode):
         return result
 
     def pieces(self, index: int = 0, batch: int = 1, length: int | None = None) -> dict[str, GradientPieces]:
-        """The gradients after the way back, by parameter.
+        """The gradients after the backward pass, by parameter.
 
         Args:
             index: which sequence of the batch.
             batch: how many were run; 1 also where several need not be told apart.
             length: how many of its tokens are real; None for all.
         """
-        found: dict[str, GradientPieces] = {}
+        by_name: dict[str, GradientPieces] = {}
         for use in self.uses:
-            for name, kind, part in _use_parts(use, index, batch, length):
-                getattr(found.setdefault(name, GradientPieces()), kind).append(part)
+            for name, kind, piece in _pieces_of(use, index, batch, length):
+                getattr(by_name.setdefault(name, GradientPieces()), kind).append(piece)
         for (_, name), alias in self.aliases.items():
             if alias.grad is not None:
                 if batch > 1:
                     raise RunError(f"the gradients of {name} cannot be told apart by sequence: --batch-size 1")
-                found.setdefault(name, GradientPieces()).dense.append(alias.grad)
-        return found
+                by_name.setdefault(name, GradientPieces()).dense.append(alias.grad)
+        return by_name
 
-    def _among(self, things: Iterable) -> bool:
+    def _among(self, things: Iterable[object]) -> bool:
         return any(
             id(thing) in self._names or (isinstance(thing, list | tuple) and self._among(thing)) for thing in things
         )
@@ -169,7 +176,7 @@ class Recorder(TorchFunctionMode):
         return self._names.get(id(tensor))
 
 
-def _operands(func: Callable, args: Sequence, kwargs: dict) -> tuple[str, Tensor, Tensor, Tensor | None] | None:
+def _operands(func: Func, args: Args, kwargs: dict[str, Any]) -> tuple[str, Tensor, Tensor, Tensor | None] | None:
     """(kind, x, weight, bias) of a call whose parameter gradients are products, else None."""
     if func is F.linear and len(args) >= 2 and not kwargs.keys() - {"bias"}:
         return "linear", args[0], args[1], args[2] if len(args) > 2 else kwargs.get("bias")
@@ -180,11 +187,13 @@ def _operands(func: Callable, args: Sequence, kwargs: dict) -> tuple[str, Tensor
     return None
 
 
-def _use_parts(use: Use, index: int, batch: int, length: int | None) -> Iterator[tuple]:
+def _pieces_of(use: Use, index: int, batch: int, length: int | None) -> Iterator[NamedPiece]:
+    """(parameter, field of ``GradientPieces``, one item of that field) of one use."""
     if use.grad is None:
         return
     grad = use.grad.reshape(batch, -1, use.grad.shape[-1])[index, :length]  # (T, O)
     if use.kind == "embedding":
+        assert use.weight is not None
         yield use.weight, "rows", (use.x.reshape(batch, -1)[index, :length], grad)
         return
     x = use.x.reshape(batch, -1, use.x.shape[-1])[index, :length]  # (T, I)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from bridge.exchange.errors import one_line
 from llm_perturb.evaluation.checkpoint import Checkpoint
-from llm_perturb.evaluation.decoder import Decoder, LayerOutput, layer_input, layer_output
+from llm_perturb.evaluation.decoder import Decoder, LayerOutput, OtherOutputs, layer_input, layer_output
 from llm_perturb.evaluation.decoder_head import HeadProbe
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -98,7 +98,7 @@ class _WatchedForward:
         self.called: list[str] = []
         self.inputs: list[Tensor] = []  # of each layer, (2, 4, H)
         self.outputs: list[Tensor] = []  # of each layer, (2, 4, H)
-        self.other_outputs: dict[str, tuple[None, ...] | list[None] | None] = {}
+        self.other_outputs: dict[str, OtherOutputs] = {}
         self.handed_on: list[Tensor] = []  # what layers return beside the hidden state
         self.logits: Tensor  # (2, 4, V)
 
@@ -119,7 +119,7 @@ class _WatchedForward:
             stack.enter_context(self.head_probe)
             self.recorder.section = BEFORE
             # autograd's graph is looked at and never run, so it need not hold its operands: the weights, above all
-            stack.enter_context(saved_tensors_hooks(_nothing, _nothing))
+            stack.enter_context(saved_tensors_hooks(_save_nothing, _never_run))
             with torch.enable_grad(), self.recorder:
                 self.logits = self.model(input_ids=ids, use_cache=False).logits
 
@@ -238,8 +238,12 @@ class _WatchedForward:
         return frozenset(seen - unclear)
 
 
-def _nothing(saved: object) -> None:
+def _save_nothing(operand: Tensor) -> None:
     """What autograd saves of an operand."""
+
+
+def _never_run(saved: None) -> Tensor:
+    raise AssertionError("the graph of a probe is never run backward")
 
 
 def _rows_are_tokens(x: Tensor) -> bool:

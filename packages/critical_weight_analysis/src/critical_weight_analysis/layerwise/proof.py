@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from typing import NamedTuple
 
 import torch
 from bridge.exchange.errors import RequestError, one_line
@@ -30,10 +31,19 @@ from critical_weight_analysis.layerwise.pass_settings import Settings
 from critical_weight_analysis.layerwise.probe import Structure
 from critical_weight_analysis.whole_model import Gradients, logits_of, summed_loss
 
-FIELDS = frozenset({"grad", "fisher"})  # of which every other sum over sequences is made in the same way
+FIELDS = frozenset({"grad", "fisher"})  # of which every other sum over sequences is formed in the same way
 SHORT = 4  # tokens of the shorter sequence
 OF_LAYER = 1e-2  # share of a layer's largest gradient below which one may be nothing but rounding
 Rows = dict[str, dict[str, Tensor]]  # by field and parameter: a number of every row
+
+
+class SavedWeight(NamedTuple):
+    """Which part of a parameter autograd needs, saved instead of the values."""
+
+    name: str
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
 
 
 class ProofError(Exception):
@@ -120,7 +130,8 @@ def by_autograd(
     n_tokens = sum(count * (len(sequence) - 1) for sequence, count in zip(sequences, counts, strict=True))
     parameters = dict(model.named_parameters())
     rows = {field: {name: _no_rows(parameters[name]) for name in names} for field in fields}
-    logits, losses = [], []
+    logits: list[Tensor] = []  # (SHORT - 1, V) of both
+    losses: list[float] = []
     try:
         with _weights_at_hand(model, structure, checkpoint):
             for sequence, count in zip(sequences, counts, strict=True):
@@ -129,14 +140,14 @@ def by_autograd(
                 with Gradients(model, names if fields else (), hand_on):
                     predictions = logits_of(model, sequence, with_graph=bool(fields))  # (T, V)
                     logits.append(predictions.detach()[: SHORT - 1])
-                    losses.append(summed_loss(predictions, sequence))
-                    if losses[-1].requires_grad:
-                        losses[-1].backward()
-                    losses[-1] = losses[-1].item()
+                    loss = summed_loss(predictions, sequence)
+                    if loss.requires_grad:
+                        loss.backward()
+                    losses.append(loss.item())
     except Exception as error:  # whatever a model makes of a few tokens
         action = "run forward and backward" if fields else "run"
         raise RequestError(f"the model cannot be {action} on the ids of a few tokens: {one_line(error)}") from error
-    if later_tokens_matter(*logits):
+    if later_tokens_matter(logits[0], logits[1]):
         with _weights_at_hand(model, structure, checkpoint):
             check_causal(model)  # which looks closer, and refuses it or not
     all_losses = torch.tensor([*losses, losses[1]], dtype=torch.float64)
@@ -180,12 +191,12 @@ def _difference(model: PreTrainedModel, structure: Structure, expected: Expected
         ProofError: it is larger than rounding makes it, or the engine fails.
     """
     names = list(expected.rows.get("grad", ()))
-    found: Rows = {field: {} for field in expected.rows}
+    by_engine: Rows = {field: {} for field in expected.rows}
     try:
         engine = LayerwiseEngine(structure)
-        losses, stream = engine.sensitivities(model, expected.sequences, names, frozenset(found), settings)
+        losses, stream = engine.sensitivities(model, expected.sequences, names, frozenset(by_engine), settings)
         for sensitivity in stream:
-            for field, rows in found.items():
+            for field, rows in by_engine.items():
                 rows[sensitivity.name] = _rows(getattr(sensitivity, field))
     except Exception as error:  # whatever a layer makes of being run again
         raise ProofError(f"it fails: {one_line(error)}") from error
@@ -193,7 +204,7 @@ def _difference(model: PreTrainedModel, structure: Structure, expected: Expected
     largest = ((losses - expected.losses).abs() / expected.losses.abs()).max().item()
     if not largest <= max(1e-4, 8 * eps):
         raise ProofError(f"its losses differ from those of a plain forward pass by {largest:.2g} of their size")
-    for field, rows in found.items():
+    for field, rows in by_engine.items():
         for owned in structure.decoder.parameters_by_layer().values():
             members = [name for name in owned if name in rows]
             for name, difference in _differences(rows, expected.rows[field], members).items():
@@ -203,15 +214,15 @@ def _difference(model: PreTrainedModel, structure: Structure, expected: Expected
     return largest
 
 
-def _differences(found: dict[str, Tensor], expected: dict[str, Tensor], members: list[str]) -> dict[str, float]:
-    """|found - expected| / |expected| of the parameters of a layer, with a floor for what is small there."""
+def _differences(rows: dict[str, Tensor], expected: dict[str, Tensor], members: list[str]) -> dict[str, float]:
+    """|rows - expected| / |expected| of the parameters of a layer, with a floor for what is small there."""
     norms = {name: expected[name].norm().item() for name in members}
     floor = OF_LAYER * max(norms.values(), default=0)
-    return {name: (found[name] - expected[name]).norm().item() / (max(norms[name], floor) or 1) for name in members}
+    return {name: (rows[name] - expected[name]).norm().item() / (max(norms[name], floor) or 1) for name in members}
 
 
-def _described(name: str, field: str, found: Tensor, difference: float) -> str:
-    if not found.any():
+def _described(name: str, field: str, rows: Tensor, difference: float) -> str:
+    if not rows.any():
         return f"{name} is not seen to act, though it does"
     what = {"grad": "gradient", "fisher": "squared gradients by sequence"}[field]
     return f"the {what} of {name} differs from that of autograd by {difference:.2g} of its size"
@@ -245,28 +256,28 @@ def _weights_at_hand(
     if checkpoint is None:
         yield
         return
+    assert structure is not None, "only a model with a structure reads its weights from a checkpoint"
     parameters, owned = dict(model.named_parameters()), structure.decoder.parameters_by_layer()
     present: dict[int, str] = {}  # parameters of the layer that is running, by the memory they are in
 
-    def enter(names: list[str]) -> Callable:
+    def enter(names: list[str]) -> Callable[..., None]:
         def look(*_: object) -> None:
             present.clear()
             present.update({parameters[name].untyped_storage().data_ptr(): name for name in names})
 
         return look
 
-    def pack(tensor: Tensor) -> Tensor | tuple:
+    def pack(tensor: Tensor) -> Tensor | SavedWeight:
         name = present.get(tensor.untyped_storage().data_ptr())
         if name is None or tensor.dtype != parameters[name].dtype:
             return tensor
-        return name, tensor.size(), tensor.stride(), tensor.storage_offset()
+        return SavedWeight(name, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
 
-    def unpack(saved: Tensor | tuple) -> Tensor:
+    def unpack(saved: Tensor | SavedWeight) -> Tensor:
         if isinstance(saved, Tensor):
             return saved
-        name, *where = saved
-        with checkpoint.present([name]):
-            return parameters[name].detach().as_strided(*where)
+        with checkpoint.present([saved.name]):
+            return parameters[saved.name].detach().as_strided(saved.size, saved.stride, saved.offset)
 
     with ExitStack() as stack:
         stack.enter_context(checkpoint.present(owned[""]))

@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from bridge.exchange.tables import atomic_path
@@ -74,11 +74,11 @@ def rows_by_parameter(parameter: Tensor, n_parameters: int) -> dict[int, slice]:
     if len(known) < len(numbers) or not known <= set(range(n_parameters)):
         raise StateError("a parameter is not of this model, or occurs twice")
     ends = lengths.cumsum(0).tolist()
-    places = zip(numbers.tolist(), lengths.tolist(), ends, strict=True)
-    return {number: slice(end - length, end) for number, length, end in places}
+    groups = zip(numbers.tolist(), lengths.tolist(), ends, strict=True)
+    return {number: slice(end - length, end) for number, length, end in groups}
 
 
-def write_state(path: Path, header: dict, tensors: State) -> None:
+def write_state(path: Path, header: dict[str, Any], tensors: State) -> None:
     """Write a file whole or not at all.
 
     Args:
@@ -92,7 +92,7 @@ def write_state(path: Path, header: dict, tensors: State) -> None:
         save_file(tensors, temporary, {"header": text, "sha256": _checksum(text, tensors)})
 
 
-def read_state(path: Path) -> tuple[dict, State]:
+def read_state(path: Path) -> tuple[dict[str, Any], State]:
     """The header and the tensors (on the CPU) of a file of ``write_state``.
 
     Raises:
@@ -121,5 +121,5 @@ def _checksum(header: str, tensors: State) -> str:
         tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         flat = tensor.as_strided([tensor.numel()], [1])  # contiguous, yet of one element the stride may be any
-        digest.update(flat.view(torch.uint8).numpy())
+        digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -17,6 +17,7 @@ from llm_perturb.evaluation.checkpoint import Checkpoint
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments of a layer
 LayerOutput = Tensor | tuple[Any, ...] | list[Any]
+OtherOutputs = tuple[Tensor | None, ...] | list[Tensor | None] | None  # beside the hidden state
 
 
 class StopForward(Exception):  # noqa: N818 - a signal, not an error
@@ -63,7 +64,7 @@ class Decoder:
     layers: dict[str, nn.Module]
     runner: nn.Module
     checkpoint: Checkpoint | None = None
-    other_outputs: Mapping[str, tuple[None, ...] | list[None] | None] = field(default_factory=dict)
+    other_outputs: Mapping[str, OtherOutputs] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module, checkpoint: Checkpoint | None = None) -> "Decoder | None":

@@ -163,7 +163,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _read_parquet(path: Path, column: str) -> list[object]:
-    import pyarrow  # type: ignore[import-untyped]  # slow to import
+    import pyarrow  # slow to import
     from pyarrow import parquet
 
     try:
