@@ -24,6 +24,8 @@ TABLES = ("measurements.csv", "targets.csv", "correlations.csv")
 NEW = "validation_2*"  # named by the time
 HERE = Path(__file__).parent
 
+pytestmark = pytest.mark.usefixtures("blank_figures")
+
 
 def plain_report(validation) -> list[str]:
     """A report without its plots, which take seconds to draw."""
@@ -460,6 +462,7 @@ def test_single_weights_are_chosen_written_measured_and_correlated(tmp_path, out
     assert "sampled_weights.csv" in identity["discovery"]
 
 
+@pytest.mark.slow
 def test_single_weights_and_the_whole_model_without_layers(output, python):
     lines = validate.validate(options(output, python, layers=0, control_layers=0, single_weights=5))
     assert lines[4] == "No single layer was measured."
@@ -467,6 +470,7 @@ def test_single_weights_and_the_whole_model_without_layers(output, python):
     assert not any("restricted" in note for note in pd.read_csv(output / "validation_v" / "correlations.csv")["note"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["global", "both"])
 def test_single_weights_alone(tmp_path, output, python, mode):
     if mode == "global":  # the lists of each layer are not needed
@@ -665,6 +669,7 @@ def without_fingerprint(discovery):
     (discovery / "baseline.json").write_text(json.dumps(old))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["discovery", "measurement"])
 def test_run_of_an_earlier_version_is_accepted_with_a_warning(output, python, monkeypatch, no_plots, which):
     if which == "discovery":
@@ -700,6 +705,7 @@ def test_baseline_of_another_model_is_refused_before_anything_starts(tmp_path, o
     assert starts(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_failed_validation_goes_on_when_its_cause_is_gone(tmp_path, output, python, monkeypatch, no_plots):
     monkeypatch.setenv("FAKE", "fail")
     with pytest.raises(RunError, match="not finite"):
@@ -710,6 +716,7 @@ def test_failed_validation_goes_on_when_its_cause_is_gone(tmp_path, output, pyth
     assert read_manifest(output / "validation_v")["error"] is None
 
 
+@pytest.mark.slow
 def test_finished_measurement_is_read_and_not_repeated(tmp_path, output, python, monkeypatch):
     def fails(*args, **content):
         raise RunError("no space left")
@@ -739,6 +746,7 @@ def test_failing_target_is_recorded_and_the_rest_goes_on(tmp_path, output, pytho
     assert len(pd.read_csv(folder / "correlations.csv")) == 2
 
 
+@pytest.mark.slow
 def test_the_table_of_an_earlier_attempt_is_not_taken_when_the_last_failed_otherwise(output, python, monkeypatch):
     def fails(*args, **content):
         raise RunError("no space left")
@@ -757,6 +765,7 @@ def test_the_table_of_an_earlier_attempt_is_not_taken_when_the_last_failed_other
         validate.validate(options(output, python))
 
 
+@pytest.mark.slow
 def test_command_reports_and_exits_with_1_when_a_target_failed(output, python, monkeypatch, capsys):
     process = command(output, python, FAKE="broken")
     out, err = process.communicate()
@@ -779,6 +788,7 @@ def merge(tmp_path, monkeypatch):
     monkeypatch.setattr(process, "MERGE", stand_in(tmp_path / "merge_shards.py"))
 
 
+@pytest.mark.slow
 def test_shards_and_their_merge_make_the_tables_of_one_run(tmp_path, output, python, merge, no_plots):
     more = {"single_weights": 6, "experiment_id": None}
     validate.validate(options(output, python, **more | {"experiment_id": "whole"}))
@@ -805,6 +815,7 @@ def test_parts_of_another_request_are_not_merged(output, python, merge, no_plots
     assert not (output / "validation_v").exists()
 
 
+@pytest.mark.slow
 def test_missing_shard_is_named(output, python, merge, no_plots):
     validate.validate(options(output, python, shard="1/2"))
     with pytest.raises(RequestError, match=r"merge_shards\.py refused: shard 2/2 is missing"):
@@ -836,6 +847,7 @@ def held(output, python, tmp_path) -> subprocess.Popen:
     return process
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a child with its parent")
 def test_killed_validation_takes_the_instrument_along_and_goes_on(tmp_path, output, python, no_plots, capsys):
     validate.validate(options(output, python, experiment_id="whole"))
@@ -854,6 +866,7 @@ def test_killed_validation_takes_the_instrument_along_and_goes_on(tmp_path, outp
         assert (folder / table).read_bytes() == (output / "validation_whole" / table).read_bytes()
 
 
+@pytest.mark.slow
 def test_two_at_once(tmp_path, output, python):
     process = held(output, python, tmp_path)
     with pytest.raises(RequestError, match="another process is at work in"):
@@ -865,6 +878,7 @@ def test_two_at_once(tmp_path, output, python):
     assert len(list(output.glob(NEW))) == 1
 
 
+@pytest.mark.slow
 def test_interrupt_ends_both_and_can_be_continued(tmp_path, output, python, no_plots):
     process = held(output, python, tmp_path)
     process.send_signal(signal.SIGINT)
