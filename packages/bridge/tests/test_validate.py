@@ -350,6 +350,7 @@ def test_all_layers_and_no_global_set(output, python):
     assert ready.options["target_layers"] == ready.targets["target_layer"].tolist()
 
 
+@pytest.mark.slow
 def test_layers_too_small_for_a_control_are_left_out(tmp_path, python, no_plots, capsys):
     folder = make_discovery(tmp_path / "o")
     path = folder / "layer_summary_grad_x_weight.csv"
@@ -361,6 +362,7 @@ def test_layers_too_small_for_a_control_are_left_out(tmp_path, python, no_plots,
     assert len(pd.read_csv(tmp_path / "o" / "validation_v" / "targets.csv")) == 11
 
 
+@pytest.mark.slow
 def test_perturbation_with_a_number(output, python, no_plots, monkeypatch):
     validate.validate(options(output, python, perturbations=["zero", "scale"]))
     found = pd.read_csv(output / "validation_v" / "measurements.csv")["perturbation"]
@@ -490,6 +492,7 @@ def test_single_weights_alone(tmp_path, output, python, mode):
     assert html.write_report(choose_validation([str(folder)])) == lines[1:]
 
 
+@pytest.mark.slow
 def test_single_weights_alone_that_changed_nothing(output, python, monkeypatch, no_plots):
     monkeypatch.setenv("FAKE", "zero")
     with pytest.raises(RunError, match="changed the loss nowhere"):
@@ -506,6 +509,7 @@ def test_other_single_weights_are_another_validation(output, python):
     assert len({identity.get("single_weights") for identity in identities}) == 4
 
 
+@pytest.mark.slow
 def test_more_single_weights_than_were_sampled(output, python, no_plots, capsys):
     validate.validate(options(output, python, single_weights=1000))
     warning = "--single-weights 1000: the discovery sampled 69, all of them are taken"
@@ -639,6 +643,7 @@ def test_instrument_that_goes_wrong(output, python, monkeypatch, mode, error, me
     assert not (folder / "measurements.csv").exists()
 
 
+@pytest.mark.slow
 def test_single_weight_that_was_not_measured(output, python, monkeypatch, no_plots):
     monkeypatch.setenv("FAKE", "lost")
     with pytest.raises(RunError, match=r"the measurements lack 1 of 4 single weights \(sign_flip\)"):
@@ -684,6 +689,7 @@ def test_run_of_an_earlier_version_is_accepted_with_a_warning(output, python, mo
     assert warning.endswith("so the values of the models could not be compared")
 
 
+@pytest.mark.slow
 def test_baseline_of_an_earlier_version_is_accepted_with_a_warning(tmp_path, output, python, no_plots):
     copy = tmp_path / "copy"
     shutil.copytree(output / "critical_analysis_1", copy)
@@ -729,6 +735,7 @@ def test_finished_measurement_is_read_and_not_repeated(tmp_path, output, python,
     assert len(starts(tmp_path)) == 1
 
 
+@pytest.mark.slow
 def test_failing_target_is_recorded_and_the_rest_goes_on(tmp_path, output, python, monkeypatch, capsys):
     monkeypatch.setenv("FAKE", "broken")
     with pytest.raises(validate.TargetsFailedError, match="1 targets failed") as caught:
@@ -774,6 +781,7 @@ def test_command_reports_and_exits_with_1_when_a_target_failed(output, python, m
     assert "bridge validate: error: 1 targets failed" in err.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_failure_of_the_last_target_is_a_failure(output, python, monkeypatch, no_plots):
     monkeypatch.setenv("FAKE", "broken")
     chosen = options(output, python, layers=1, control_layers=0, global_set=False)
@@ -806,6 +814,7 @@ def test_shards_and_their_merge_make_the_tables_of_one_run(tmp_path, output, pyt
     assert len({json.dumps(start["argv"][2:-3]) for start in starts(tmp_path)[1:]}) == 1  # as the merge demands
 
 
+@pytest.mark.slow
 def test_parts_of_another_request_are_not_merged(output, python, merge, no_plots):
     validate.validate(options(output, python, shard="1/1"))
     with pytest.raises(RequestError, match="the 1 parts there are of another request"):
