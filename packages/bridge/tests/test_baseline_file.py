@@ -53,7 +53,7 @@ def test_all_differences_are_named(tmp_path, discovery):
         check_same(write(tmp_path, dtype="float16", nll=1.0), discovery)
 
 
-@pytest.mark.parametrize(("text", "message"), [("[1, 2]", "lacks model"), ("{", "is not JSON")])
+@pytest.mark.parametrize(("text", "message"), [("[1, 2]", "lacks model"), ("{", "is damaged")])
 def test_file_that_is_no_baseline(tmp_path, discovery, text, message):
     (tmp_path / "baseline.json").write_text(text)
     with pytest.raises(RequestError, match=message):

@@ -1,10 +1,12 @@
+import errno
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 from bridge.exchange import run_folder
-from bridge.exchange.errors import RequestError
+from bridge.exchange.errors import RequestError, RunError
 from bridge.exchange.fingerprint import read_fingerprint
 from bridge.exchange.run_folder import check_output, find_runs, is_locked, read_manifest
 from bridge.exchange.tables import write_json
@@ -88,14 +90,58 @@ def test_line_cut_short_by_a_kill_is_dropped_and_the_log_goes_on(tmp_path):
     assert second.records() == [{"row": 1, "name": "ü"}, {"row": 2}]
 
 
-@pytest.mark.parametrize("line", [b"cos\nsystem\n(S'x'\ntR.", b"\x80\x04\x95", b"[1]", b"{", b"[" * 10**5, b""])
-def test_damaged_line_of_the_log_is_refused(tmp_path, line):
+@pytest.mark.parametrize(
+    "line", [b"cos\nsystem\n(S'x'\ntR.", b"\x80\x04\x95", b"[1]", b"{", b"[" * 10**5, b"", b'00000000 {"row": 1}']
+)
+def test_damaged_line_of_the_log_is_set_aside_and_the_others_stay(tmp_path, line, capsys):
     run = open_run(tmp_path, "perturb", IDENTITY, "a")
     run.append({"row": 1})
     with (run.folder / "progress-0.jsonl").open("ab") as stream:
         stream.write(line + b"\n")
-    with pytest.raises(RequestError, match=r"progress-0\.jsonl, line 2 is damaged: expected a JSON object"):
-        run.records()
+    run.append({"row": 3})
+    assert run.records() == [{"row": 1}, {"row": 3}]
+    assert (
+        "progress-0.jsonl are damaged; they are now in progress-0.jsonl.damaged, and what they held"
+        in capsys.readouterr().err
+    )
+    assert (run.folder / "progress-0.jsonl.damaged").read_bytes() == line + b"\n"
+    assert run.records() == [{"row": 1}, {"row": 3}]
+    assert capsys.readouterr().err == ""
+
+
+def full_disk(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_record_that_the_full_disk_takes_half_of_is_taken_back(tmp_path, monkeypatch):
+    run = open_run(tmp_path, "perturb", IDENTITY, "a")
+    run.append({"row": 1})
+    before = (run.folder / "progress-0.jsonl").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            run.append({"row": 2})
+    assert (run.folder / "progress-0.jsonl").read_bytes() == before
+
+
+def test_the_first_error_counts_where_the_manifest_cannot_be_written(tmp_path, monkeypatch):
+    run = open_run(tmp_path, "perturb", IDENTITY, "a")
+    with pytest.raises(RunError, match="the first"), run.recorded():
+        monkeypatch.setattr(os, "fsync", full_disk)
+        run.warn("cannot be recorded either")
+        raise RunError("the first")
+    assert not is_locked(run.folder)
+
+
+def test_a_damaged_manifest_of_another_run_is_passed_over(tmp_path, capsys):
+    (tmp_path / "perturb_0").mkdir()
+    (tmp_path / "perturb_0" / "manifest.json").write_text("{")
+    (tmp_path / "perturb_1" / "manifest.json").mkdir(parents=True)
+    run = open_run(tmp_path, "perturb", IDENTITY)
+    run.finish("complete")
+    assert find_runs(tmp_path, "perturb") == [run.folder]
+    said = capsys.readouterr().err
+    assert "perturb_0 is passed over" in said and "perturb_1 is passed over" in said
 
 
 def test_warning_cannot_speak_to_the_terminal(tmp_path, capsys):

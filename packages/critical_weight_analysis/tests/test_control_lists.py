@@ -2,16 +2,16 @@ import pandas as pd
 import pytest
 import torch
 from bridge.exchange.tables import TOP_WEIGHTS, read_table, write_table
-from critical_weight_analysis import whole_model
 from critical_weight_analysis.control_lists import Controls
 from critical_weight_analysis.discovery import discover, engine_for
 from critical_weight_analysis.metrics import METRICS, Sensitivity
 from critical_weight_analysis.ranking import Ranking
+from critical_weight_analysis.whole_model import WholeModelEngine
 from llm_perturb.evaluation.parameters import in_scope, named_parameters
 from llm_perturb.weights_csv import read_weight_list
 from reference import naive_score, naive_sensitivities, naive_top
 
-NAMES = [metric for metric in METRICS if METRICS[metric].needs <= whole_model.GIVES]
+NAMES = [metric for metric in METRICS if METRICS[metric].needs <= WholeModelEngine.gives]
 SHAPES = {"a.weight": (6, 5), "b.weight": (4,), "c.weight": (7, 3), "d.weight": (1, 1)}
 N = 30 + 4 + 21 + 1
 

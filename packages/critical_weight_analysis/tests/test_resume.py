@@ -96,14 +96,14 @@ def test_killed_pass_goes_on_and_finds_the_same(model, sequences, monkeypatch, t
     assert (resume.layers > 0) == (n_parameters >= len(after) + len(in_last))
     computed, original = [], engine._Pass._back_through_layer
 
-    def counted(self, layer, sums):
+    def counted(self, layer, *arguments):
         computed.append(layer)
-        return original(self, layer, sums)
+        return original(self, layer, *arguments)
 
     monkeypatch.setattr(engine._Pass, "_back_through_layer", counted)
     for one, other in zip(tables(model, sequences, resume), truth, strict=True):
         assert one.equals(other)
-    assert len(computed) == 3 - resume.layers
+    assert len(set(computed)) == 3 - resume.layers
     resume.clear()
     assert list(tmp_path.iterdir()) == []
 

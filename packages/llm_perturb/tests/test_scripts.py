@@ -56,9 +56,10 @@ def test_the_flags_of_a_measurement_and_their_defaults():
         "weights_csv": [], "per_weight": None, "rows": [], "cols": [], "perturbation": ["zero"], "factor": 0.5,
         "sigma": 1.0, "bit": None, "n_bits": 4, "seeds": [0, 1, 2], "kl": False, "shard": None, "list_layers": False,
         "model": None, "revision": None, "dtype": "float32", "device": "auto", "trust_remote_code": False,
-        "allow_unused_weights": [], "data_file": None, "dataset": None, "dataset_config": None, "split": "test",
+        "allow_unused_weights": [], "data_file": None, "dataset": None, "dataset_config": None, "split": None,
         "attn_implementation": None,
-        "text_column": "text", "packing": "documents", "max_length": 512, "eval_limit": None, "batch_size": 1,
+        "text_column": "text", "packing": "documents",
+        "max_length": None, "eval_limit": None, "window_bos": "auto", "parse_special_tokens": False, "batch_size": 1,
         "output": "outputs/", "experiment_id": None,
     }  # fmt: skip
 

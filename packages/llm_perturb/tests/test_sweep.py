@@ -148,7 +148,7 @@ def test_a_top_set_that_changes_nothing_is_a_failure_of_its_target(sequences, mo
     model = build("llama")
     chosen = [condition(model, "model.layers.2.mlp.down_proj", [4, 5], selection=s) for s in ("top_obd", "random")]
     top, random = measure(model, sequences, chosen).values()
-    assert top.failure.startswith("zero of top_obd in model.layers.2.mlp.down_proj changes no bit")
+    assert top.failure.startswith("zero of top_obd in model.layers.2.mlp.down_proj changes no weight of the model")
     assert random.failure is None
 
 

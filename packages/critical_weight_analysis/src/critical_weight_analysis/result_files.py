@@ -1,7 +1,9 @@
 """The files of a discovery's run folder, and what is said at its end."""
 
 import logging
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
@@ -52,14 +54,26 @@ def write_tables(discovery: Discovery, tops: Tops, mode: Sequence[str], folder: 
     write_table(folder / SAMPLED_WEIGHTS_FILE, discovery.sampled, SAMPLED_WEIGHTS)
 
 
+@contextmanager
+def _optional(what: str) -> Iterator[None]:
+    """In the block a file is written that nothing depends on: where that is impossible, it is given up."""
+    try:
+        yield
+    except OSError as error:
+        _log.warning("%s cannot be written: %s", what, error)
+        say(f"WARNING: {what} cannot be written: {error}", stream=sys.stderr)
+
+
 def write_plots(discovery: Discovery, tops: Tops, folder: Path) -> None:
     """Where the top-K lie, and how their scores fall off."""
-    folder.mkdir(exist_ok=True)
-    for metric, by_k in tops.items():
-        summary = discovery.summaries[metric].table(by_k)
-        for k in by_k:
-            plots.plot_heat_map(summary, k, metric, folder / top_by_layer_plot(k, metric))
-    plots.plot_scores_by_rank({metric: by_k[max(by_k)] for metric, by_k in tops.items()}, folder / SCORE_BY_RANK_PLOT)
+    with _optional("the plots"):
+        folder.mkdir(exist_ok=True)
+        for metric, by_k in tops.items():
+            summary = discovery.summaries[metric].table(by_k)
+            for k in by_k:
+                plots.plot_heat_map(summary, k, metric, folder / top_by_layer_plot(k, metric))
+        ranked = {metric: by_k[max(by_k)] for metric, by_k in tops.items()}
+        plots.plot_scores_by_rank(ranked, folder / SCORE_BY_RANK_PLOT)
 
 
 def write_stability(table: pd.DataFrame, folder: Path, with_plot: bool) -> None:
@@ -70,8 +84,9 @@ def write_stability(table: pd.DataFrame, folder: Path, with_plot: bool) -> None:
         message = "stability: %s, top %d: mean Jaccard overlap of two halves %.3f (null %.3f, chance %.2g)"
         _log.info(message, *words)
     if with_plot:
-        (folder / PLOTS_FOLDER).mkdir(exist_ok=True)
-        plots.plot_stability(table, folder / PLOTS_FOLDER / STABILITY_PLOT)
+        with _optional("the plot of stability"):
+            (folder / PLOTS_FOLDER).mkdir(exist_ok=True)
+            plots.plot_stability(table, folder / PLOTS_FOLDER / STABILITY_PLOT)
 
 
 def show(folder: Path, tops: Tops) -> None:

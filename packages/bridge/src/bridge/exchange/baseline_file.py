@@ -1,6 +1,5 @@
 """Compare the baseline of a discovery with a ``baseline.json`` that ``run_baseline.py`` measured separately."""
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 from bridge.exchange.discovery_run import Discovery
 from bridge.exchange.errors import RequestError
 from bridge.exchange.fingerprint import MISSING, Fingerprint, difference, recorded_fingerprint
+from bridge.exchange.json_file import read_json
 
 TOLERANCE = 1e-4  # relative; another device or batch size changes the loss by less
 SAME = ("model", "revision", "dtype", "corpus_sha256")
@@ -68,15 +68,18 @@ def read(path: str) -> dict[str, Any]:
         RequestError: no such file, or not a baseline.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RequestError(f"--baseline {path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise RequestError(f"--baseline {path} is not JSON: {error}") from None
+        content = read_json(Path(path))
+    except FileNotFoundError:
+        raise RequestError(f"--baseline {path} cannot be read: No such file or directory") from None
+    except RequestError as error:
+        raise RequestError(f"--baseline {error}") from None
     required = (*SAME, "nll")
     missing = [key for key in required if key not in content] if isinstance(content, dict) else required
     if missing or not isinstance(content, dict):
         raise RequestError(f"--baseline {path} lacks {', '.join(missing)}; expected a baseline.json of run_baseline.py")
-    if not isinstance(content["nll"], (int, float)):
+    if isinstance(content["nll"], bool) or not isinstance(content["nll"], (int, float)):
         raise RequestError(f"--baseline {path} has nll {content['nll']!r}, which is not a number")
+    for key in SAME:
+        if not isinstance(content[key], str | None):
+            raise RequestError(f"--baseline {path} has {key} {content[key]!r}, and expected is a text")
     return content

@@ -13,6 +13,7 @@ An error that has a cause of somebody else's making has its traceback written to
 folder if one was open, else in the folder for temporary files. ``--debug`` prints it instead.
 """
 
+import errno
 import os
 import signal
 import sys
@@ -84,7 +85,7 @@ def _say_last_line(name: str, error: Exception) -> None:
     foreseen = isinstance(error, RequestError | RunError)
     if is_debug():
         say(*traceback.format_exc().rstrip().split("\n"), stream=sys.stderr)
-    elif not foreseen or error.__cause__ is not None:
+    elif not _is_full(innermost(error)) and (not foreseen or error.__cause__ is not None):
         message += _written(error)
     say(f"{name}: error: {message}", stream=sys.stderr)
 
@@ -97,10 +98,18 @@ def message_of(error: BaseException) -> str:
     if isinstance(error, RequestError | RunError):
         return str(error)
     deepest = innermost(error)
+    if _is_full(deepest):
+        return f"no room on the disk ({deepest}); make room, and start the same command again: it goes on from there"
     reason = f"{type(deepest).__name__}: {str(deepest)[:300]}"
     if isinstance(error, MemoryError) or any(words in str(error).lower() for words in _OUT_OF_MEMORY):
         return f"out of memory ({reason}); lower --batch-size or --max-length, or choose a smaller --dtype"
     return f"unforeseen {reason}"
+
+
+def _is_full(error: BaseException) -> bool:
+    """Whether the disk is full, or a file has become larger than it may; safetensors says it in words only."""
+    full = isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+    return full or "No space left on device" in str(error)
 
 
 def _written(error: BaseException) -> str:

@@ -1,6 +1,5 @@
 """A complete discovery run as the bridge reads it: its manifest and its tables, checked."""
 
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ import pandas as pd
 from bridge.exchange import layout
 from bridge.exchange.errors import RequestError, did_you_mean
 from bridge.exchange.fingerprint import Fingerprint, recorded_fingerprint
+from bridge.exchange.json_file import read_json
 from bridge.exchange.layout import WEIGHT_KEY, Scope
 from bridge.exchange.manifest import CorpusInfo, DiscoveryManifest, ModelInfo, checked
 from bridge.exchange.metric_definitions import MetricDefinitions, read_metric_definitions
@@ -60,10 +60,10 @@ class Discovery:
         """The content of ``baseline.json``: the loss and perplexity before any perturbation."""
         path = self.folder / layout.BASELINE_FILE
         try:
-            baseline: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            baseline = cast(dict[str, Any], read_json(path))
             if all(math.isfinite(baseline[key]) for key in ("nll", "ppl", "n_tokens")):
                 return baseline
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, RequestError, KeyError, TypeError):
             pass
         raise RequestError(f"{path} is missing or damaged: expected the run's baseline; run the discovery again")
 

@@ -4,7 +4,6 @@
 the identity of the run's manifest and in ``baseline.json``. Here it is written, read and compared.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,11 +11,13 @@ from pathlib import Path
 import msgspec
 
 from bridge.exchange.errors import RequestError
+from bridge.exchange.json_file import read_json
 from bridge.exchange.layout import FINGERPRINT_FILE
 from bridge.exchange.tables import write_json
 
 MISSING = "has no fingerprint (an earlier version made it), so the values of the models could not be compared"
 _NAMED = 3  # parameters that a message names before it counts the others
+_REMEDY = "restore it, or make the run again"
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,9 @@ def read_fingerprint(folder: Path) -> Fingerprint | None:
     if not path.is_file():
         return None
     try:
-        return msgspec.convert(json.loads(path.read_text(encoding="utf-8")), Fingerprint)
-    except (OSError, ValueError) as error:  # msgspec.ValidationError is a ValueError
-        raise RequestError(f"{path} is damaged: {error}; restore it, or make the run again") from None
+        return msgspec.convert(read_json(path, _REMEDY), Fingerprint)
+    except ValueError as error:  # msgspec.ValidationError is one
+        raise RequestError(f"{path} is damaged: {error}; {_REMEDY}") from None
 
 
 def recorded_fingerprint(content: Mapping[str, object], folder: Path) -> Fingerprint | None:

@@ -23,6 +23,7 @@ MANIFEST_FILE = "manifest.json"
 BASELINE_FILE = "baseline.json"
 FINGERPRINT_FILE = "fingerprint.json"
 LOCK_FILE = ".lock"
+RESERVE_FILE = ".reserve"  # room for the last manifest where the disk becomes full
 TRACEBACK_FILE = "traceback.log"
 PROGRESS_FILES = "progress-*.jsonl"  # a pattern: one file for each process that writes
 

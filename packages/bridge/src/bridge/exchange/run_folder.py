@@ -4,14 +4,16 @@ A run is identified by everything that its numbers depend on. The same command s
 folder; a finished folder is never written to again.
 """
 
+import errno
 import json
 import os
 import platform
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -21,12 +23,21 @@ from filelock import FileLock, Timeout
 
 from bridge.exchange.errors import RequestError
 from bridge.exchange.fingerprint import Fingerprint, difference, recorded_fingerprint, write_fingerprint
-from bridge.exchange.layout import LOCK_FILE, MANIFEST_FILE, PROGRESS_FILES, progress_file, run_folder_name
+from bridge.exchange.json_file import read_json
+from bridge.exchange.layout import (
+    LOCK_FILE,
+    MANIFEST_FILE,
+    PROGRESS_FILES,
+    RESERVE_FILE,
+    progress_file,
+    run_folder_name,
+)
 from bridge.exchange.manifest import Manifest, checked
 from bridge.exchange.printable import escaped, say
-from bridge.exchange.tables import write_json
+from bridge.exchange.tables import write_bytes, write_json
 
 SCHEMA_VERSION = 1
+_RESERVE = 1 << 16  # bytes, enough for a manifest
 # Import name and distribution of each package whose version a manifest records.
 _PACKAGES = {
     "bridge": "critical-weights-bridge",
@@ -89,10 +100,12 @@ class Run:
         message = escaped(message)
         say(f"WARNING: {message}", stream=sys.stderr)
         if message not in self.manifest["warnings"]:
-            self.update(warnings=[*self.manifest["warnings"], message])
+            with suppress(OSError):  # a warning that cannot be recorded was said
+                self.update(warnings=[*self.manifest["warnings"], message])
 
     def finish(self, status: str, **entries: object) -> None:
         """Write the last manifest, with the status 'complete' or 'failed', and release the folder."""
+        (self.folder / RESERVE_FILE).unlink(missing_ok=True)  # room for the manifest where the disk is full
         self.update(status=status, ended=_now(), **entries)
         if status == "complete":
             for log in self.folder.glob(PROGRESS_FILES):
@@ -111,41 +124,63 @@ class Run:
             yield
         except BaseException as error:
             error.run_folder = self.folder  # type: ignore[attr-defined] # where its traceback is written
-            self.finish("failed", error=f"{type(error).__name__}: {error}")
+            with suppress(OSError):  # the first error counts
+                self.finish("failed", error=f"{type(error).__name__}: {error}")
+            self.release()
             raise
         self.finish("complete", error=None)
 
     def append(self, record: dict[str, Any], writer: int = 0) -> None:
-        """Add one finished record to the log of a writer (each process is one); it is on disk when this returns."""
-        with (self.folder / progress_file(writer)).open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(record) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
+        """Add one finished record to the log of a writer (each process is one); it is on disk when this returns.
+
+        A line is the checksum of the record, a space, and the record as JSON. One that cannot be written whole is
+        taken back.
+        """
+        text = json.dumps(record).encode()
+        line = b"%08x %s\n" % (zlib.crc32(text), text)
+        with (self.folder / progress_file(writer)).open("ab", buffering=0) as stream:
+            before = stream.seek(0, os.SEEK_END)
+            try:
+                if stream.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), stream.name)
+                os.fsync(stream.fileno())
+            except OSError:
+                os.ftruncate(stream.fileno(), before)
+                raise
 
     def records(self) -> list[dict[str, Any]]:
-        """All finished records, of all writers; a line cut short by a kill is dropped from its log.
+        """All finished records, of all writers.
 
-        Raises:
-            RequestError: a whole line is not a JSON object.
+        A line cut short by a kill is dropped from its log. A damaged one is set aside with a warning, so that what it
+        held is measured again.
         """
         records = []
         for log in sorted(self.folder.glob(PROGRESS_FILES)):
-            text = log.read_bytes()
-            whole_lines = text[: text.rfind(b"\n") + 1]
-            if whole_lines != text:
-                log.write_bytes(whole_lines)
-            for number, line in enumerate(whole_lines.splitlines(), start=1):
-                records.append(_record(line, f"{log}, line {number}"))
+            whole, damaged = [], []
+            lines = log.read_bytes().split(b"\n")
+            for line in lines[:-1]:
+                record = _record(line)
+                if record is None:
+                    damaged.append(line)
+                else:
+                    records.append(record)
+                    whole.append(line)
+            if damaged or lines[-1]:
+                write_bytes(log, b"".join(line + b"\n" for line in whole))
+            if damaged:
+                aside = log.with_name(f"{log.name}.damaged")
+                write_bytes(aside, b"".join(line + b"\n" for line in damaged))
+                lines_are = f"{len(damaged)} lines of {log} are damaged"
+                self.warn(f"{lines_are}; they are now in {aside.name}, and what they held is measured again")
         return records
 
 
-def _record(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        record = None
-    if not isinstance(record, dict):
-        raise RequestError(f"{where} is damaged: expected a JSON object; remove the log to measure its part again")
+def _record(line: bytes) -> dict[str, Any] | None:
+    """The record of a line of a log; None where the line is not as it was written."""
+    checksum, _, text = line.partition(b" ")
+    if checksum != b"%08x" % zlib.crc32(text):
+        return None
+    record: dict[str, Any] = json.loads(text)
     return record
 
 
@@ -197,6 +232,8 @@ def open_run(
         raise
     content: dict[str, Any] = {"warnings": []} if manifest is None else {**manifest}
     run = Run(folder=folder, manifest=content, resumed=manifest is not None, _lock=lock)
+    with suppress(OSError):
+        (folder / RESERVE_FILE).write_bytes(bytes(_RESERVE))
     run.update(
         schema=SCHEMA_VERSION,
         kind=kind,
@@ -231,7 +268,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 def is_complete(folder: Path) -> bool:
     """Whether a folder holds a run that ended well."""
-    manifest = _manifest(folder)
+    manifest = _readable_manifest(folder)
     return manifest is not None and manifest.get("status") == "complete"
 
 
@@ -259,12 +296,18 @@ def _manifest(folder: Path) -> Manifest | None:
     """The manifest of a folder, None where there is no such file."""
     path = folder / MANIFEST_FILE
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return checked(read_json(path), Manifest, path)
     except FileNotFoundError:
         return None
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"{path} is damaged: {error}") from None
-    return checked(content, Manifest, path)
+
+
+def _readable_manifest(folder: Path) -> Manifest | None:
+    """The manifest of one of several folders; None with a warning where it cannot be read."""
+    try:
+        return _manifest(folder)
+    except RequestError as error:
+        say(f"WARNING: {error}; {folder.name} is passed over", stream=sys.stderr)
+        return None
 
 
 def _check_resumable(
@@ -299,7 +342,7 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
 
 def _unfinished(output: Path, kind: str, identity: dict[str, Any]) -> Path | None:
     for folder in sorted(output.glob(f"{run_folder_name(kind, '*')}/")):
-        manifest = _manifest(folder)
+        manifest = _readable_manifest(folder)
         if manifest and manifest.get("status") != "complete" and manifest.get("identity") == identity:
             return folder
     return None

@@ -1,6 +1,5 @@
 """Checks of the measurements: of the discovery's model and corpus, complete, and with an effect; else the run fails."""
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -45,7 +44,7 @@ class BaselineCheck:
         path = self.folder / BASELINE_FILE
         if self.done or not path.exists():
             return
-        measured = json.loads(path.read_text(encoding="utf-8"))
+        measured = baseline_file.read(str(path))
         check_model(self.ready, measured, self.folder, self.warn)
         check_baseline(self.ready, measured, self.folder)
         self.done = True

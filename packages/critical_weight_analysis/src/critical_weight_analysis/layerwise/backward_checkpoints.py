@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_perturb.evaluation.processes import Processes
+from safetensors import SafetensorError
 from torch import Tensor
 
 from critical_weight_analysis.layerwise.saved_state import (
@@ -58,6 +59,7 @@ class Resume:
         self._rank, self._world = (processes.rank, processes.world) if processes else (0, 1)
         self._written, self._took = time.monotonic(), 0.0
         self._collectors: Mapping[str, Collector] = {}
+        self._given_up = False
         for cut in folder.glob(f".resume-{self._rank}-*.tmp"):  # what a killed process was writing
             cut.unlink()
         self._files = self._fitting()
@@ -99,14 +101,20 @@ class Resume:
             layers: how many are done.
             gradients: at the input of the last of them, by batch.
         """
-        if not all(self._gather(time.monotonic() - self._written >= self._took / _SHARE)):
+        due = not self._given_up and time.monotonic() - self._written >= self._took / _SHARE
+        if not all(self._gather(due)):
             return
         begun = time.monotonic()
         path = self._folder / f"resume-{self._rank}-{layers}.safetensors"
         found = nested({name: collector.state() for name, collector in self._collectors.items()})
         by_batch = {str(number): gradient for number, gradient in enumerate(gradients)}
         header = {"identity": self._identity, "layers": layers}
-        write_state(path, header, nested({"gradients": by_batch, "found": found}))
+        try:
+            write_state(path, header, nested({"gradients": by_batch, "found": found}))
+        except (OSError, SafetensorError) as error:
+            self._given_up = True
+            self._warn(f"{path} cannot be written ({error}); the pass goes on, and a kill from now on loses more of it")
+            return
         self._files[layers] = path
         for old in sorted(self._files)[:-2]:
             self._files.pop(old).unlink(missing_ok=True)
@@ -128,7 +136,7 @@ class Resume:
             except StateError as error:
                 self._set_aside(path, error)
                 continue
-            if header["identity"] == self._identity:
+            if header.get("identity") == self._identity and isinstance(header.get("layers"), int):
                 files[header["layers"]] = path
         return files
 

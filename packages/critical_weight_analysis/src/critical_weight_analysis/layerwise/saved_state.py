@@ -105,10 +105,13 @@ def read_state(path: Path) -> tuple[dict, State]:
         text = metadata["header"]
         if metadata["sha256"] != _checksum(text, tensors):
             raise StateError("its content does not match its checksum")
-        return json.loads(text), tensors
+        header = json.loads(text)
+        if not isinstance(header, dict):
+            raise StateError("its header is no object")
+        return header, tensors
     except KeyError as error:
         raise StateError(f"it has no {error}") from None
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise StateError(str(error)) from None
 
 
