@@ -80,6 +80,7 @@ def n_at_work(place) -> int:
     return (place / "log").read_text().count("at work") if (place / "log").exists() else 0
 
 
+@pytest.mark.slow
 @proc
 @pytest.mark.parametrize(("n_processes", "seed"), [(1, 1), (2, 2)])
 def test_killed_at_random_moments_it_leaves_no_process(place, n_processes, seed):
@@ -94,6 +95,7 @@ def test_killed_at_random_moments_it_leaves_no_process(place, n_processes, seed)
         assert survivors(os.environ[MARK]) == {}
 
 
+@pytest.mark.slow
 @proc
 @pytest.mark.parametrize("to_all", [False, True], ids=["to it alone", "to its group"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -41,6 +41,7 @@ def test_correlations_from_python_are_those_of_the_file(outputs):
     assert table["spearman"].tolist() == validation.correlations()["spearman"].tolist()
 
 
+@pytest.mark.slow
 def test_the_entry_points_are_imported_when_they_are_used():
     code = (
         "import sys, bridge, bridge.exchange.layout\n"

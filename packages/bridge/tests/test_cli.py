@@ -95,6 +95,7 @@ def test_correlate_and_report_rewrite_only_what_they_derive(output, python, no_p
     assert snapshot(output) == before
 
 
+@pytest.mark.slow
 def test_correlate_and_report_find_the_single_weights_again(output, python, no_plots, monkeypatch, capsys):  # noqa: F811
     validate.validate(options(output, python, single_weights=9))
     before = snapshot(output)
@@ -107,6 +108,7 @@ def test_correlate_and_report_find_the_single_weights_again(output, python, no_p
     assert snapshot(output) == before
 
 
+@pytest.mark.slow
 def test_moved_folders_are_found_and_a_lost_discovery_is_named(tmp_path, output, python, no_plots, monkeypatch, capsys):  # noqa: F811
     validate.validate(options(output, python))
     moved = output.rename(tmp_path / "elsewhere")

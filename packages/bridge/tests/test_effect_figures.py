@@ -53,6 +53,7 @@ def test_extreme_effects_are_drawn(tmp_path, effects):
     assert_drawn(ablation(whole, tmp_path / "ablation.png"))
 
 
+@pytest.mark.slow
 def test_single_weights_do_not_enter(tmp_path, example):
     weights = synthetic.with_single_weights(example.measurements, synthetic.sampled())
     both = synthetic.evidence_of(weights)

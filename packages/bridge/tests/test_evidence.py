@@ -52,7 +52,7 @@ def test_layers_above_random_are_those_of_the_metric_in_the_setting(example):
     assert (above.n, above.wins, above.draws) == (12, wins, 3)
 
 
-def test_a_report_compares_top_and_random_once(tmp_path, monkeypatch):
+def test_a_report_compares_top_and_random_once(tmp_path, monkeypatch, blank_figures):
     calls = []
 
     def counted(measurements, comparisons):

@@ -192,7 +192,7 @@ def test_markdown_text(value, text):
     assert markdown_text(value) == text
 
 
-def test_a_report_of_next_to_nothing(tmp_path):
+def test_a_report_of_next_to_nothing(tmp_path, blank_figures):
     measurements = synthetic.measurements(n=1, metrics=METRICS, seeds=(), with_all=False)
     measurements = measurements[measurements["selection"].str.startswith("top_")]
     lines = write(tmp_path, measurements, synthetic.targets(1, 0), {"identity": None}, synthetic.top_weights(4))
@@ -202,8 +202,7 @@ def test_a_report_of_next_to_nothing(tmp_path):
     assert "only 0 random draws" in text
 
 
-@pytest.mark.parametrize("name", ["report.html", "report.md"])
-def test_a_metric_is_explained_by_the_manifest_alone(tmp_path, name):
+def test_a_metric_is_explained_by_the_manifest_alone(tmp_path, blank_figures):
     """A metric that the bridge has never heard of, declared by the discovery as the one to beat."""
     measurements = synthetic.measurements(n=5, metrics=METRICS)
     measurements["selection"] = measurements["selection"].replace({"top_magnitude": "top_made_up"})
@@ -211,13 +210,14 @@ def test_a_metric_is_explained_by_the_manifest_alone(tmp_path, name):
     manifest = synthetic.manifest() | {"metrics": synthetic.DEFINITIONS | {"made_up": entry}}
     manifest["metrics"]["magnitude"] = {"formula": "|θ|", "baseline": False}
     write(tmp_path, measurements, synthetic.targets(5, 2), manifest, synthetic.top_weights(4))
-    text = html.unescape((tmp_path / name).read_text(encoding="utf-8"))
-    assert "the weight's horoscope (Nobody 1901); unit: stars" in text
-    assert "ρ minus made_up's" in text
-    assert "ρ minus magnitude" not in text
+    for name in ("report.html", "report.md"):
+        text = html.unescape((tmp_path / name).read_text(encoding="utf-8"))
+        assert "the weight's horoscope (Nobody 1901); unit: stars" in text
+        assert "ρ minus made_up's" in text
+        assert "ρ minus magnitude" not in text
 
 
-def test_a_metric_without_a_definition_is_left_to_the_manifest(tmp_path):
+def test_a_metric_without_a_definition_is_left_to_the_manifest(tmp_path, blank_figures):
     manifest = synthetic.manifest()
     del manifest["metrics"]
     measurements = synthetic.measurements(n=1, metrics=METRICS)
@@ -226,7 +226,7 @@ def test_a_metric_without_a_definition_is_left_to_the_manifest(tmp_path):
     assert "- Metric grad_x_weight: see the discovery's manifest" in text
 
 
-def test_single_weights_have_a_section_of_their_own(report, tmp_path):
+def test_single_weights_have_a_section_of_their_own(report, tmp_path, blank_figures):
     sampled = synthetic.sampled(metrics=METRICS)
     table = synthetic.with_single_weights(synthetic.measurements(n=5, metrics=METRICS), sampled)
     lines = write(

@@ -62,6 +62,7 @@ def test_the_rooms_are_those_of_the_folders():
     assert folders == ROOMS.keys() - {"commands"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "heavy"),
     [

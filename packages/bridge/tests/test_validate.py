@@ -24,6 +24,8 @@ TABLES = ("measurements.csv", "targets.csv", "correlations.csv")
 NEW = "validation_2*"  # named by the time
 HERE = Path(__file__).parent
 
+pytestmark = pytest.mark.usefixtures("blank_figures")
+
 
 def plain_report(validation) -> list[str]:
     """A report without its plots, which take seconds to draw."""
@@ -348,6 +350,7 @@ def test_all_layers_and_no_global_set(output, python):
     assert ready.options["target_layers"] == ready.targets["target_layer"].tolist()
 
 
+@pytest.mark.slow
 def test_layers_too_small_for_a_control_are_left_out(tmp_path, python, no_plots, capsys):
     folder = make_discovery(tmp_path / "o")
     path = folder / "layer_summary_grad_x_weight.csv"
@@ -359,6 +362,7 @@ def test_layers_too_small_for_a_control_are_left_out(tmp_path, python, no_plots,
     assert len(pd.read_csv(tmp_path / "o" / "validation_v" / "targets.csv")) == 11
 
 
+@pytest.mark.slow
 def test_perturbation_with_a_number(output, python, no_plots, monkeypatch):
     validate.validate(options(output, python, perturbations=["zero", "scale"]))
     found = pd.read_csv(output / "validation_v" / "measurements.csv")["perturbation"]
@@ -460,6 +464,7 @@ def test_single_weights_are_chosen_written_measured_and_correlated(tmp_path, out
     assert "sampled_weights.csv" in identity["discovery"]
 
 
+@pytest.mark.slow
 def test_single_weights_and_the_whole_model_without_layers(output, python):
     lines = validate.validate(options(output, python, layers=0, control_layers=0, single_weights=5))
     assert lines[4] == "No single layer was measured."
@@ -467,6 +472,7 @@ def test_single_weights_and_the_whole_model_without_layers(output, python):
     assert not any("restricted" in note for note in pd.read_csv(output / "validation_v" / "correlations.csv")["note"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["global", "both"])
 def test_single_weights_alone(tmp_path, output, python, mode):
     if mode == "global":  # the lists of each layer are not needed
@@ -486,6 +492,7 @@ def test_single_weights_alone(tmp_path, output, python, mode):
     assert html.write_report(choose_validation([str(folder)])) == lines[1:]
 
 
+@pytest.mark.slow
 def test_single_weights_alone_that_changed_nothing(output, python, monkeypatch, no_plots):
     monkeypatch.setenv("FAKE", "zero")
     with pytest.raises(RunError, match="changed the loss nowhere"):
@@ -502,6 +509,7 @@ def test_other_single_weights_are_another_validation(output, python):
     assert len({identity.get("single_weights") for identity in identities}) == 4
 
 
+@pytest.mark.slow
 def test_more_single_weights_than_were_sampled(output, python, no_plots, capsys):
     validate.validate(options(output, python, single_weights=1000))
     warning = "--single-weights 1000: the discovery sampled 69, all of them are taken"
@@ -635,6 +643,7 @@ def test_instrument_that_goes_wrong(output, python, monkeypatch, mode, error, me
     assert not (folder / "measurements.csv").exists()
 
 
+@pytest.mark.slow
 def test_single_weight_that_was_not_measured(output, python, monkeypatch, no_plots):
     monkeypatch.setenv("FAKE", "lost")
     with pytest.raises(RunError, match=r"the measurements lack 1 of 4 single weights \(sign_flip\)"):
@@ -665,6 +674,7 @@ def without_fingerprint(discovery):
     (discovery / "baseline.json").write_text(json.dumps(old))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["discovery", "measurement"])
 def test_run_of_an_earlier_version_is_accepted_with_a_warning(output, python, monkeypatch, no_plots, which):
     if which == "discovery":
@@ -679,6 +689,7 @@ def test_run_of_an_earlier_version_is_accepted_with_a_warning(output, python, mo
     assert warning.endswith("so the values of the models could not be compared")
 
 
+@pytest.mark.slow
 def test_baseline_of_an_earlier_version_is_accepted_with_a_warning(tmp_path, output, python, no_plots):
     copy = tmp_path / "copy"
     shutil.copytree(output / "critical_analysis_1", copy)
@@ -700,6 +711,7 @@ def test_baseline_of_another_model_is_refused_before_anything_starts(tmp_path, o
     assert starts(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_failed_validation_goes_on_when_its_cause_is_gone(tmp_path, output, python, monkeypatch, no_plots):
     monkeypatch.setenv("FAKE", "fail")
     with pytest.raises(RunError, match="not finite"):
@@ -710,6 +722,7 @@ def test_failed_validation_goes_on_when_its_cause_is_gone(tmp_path, output, pyth
     assert read_manifest(output / "validation_v")["error"] is None
 
 
+@pytest.mark.slow
 def test_finished_measurement_is_read_and_not_repeated(tmp_path, output, python, monkeypatch):
     def fails(*args, **content):
         raise RunError("no space left")
@@ -722,6 +735,7 @@ def test_finished_measurement_is_read_and_not_repeated(tmp_path, output, python,
     assert len(starts(tmp_path)) == 1
 
 
+@pytest.mark.slow
 def test_failing_target_is_recorded_and_the_rest_goes_on(tmp_path, output, python, monkeypatch, capsys):
     monkeypatch.setenv("FAKE", "broken")
     with pytest.raises(validate.TargetsFailedError, match="1 targets failed") as caught:
@@ -739,6 +753,7 @@ def test_failing_target_is_recorded_and_the_rest_goes_on(tmp_path, output, pytho
     assert len(pd.read_csv(folder / "correlations.csv")) == 2
 
 
+@pytest.mark.slow
 def test_the_table_of_an_earlier_attempt_is_not_taken_when_the_last_failed_otherwise(output, python, monkeypatch):
     def fails(*args, **content):
         raise RunError("no space left")
@@ -757,6 +772,7 @@ def test_the_table_of_an_earlier_attempt_is_not_taken_when_the_last_failed_other
         validate.validate(options(output, python))
 
 
+@pytest.mark.slow
 def test_command_reports_and_exits_with_1_when_a_target_failed(output, python, monkeypatch, capsys):
     process = command(output, python, FAKE="broken")
     out, err = process.communicate()
@@ -765,6 +781,7 @@ def test_command_reports_and_exits_with_1_when_a_target_failed(output, python, m
     assert "bridge validate: error: 1 targets failed" in err.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_failure_of_the_last_target_is_a_failure(output, python, monkeypatch, no_plots):
     monkeypatch.setenv("FAKE", "broken")
     chosen = options(output, python, layers=1, control_layers=0, global_set=False)
@@ -779,6 +796,7 @@ def merge(tmp_path, monkeypatch):
     monkeypatch.setattr(process, "MERGE", stand_in(tmp_path / "merge_shards.py"))
 
 
+@pytest.mark.slow
 def test_shards_and_their_merge_make_the_tables_of_one_run(tmp_path, output, python, merge, no_plots):
     more = {"single_weights": 6, "experiment_id": None}
     validate.validate(options(output, python, **more | {"experiment_id": "whole"}))
@@ -796,6 +814,7 @@ def test_shards_and_their_merge_make_the_tables_of_one_run(tmp_path, output, pyt
     assert len({json.dumps(start["argv"][2:-3]) for start in starts(tmp_path)[1:]}) == 1  # as the merge demands
 
 
+@pytest.mark.slow
 def test_parts_of_another_request_are_not_merged(output, python, merge, no_plots):
     validate.validate(options(output, python, shard="1/1"))
     with pytest.raises(RequestError, match="the 1 parts there are of another request"):
@@ -805,6 +824,7 @@ def test_parts_of_another_request_are_not_merged(output, python, merge, no_plots
     assert not (output / "validation_v").exists()
 
 
+@pytest.mark.slow
 def test_missing_shard_is_named(output, python, merge, no_plots):
     validate.validate(options(output, python, shard="1/2"))
     with pytest.raises(RequestError, match=r"merge_shards\.py refused: shard 2/2 is missing"):
@@ -836,6 +856,7 @@ def held(output, python, tmp_path) -> subprocess.Popen:
     return process
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a child with its parent")
 def test_killed_validation_takes_the_instrument_along_and_goes_on(tmp_path, output, python, no_plots, capsys):
     validate.validate(options(output, python, experiment_id="whole"))
@@ -854,6 +875,7 @@ def test_killed_validation_takes_the_instrument_along_and_goes_on(tmp_path, outp
         assert (folder / table).read_bytes() == (output / "validation_whole" / table).read_bytes()
 
 
+@pytest.mark.slow
 def test_two_at_once(tmp_path, output, python):
     process = held(output, python, tmp_path)
     with pytest.raises(RequestError, match="another process is at work in"):
@@ -865,6 +887,7 @@ def test_two_at_once(tmp_path, output, python):
     assert len(list(output.glob(NEW))) == 1
 
 
+@pytest.mark.slow
 def test_interrupt_ends_both_and_can_be_continued(tmp_path, output, python, no_plots):
     process = held(output, python, tmp_path)
     process.send_signal(signal.SIGINT)

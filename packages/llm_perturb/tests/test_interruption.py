@@ -16,6 +16,7 @@ def n_rows(whole):
     return len((whole / "measurements.csv").read_text().splitlines()) - 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share_done", [0.0, 0.3, 0.6, 0.9, 1.0])
 def test_a_run_stopped_by_ctrl_c_goes_on_to_the_same_bytes(
     tiny_command, whole, n_rows, tmp_path, monkeypatch, share_done

@@ -1,6 +1,7 @@
 """The two commands, on a tiny checkpoint: in this process where that is enough, as a person starts them where not."""
 
 import importlib.util
+import io
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,10 +45,15 @@ def inputs(tmp_path_factory):
     return folder
 
 
+def offline(patch):
+    """No network, and no target from outside."""
+    patch.delenv("TARGET_LAYER", raising=False)
+    patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
 @pytest.fixture(autouse=True)
 def quiet_surroundings(monkeypatch):
-    monkeypatch.delenv("TARGET_LAYER", raising=False)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    offline(monkeypatch)
 
 
 def common_flags(inputs, output):
@@ -96,8 +103,12 @@ def call(capfd, flags, script=SCRIPT):
     except SystemExit as stopped:
         code = stopped.code
     out, err = capfd.readouterr()
+    return code, out, complaints_of(script, err)
+
+
+def complaints_of(script, err):
     own = [line for line in err.splitlines() if line.startswith((script, "Traceback", "WARNING:"))]
-    return code, out, [line for line in own if not line.startswith(EXPECTED)]
+    return [line for line in own if not line.startswith(EXPECTED)]
 
 
 def start(flags, launcher=(), script=SCRIPT):
@@ -120,12 +131,27 @@ def manifest_of(folder):
 # the files and what is in them
 
 
+TWO_TARGETS = {"target_layer": [UP, DENSE], "k": [1, 5], "seeds": [0, 1], "perturbation": ["zero", "sign_flip"]}
+
+
+@pytest.fixture(scope="module")
+def finished(inputs, tmp_path_factory):
+    """The output folder of a run of two targets, and what the run printed."""
+    flags = common_flags(inputs, tmp_path_factory.mktemp("finished") / "out") | TWO_TARGETS
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        offline(patch)
+        flag_reader.run(load_command(SCRIPT), SCRIPT, words_of(flags))
+    assert complaints_of(SCRIPT, err.getvalue()) == []
+    return Path(flags["output"]), out.getvalue()
+
+
 @pytest.fixture
-def done(flags, capfd):
-    """A finished run of two targets."""
-    flags |= {"target_layer": [UP, DENSE], "k": [1, 5], "seeds": [0, 1], "perturbation": ["zero", "sign_flip"]}
-    code, out, complaints = call(capfd, flags)
-    assert (code, complaints) == (0, [])
+def done(finished, flags):
+    """A copy of the finished run, to which ``flags`` belong."""
+    output, out = finished
+    shutil.copytree(output, flags["output"])
+    flags |= TWO_TARGETS
     return run_of(flags), out
 
 
@@ -501,6 +527,7 @@ def test_a_target_of_the_environment_is_printable_too(flags, capfd, monkeypatch)
     assert line.startswith(f"{SCRIPT}: error: TARGET_LAYER '\\u202eweird' has a character that is not printable")
 
 
+@pytest.mark.slow
 def test_a_wrong_request_of_a_real_process(flags):
     process = start(flags | {"target_layer": UP, "output": str(Path(flags["data_file"]) / "below")})
     out, err = process.communicate(timeout=120)
@@ -617,11 +644,13 @@ def copied(killed, flags, identifier):
     return target
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_unfinished_and_shows_no_table(killed):
     assert manifest_of(killed)["status"] == "running"
     assert not (killed / "measurements.csv").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("identifier", ["x", None], ids=["by its id", "without an id"])
 def test_a_killed_run_goes_on_to_the_same_table(killed, uninterrupted, flags, capfd, inputs, monkeypatch, identifier):
     folder = copied(killed, flags, identifier or "20200101_000000")
@@ -641,6 +670,7 @@ def test_a_killed_run_goes_on_to_the_same_table(killed, uninterrupted, flags, ca
     )
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_not_resumed_with_other_weights(killed, flags, capfd, inputs, monkeypatch):
     """The files are the same, what is read from them is not."""
     folder, load = copied(killed, flags, "x"), models.load
@@ -657,6 +687,7 @@ def test_a_killed_run_is_not_resumed_with_other_weights(killed, flags, capfd, in
     assert manifest_of(folder)["status"] == "running"
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_not_resumed_with_other_flags(killed, flags, capfd, inputs):
     folder = copied(killed, flags, "x")
     flags |= {"per_weight": str(inputs / "single.csv")}
@@ -668,6 +699,7 @@ def test_a_killed_run_is_not_resumed_with_other_flags(killed, flags, capfd, inpu
     assert not (folder / "measurements.csv").exists()
 
 
+@pytest.mark.slow
 def test_two_processes_shared_the_work(uninterrupted):
     manifest = manifest_of(uninterrupted)
     assert (manifest["status"], manifest["world_size"]) == ("complete", 2)
