@@ -1,5 +1,6 @@
 """A made-up validation of 30 layers: tables as discovery and the instrument would write them."""
 
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -85,32 +86,34 @@ def layer_names(n: int = 30) -> list[str]:
     return [f"model.layers.{i // 2}.{PARTS[(3 * i + i // 7) % 5]}" for i in range(n)]
 
 
-def measurements(n: int = 30, metrics=METRICS, ks=(100,), seeds=(0, 1, 2), seed=7, with_all=True) -> pd.DataFrame:
+def measurements(
+    n: int = 30, metrics=METRICS, ks=(100,), seeds=(0, 1, 2), seed=7, with_all=True, perturbations=("zero",)
+) -> pd.DataFrame:
+    """Every layer under every perturbation, one perturbation after the other, each with effects of its own."""
     rng = np.random.default_rng(seed)
     strength = np.exp(rng.normal(-5.5, 1.8, size=n))
     noise = {"grad_x_weight": 0.5, "obd": 0.9, "magnitude": 3.0}
     rows = []
     targets = list(zip(layer_names(n), strength, strict=True)) + ([("ALL", 9.0)] if with_all else [])
-    for target, effect in targets:
-        for k in ks:
-            share = (k / max(ks)) ** 0.4
-            for metric in metrics:
-                worked = effect * share * np.exp(rng.normal(0, 0.3)) * (0.02 if metric == "magnitude" else 1.0)
-                score = effect * share * np.exp(rng.normal(0, noise[metric]))
-                rows.append(_row(target, f"top_{metric}", k, None, score, worked, 0.12 * worked + 1e-4))
-            for draw in seeds:
-                rows.append(_row(target, "random", k, draw, np.nan, rng.normal(0, 2e-4), 2e-4))
-            rows.append(_row(target, "bottom_grad_x_weight", k, None, 0.0, rng.normal(0, 1e-5), 1e-5))
+    for perturbation, (target, effect), k in product(perturbations, targets, ks):
+        share = (k / max(ks)) ** 0.4
+        for metric in metrics:
+            worked = effect * share * np.exp(rng.normal(0, 0.3)) * (0.02 if metric == "magnitude" else 1.0)
+            score = effect * share * np.exp(rng.normal(0, noise[metric]))
+            rows.append(_row(target, f"top_{metric}", k, None, score, worked, 0.12 * worked + 1e-4, perturbation))
+        for draw in seeds:
+            rows.append(_row(target, "random", k, draw, np.nan, rng.normal(0, 2e-4), 2e-4, perturbation))
+        rows.append(_row(target, "bottom_grad_x_weight", k, None, 0.0, rng.normal(0, 1e-5), 1e-5, perturbation))
     return pd.DataFrame(rows).astype({"seed": "Int64"})
 
 
-def _row(target, selection, k, seed, score, delta, half_width) -> dict:
+def _row(target, selection, k, seed, score, delta, half_width, perturbation="zero") -> dict:
     before, after = np.exp(BASELINE_NLL), np.exp(BASELINE_NLL + delta)
     return {
         "target_layer": target,
         "parameter": "ALL" if target == "ALL" else f"{target}.weight",
         "selection": selection,
-        "perturbation": "zero",
+        "perturbation": perturbation,
         "k": k,
         "seed": seed,
         "n_weights": k,
@@ -151,14 +154,16 @@ def sampled(n: int = 40, metrics=METRICS, seed: int = 5) -> pd.DataFrame:
     return frame
 
 
-def with_single_weights(table: pd.DataFrame, weights: pd.DataFrame, seed: int = 6) -> pd.DataFrame:
+def with_single_weights(
+    table: pd.DataFrame, weights: pd.DataFrame, seed: int = 6, perturbations=("zero",)
+) -> pd.DataFrame:
     """Measurements and, after them, those of each weight alone; about half of these lower the loss."""
     rng = np.random.default_rng(seed)
     scores = weights[next(column for column in weights if column.startswith("score_"))]
     rows = []
-    for weight, score in zip(weights.itertuples(), scores, strict=True):
+    for perturbation, (weight, score) in product(perturbations, zip(weights.itertuples(), scores, strict=True)):
         delta = score * rng.choice([-1.0, 1.0]) * np.exp(rng.normal(0, 0.3))
-        row = _row(weight.layer, "weight", 1, None, score, delta, abs(delta) / 5)
+        row = _row(weight.layer, "weight", 1, None, score, delta, abs(delta) / 5, perturbation)
         rows.append(row | {"parameter": weight.parameter, "row": weight.row, "col": weight.col})
     both = pd.concat([table.assign(row=None, col=None).astype(object), pd.DataFrame(rows).astype(object)])
     kinds = table.dtypes.to_dict() | {"row": "Int64", "col": "Int64"}

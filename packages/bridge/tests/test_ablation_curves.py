@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 import synthetic
-from bridge.analysis.ablation_curves import ablation_curves, mean_height
+from bridge.analysis.ablation_curves import ablation_curves, curves_of_layers, mean_height
+from bridge.analysis.measured_sets import top_sets
 
 
 def test_ablation_curve_is_the_mean_height_over_log_k():
@@ -31,3 +32,16 @@ def test_curves_of_two_k_and_without_random_draws():
 def test_mean_height_of_each_curve():
     heights = mean_height(np.array([1.0, 10.0, 1000.0]), np.array([[0.0, 2.0, 4.0], [3.0, 3.0, 3.0]]))
     assert heights.tolist() == pytest.approx([7 / 3, 3.0])
+
+
+def test_layers_have_curves_from_two_k_on_if_they_were_measured_at_each():
+    table = synthetic.measurements(n=3, metrics=("obd",), ks=(2, 200), seeds=())
+    points = top_sets(table)
+    points["score_sum"], points["delta_nll"] = range(8), [1.0, 4, 0, 0, 7, 9, 0, 0]
+    missing = points.index[3]  # the second layer at k = 200
+    heights, ks = curves_of_layers(points.drop(missing))
+    first, _, third = synthetic.layer_names(3)
+    assert ks == [2, 200]
+    assert heights["delta_nll"].to_dict() == {first: 2.5, third: 8.0}
+    assert heights["score_sum"].to_dict() == {first: 0.5, third: 4.5}
+    assert curves_of_layers(points[points["k"] == 2])[1] == []

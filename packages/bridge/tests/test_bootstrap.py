@@ -31,3 +31,11 @@ def test_resamples_in_which_the_statistic_is_undefined_are_left_out():
 
     interval = paired_bootstrap_interval([np.array([0.0, 1.0])], mean_unless_all_equal, np.random.default_rng(0), 200)
     assert interval == (0.5, 0.5)
+
+
+def test_by_default_there_are_9999_resamples_and_the_interval_covers_95_percent():
+    x = np.random.default_rng(0).normal(size=40)
+    interval = paired_bootstrap_interval([x, x], mean_of_products, np.random.default_rng(1))
+    drawn = np.random.default_rng(1).integers(0, 40, size=(9999, 40))
+    expected = np.percentile((x**2)[drawn].mean(1), [2.5, 97.5]).tolist()
+    assert [*interval] == pytest.approx(expected, rel=1e-12)

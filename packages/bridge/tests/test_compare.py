@@ -86,3 +86,46 @@ def test_runs_without_a_common_metric_are_refused(tmp_path):
         compare_folders([tmp_path], None, tmp_path)
     with pytest.raises(RequestError, match="has no metric 'obd'"):
         compare_folders([tmp_path], "obd", tmp_path)
+
+
+def write_validation(discovery, name, **changes):
+    folder = discovery.parent / f"validation_{name}"
+    folder.mkdir()
+    manifest = synthetic.manifest("validation") | {"discovery_folder": str(discovery)} | changes
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    table = synthetic.measurements(n=2, metrics=(METRIC,))
+    table.to_csv(folder / "measurements.csv", index=False)
+    return folder, table
+
+
+def test_the_columns_that_are_printed(tmp_path, capsys):
+    for name in ("small", "large"):
+        write_validation(write_run(tmp_path / name, name), name)
+    compare_folders([tmp_path / "small", tmp_path / "large"], METRIC, tmp_path)
+    header, *rows = capsys.readouterr().out.splitlines()
+    columns = "metric model k baseline_ppl top_k_score_share top_fraction_score_share gini_layers ppl_ratio"
+    assert header.split() == [*columns.split(), "equal_fraction", "ppl_ratio_at_equal_fraction"]
+    assert rows[0].split()[:4] == [METRIC, "small", "100", "20.1"]
+
+
+def test_the_largest_list_of_weights_is_compared(tmp_path):
+    for name in ("small", "large"):
+        synthetic.top_weights(k=10).to_csv(write_run(tmp_path, name) / f"top_10_weights_{METRIC}.csv", index=False)
+    assert pd.read_csv(compare_folders([tmp_path], METRIC, tmp_path) / "comparison.csv")["k"].tolist() == [100, 100]
+
+
+def test_the_newest_run_of_a_model_and_its_newest_validation_are_compared(tmp_path):
+    other = write_run(tmp_path / "other", "large")
+    runs = [write_run(tmp_path / "one", f"small{number}") for number in range(3)]
+    for folder, ended in zip(runs, ("02", "03", "01"), strict=True):
+        manifest = synthetic.manifest(model="org/small") | {"ended": f"2026-01-{ended}T10:00:00+0000"}
+        manifest["identity"]["options"]["metric"] = [METRIC]
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+    validations = [
+        write_validation(runs[1], number, ended=f"2026-02-{ended}T10:00:00+0000")[0]
+        for number, ended in enumerate(("02", "03", "01"))
+    ]
+    compared = compare_folders([tmp_path / "one", other], METRIC, tmp_path)
+    identity = read_manifest(compared)["identity"]
+    assert identity["runs"]["small"]["folder"] == str(runs[1])
+    assert identity["validations"] == {"small": str(validations[1])}

@@ -35,10 +35,21 @@ def test_unknown_where_nothing_is_known_so_far_down(scores):
     assert np.isnan(top_score_share(np.zeros(50), 0.0, 50))
 
 
-@pytest.mark.parametrize("values", [[1, 1, 1], [0, 0, 5], [1, 2, 3, 10], [0.1, 7, 7, 0, 2]])
+@pytest.mark.parametrize("values", [[1, 1, 1], [0, 0, 5], [1, 2, 3, 10], [0.1, 7, 7, 0, 2], [0.25, 0.75], [0.3]])
 def test_gini_is_half_the_relative_mean_difference(values):
     assert gini(np.array(values)) == pytest.approx(reference.gini(values))
 
 
 def test_gini_of_nothing_is_undefined():
     assert np.isnan(gini(np.zeros(3)))
+
+
+@pytest.mark.parametrize("values", [[], [-1.0, 2, 3]])
+def test_gini_takes_some_values_and_no_negative_one(values):
+    with pytest.raises(AssertionError, match="expected at least one value, none of them negative"):
+        gini(np.array(values))
+
+
+@pytest.mark.parametrize("total", [1.0, 0.8])
+def test_the_share_of_a_small_total_is_known_too(total):
+    assert top_score_share(np.array([0.25, 0.5]), total, 10_000) == 0.5 / total

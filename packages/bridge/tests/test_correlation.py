@@ -1,15 +1,20 @@
+from itertools import product
+
 import numpy as np
 import pandas as pd
 import pytest
 import reference
 import synthetic
 from bridge.analysis.ablation_curves import ablation_curves
-from bridge.analysis.correlation import correlate
+from bridge.analysis.correlation import correlate, write_correlations
 from bridge.analysis.primary import Primary
 from bridge.analysis.single_weights import weight_effects
 from bridge.analysis.targets import is_restricted
 from bridge.analysis.top_against_random import top_against_random
-from bridge.exchange.tables import CORRELATIONS, read_table, write_table
+from bridge.exchange.discovery_run import open_discovery
+from bridge.exchange.tables import CORRELATIONS, MEASUREMENTS, TARGETS, read_table, write_table
+from bridge.exchange.validation_run import Validation
+from discovery_folder import make_discovery
 
 
 @pytest.fixture(scope="module")
@@ -206,3 +211,33 @@ def test_another_metric_may_be_the_baseline(measurements):
     rhos = table.loc[["magnitude", "obd"], "within_rho"].tolist()
     assert table.loc["magnitude", "above_magnitude"] == pytest.approx(rhos[0] - rhos[1])
     assert pd.isna(table.loc["obd", "above_magnitude"])
+
+
+def test_rows_come_in_the_order_of_the_measurements_each_of_its_own_perturbation():
+    metrics, ks, perturbations = ("obd", "magnitude"), (100, 1), ("zero", "sign_flip")
+    measurements = synthetic.measurements(n=6, metrics=metrics, ks=ks, seeds=(), perturbations=perturbations)
+    table = correlate(measurements, n_resamples=9)
+    layers = [("layers", metric, p, k) for p, k, metric in product(perturbations, ks, metrics)]
+    curves = [("ablation_curve", metric, p, 100) for p, metric in product(perturbations, metrics)]
+    keys = table[["unit", "metric", "perturbation", "k"]]
+    assert list(keys.itertuples(index=False, name=None)) == layers + curves
+    for row in table[table["unit"] == "layers"].itertuples():
+        own = (measurements["perturbation"] == row.perturbation) & (measurements["k"] == row.k)
+        assert row.spearman == pytest.approx(reference.spearman(*layers_of(measurements[own], row.metric)))
+
+
+def test_the_table_of_a_validation_is_written_to_its_folder(tmp_path):
+    metrics = ("grad_x_weight", "magnitude")
+    discovery = open_discovery(make_discovery(tmp_path, metrics=metrics))
+    folder = tmp_path / "validation_1"
+    folder.mkdir()
+    measurements, targets = synthetic.measurements(n=8, metrics=metrics), synthetic.targets(8, 3)
+    write_table(folder / "measurements.csv", measurements, MEASUREMENTS)
+    write_table(folder / "targets.csv", targets, TARGETS)
+    options = {"metrics": list(metrics), "k": [100], "perturbations": ["zero"], "target_layers": ["any", "ALL"]}
+    validation = Validation(folder, {"identity": {"options": options}}, discovery)
+    table = write_correlations(validation, seed=3)
+    primary = Primary("layers", "grad_x_weight", "zero", 100)
+    expected = correlate(validation.measurements(), 3, validation.targets(), primary=primary)
+    pd.testing.assert_frame_equal(table, expected, check_exact=True)
+    pd.testing.assert_frame_equal(read_table(folder / "correlations.csv", CORRELATIONS), table, check_dtype=False)

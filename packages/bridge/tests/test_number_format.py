@@ -60,3 +60,13 @@ def test_a_loss_that_overflows_is_an_infinite_perplexity():
 
 def test_plural():
     assert [number_format.plural(n, "layer") for n in (0, 1, 1200)] == ["0 layers", "1 layer", "1,200 layers"]
+
+
+@pytest.mark.parametrize(("value", "text"), [(-0.414, "−0.41"), (0.5, "0.50"), (None, "–"), (math.nan, "–")])
+def test_coefficient(value, text):
+    assert number_format.coefficient(value) == text
+
+
+@pytest.mark.parametrize(("value", "text"), [(1_234_567.0, "1,234,567"), (0, "0"), (None, "–"), (math.nan, "–")])
+def test_count(value, text):
+    assert number_format.count(value) == text

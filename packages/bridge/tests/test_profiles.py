@@ -3,9 +3,12 @@ import pandas as pd
 import pytest
 import reference
 import synthetic
+from bridge.analysis.components import COMPONENTS
 from bridge.analysis.profiles import (
+    DEPTHS,
     profile_correlation,
     profile_cosine,
+    profile_margins,
     relative_depth,
     score_profiles,
     top_weight_profiles,
@@ -69,3 +72,35 @@ def test_correlation_is_over_the_cells_that_both_have():
     assert n_cells == both.sum() == 26
     assert rho == pytest.approx(reference.spearman(first.to_numpy()[both], second.to_numpy()[both]))
     assert np.isnan(profile_correlation(first.iloc[:0], second.iloc[:0])[0])
+
+
+def test_every_profile_has_all_components_and_all_depths_in_one_order():
+    summary = synthetic.summary(2)
+    for profile in [*top_weight_profiles([synthetic.top_weights(2)], [summary], [{}]), *score_profiles([summary])]:
+        assert (tuple(profile.index), tuple(profile.columns)) == (tuple(COMPONENTS), DEPTHS)
+
+
+@pytest.mark.parametrize("constant", [0, 1])
+def test_a_profile_of_equal_cells_has_no_correlation(constant):
+    profiles = [pd.DataFrame([[0.1, 0.4, 0.2, 0.3]])] * 2
+    profiles[constant] = pd.DataFrame([[0.25] * 4])
+    rho, n_cells = profile_correlation(*profiles)
+    assert np.isnan(rho) and n_cells == 4
+
+
+def test_cells_that_range_from_zero_to_one_have_a_correlation():
+    first, second = pd.DataFrame([[0.0, 1.0, 0.2, 0.3]]), pd.DataFrame([[0.0, 0.5, 1.0, 0.7]])
+    assert profile_correlation(first, second) == (pytest.approx(0.2), 4)
+
+
+def test_cosine_is_the_product_over_the_norms():
+    first, second = pd.DataFrame([[3.0, 0.0], [0.0, 4.0]]), pd.DataFrame([[2.0, 0.0], [0.0, 0.0]])
+    assert profile_cosine(first, second) == 3 / 5
+    assert profile_cosine(first, first) == 1
+    assert np.isnan(profile_cosine(first, 0 * second))
+
+
+def test_margins_are_the_components_and_then_the_depths():
+    profile = pd.DataFrame([[0.5, 0.25], [0.0, 0.25]], index=["norm", "head"], columns=["depth 1", "outside"])
+    shares = {"share norm": 0.75, "share head": 0.25, "share depth 1": 0.5, "share outside": 0.5}
+    assert list(profile_margins(profile).items()) == list(shares.items())

@@ -64,3 +64,31 @@ def test_few_units_have_a_rough_interval_and_fewer_none():
     assert result.note == "only 5 layers: no interval and no claim (at least 6)"
     assert np.isnan([result.ci_low, result.ci_high]).all()
     assert result.p_value == pytest.approx(reference.permutation_p([0, 1, 2, 3, 4], [1, 0, 2, 3, 4]))
+
+
+def test_the_interval_is_of_95_percent_its_lower_end_first():
+    x, y = points(8, seed=2)
+    result = rank_agreement.agreement(x, y, np.random.default_rng(4), n_resamples=200)
+    draws = np.random.default_rng(4).integers(0, 8, size=(200, 8))
+    expected = np.percentile([reference.spearman(x[drawn], y[drawn]) for drawn in draws], [2.5, 97.5])
+    assert [result.ci_low, result.ci_high] == pytest.approx(expected.tolist(), rel=1e-12)
+
+
+@pytest.mark.parametrize(("n", "note"), [(9, "only 9 units: the interval is rough"), (10, "")])
+def test_ten_units_are_enough_for_an_interval_without_a_note(n, note):
+    x = np.arange(float(n))
+    y = x.copy()
+    y[:2] = [1, 0]
+    assert rank_agreement.agreement(x, y, np.random.default_rng(0), n_resamples=50).note == note
+
+
+def test_four_units_have_a_rho_and_a_p_value():
+    result = rank_agreement.agreement(np.arange(4.0), np.array([0.0, 1, 3, 2]), np.random.default_rng(0))
+    assert result.spearman == pytest.approx(0.8)
+    assert result.p_value == pytest.approx(reference.permutation_p([0, 1, 2, 3], [0, 1, 3, 2]))
+
+
+def test_columns_of_objects_are_read_as_numbers():
+    x, y = np.array([3, None, 1.5, 2, "4"], dtype=object), np.array([1, 2, 3, 5, None], dtype=object)
+    result = rank_agreement.agreement(x, y, np.random.default_rng(0))
+    assert (result.n, result.spearman) == (4, pytest.approx(reference.spearman([3, 1.5, 2, 4], [1, 3, 5, 9])))

@@ -58,3 +58,13 @@ def test_zeroed_top_sets_are_of_the_whole_model_and_one_metric():
     ]
     table = pd.DataFrame(rows, columns=["target_layer", "perturbation", "selection", "k", "delta_nll"])
     assert zeroed_top_sets(table, "obd")[["k", "delta_nll"]].to_numpy().tolist() == [[1, 1.0], [10, 2.0]]
+
+
+def test_what_another_perturbation_did_does_not_enter():
+    table = synthetic.measurements(n=2, ks=(10, 100), perturbations=("sign_flip", "zero"))
+    zeroed = table["perturbation"] == "zero"
+    loudest = table[~zeroed].assign(delta_nll=50.0)
+    ratios = ablation_ratios(pd.concat([loudest, table[zeroed]]), METRIC)
+    assert ratios == ablation_ratios(table[zeroed], METRIC)
+    assert ratios.ppl_ratio_low < ratios.ppl_ratio < ratios.ppl_ratio_high < np.exp(50)
+    assert 0.99 < ratios.random_ppl_ratio < 1.01

@@ -57,3 +57,12 @@ def test_resamples_without_a_rho_are_left_out_of_the_interval():
     x, y = np.array([1.0, 1, 1, 2]), np.array([1.0, 2, 3, 4])
     low, high = spearman.rho_interval(x, y, np.random.default_rng(0), n_resamples=2000)
     assert -1 <= low <= spearman.spearman_rho(x, y) <= high <= 1
+
+
+@pytest.mark.parametrize(("level", "percentiles"), [(0.95, [2.5, 97.5]), (0.5, [25, 75])])
+def test_the_ends_are_the_percentiles_of_the_same_draws(level, percentiles):
+    x, y = points(8, seed=2)
+    interval = spearman.rho_interval(x, y, np.random.default_rng(4), n_resamples=200, level=level)
+    draws = np.random.default_rng(4).integers(0, 8, size=(200, 8))
+    expected = np.percentile([reference.spearman(x[drawn], y[drawn]) for drawn in draws], percentiles)
+    assert [*interval] == pytest.approx(expected.tolist(), rel=1e-12)

@@ -53,3 +53,18 @@ def test_layers_without_draws_are_not_counted():
     above = layers_above_random(np.array([5, 0, 2]), np.array([5, 0, 3]))
     assert (above.n, above.wins, above.draws, above.expected) == (2, 1, 3, 0.5)
     assert layers_above_random(np.array([0]), np.array([0])).n == 0
+
+
+def test_each_perturbation_is_compared_with_its_own_draws():
+    table = synthetic.measurements(n=2, metrics=("obd",), perturbations=("zero", "sign_flip"))
+    both = top_against_random(table, synthetic.comparisons(table))
+    assert both["perturbation"].tolist() == ["zero"] * 3 + ["sign_flip"] * 3
+    for perturbation, rows in both.groupby("perturbation"):
+        alone = table[table["perturbation"] == perturbation]
+        expected = top_against_random(alone, synthetic.comparisons(alone))
+        pd.testing.assert_frame_equal(rows.reset_index(drop=True), expected, check_exact=True)
+
+
+def test_the_fewest_draws_of_any_layer_give_the_chance():
+    above = layers_above_random(np.array([1, 5]), np.array([1, 5]))
+    assert (above.draws, above.expected, above.p_value) == (1, 1.0, pytest.approx(0.25))

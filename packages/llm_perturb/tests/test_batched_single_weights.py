@@ -125,6 +125,17 @@ def test_the_order_of_the_weights_changes_no_bit(batch_size, sequences):
     assert all(torch.equal(forwards[key].losses, backwards[key].losses) for key in forwards)
 
 
+def test_the_groups_are_those_of_the_set_of_weights_whatever_their_order(monkeypatch):
+    monkeypatch.setattr(batched_single_weights, "GROUP", 3)
+    model = build("llama")
+    conditions = some_of_every_map(model)
+    orders = conditions, conditions[::-1], conditions[1::2] + conditions[::2]
+    groups = [{tuple(c.key for c in unit.conditions) for unit in group(model, order)} for order in orders]
+    assert groups[0] == groups[1] == groups[2]
+    assert all(list(keys) == sorted(keys) and len(keys) in (2, 3) for keys in groups[0])
+    assert sorted(key for keys in groups[0] for key in keys) == sorted(c.key for c in conditions)
+
+
 def test_a_group_alone_gives_the_bits_that_it_gives_among_others(sequences):
     """Or what a resumed run measures would depend on what was finished before."""
     model = build("neox", torch.float32)

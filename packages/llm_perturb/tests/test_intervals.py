@@ -224,3 +224,15 @@ def test_windows_of_long_texts_are_covered_when_the_texts_are_known(correlation)
         covered[name] = ((low <= 0.5) & (high >= 0.5)).mean()
     assert 0.93 < covered["texts"] < 0.975
     assert covered["windows"] < 0.85
+
+
+@pytest.mark.parametrize("n", [MIN_CLUSTERS, 10])
+def test_exactly_so_many_texts_have_all_intervals(n):
+    differences, n_tokens = sample(n, seed=n)
+    before = 3.0 * n_tokens + np.sin(n_tokens)
+    for low, high in (
+        ratio_interval(differences, n_tokens),
+        perplexity_interval(before, n_tokens),
+        perplexity_change_interval(before, before + differences, n_tokens),
+    ):
+        assert math.isfinite(low) and low < high < math.inf

@@ -1,18 +1,28 @@
 """What a row of the table says, on models where it is easily wrong: zeros among the weights, fused experts."""
 
+import math
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from bridge.exchange.run_folder import RunOptions
 from bridge.exchange.tables import MEASUREMENTS, TOP_WEIGHTS, read_table
-from llm_perturb.evaluation.corpus import CorpusOptions
+from llm_perturb.condition import Condition, Outcome
+from llm_perturb.evaluation.corpus import Corpus, CorpusOptions
 from llm_perturb.evaluation.models import ModelOptions
+from llm_perturb.evaluation.perplexity import Measured, summarize
+from llm_perturb.intervals import perplexity_change_interval
+from llm_perturb.measurements_table import row_of
+from llm_perturb.perturbation import Perturbation
 from llm_perturb.perturbation_options import PerturbationOptions
 from llm_perturb.perturbation_run import measure_perturbations
+from llm_perturb.selection import Target
 from reference import naive_losses
 from safetensors.torch import load_file, save_file
 from saved_models import save
+from scipy import stats
+from torch.nn import Parameter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 TEXTS = ["a few words", "few a words a few", "words words a few a few", "a a few"]
@@ -73,3 +83,28 @@ def test_quantize_of_fused_experts_measures_a_grid_for_each_output_channel(tmp_p
     after = naive_losses(model, sequences).sum()
     assert table.delta_nll[0] == pytest.approx(float(after - before) / sum(len(ids) - 1 for ids in sequences), rel=1e-9)
     assert table.n_changed[0] < table.n_weights[0] == weight[0].numel()  # the largest of each channel stays
+
+
+def test_every_interval_of_a_row_is_in_the_unit_of_its_column_the_lower_end_first():
+    """Seven texts of ten tokens at 2 nats each; the change costs 0.5 nats per token, evenly spread around that."""
+    effects = np.array([-3.0, -2, -1, 0, 1, 2, 3]) / 10
+    corpus = Corpus([torch.zeros(11, dtype=torch.int64)] * 7, {"corpus_sha256": "c"})
+    correct = torch.full((7,), 6)
+    baseline = Measured(torch.full((7,), 20.0, dtype=torch.float64), correct)
+    measured = Measured(baseline.losses + 10 * torch.tensor(0.5 + effects), correct - 1)
+    target = Target("a", {"a.weight": Parameter(torch.ones(4))})
+    condition = Condition(target, "top_obd", Perturbation("zero"), 2, None, torch.tensor([3, 1]), 0.25)
+    row = row_of(Outcome(condition, measured, 1), baseline, summarize(baseline.losses, corpus), corpus, "tiny")
+
+    half = stats.t.ppf(0.975, 6) * math.sqrt(0.28 / 6 / 7)
+    ends = np.array([0.5 - half, 0.5 + half])
+    assert row["delta_nll"] == pytest.approx(0.5, rel=1e-12)
+    assert [row["ci_low"], row["ci_high"]] == pytest.approx(ends.tolist(), rel=1e-9)
+    assert row["ppl_ratio"] == pytest.approx(math.exp(0.5), rel=1e-12)
+    assert [row["ppl_ratio_low"], row["ppl_ratio_high"]] == pytest.approx(np.exp(ends).tolist(), rel=1e-9)
+    assert [row["perturbed_ppl_low"], row["perturbed_ppl_high"]] == pytest.approx(np.exp(2 + ends).tolist(), rel=1e-9)
+    change = perplexity_change_interval(baseline.losses.numpy(), measured.losses.numpy(), np.full(7, 10))
+    assert (row["delta_ppl_low"], row["delta_ppl_high"]) == change
+    assert row["delta_ppl"] == pytest.approx(math.exp(2.5) - math.exp(2), rel=1e-12)
+    assert row["delta_ppl_low"] < row["delta_ppl"] < row["delta_ppl_high"]
+    assert (row["n_weights"], row["n_changed"], row["n_clusters"], row["delta_accuracy"]) == (2, 1, 7, -0.1)

@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 from bridge.exchange.errors import RequestError
-from llm_perturb.selection import Target, draw, generator, highest, lowest
+from llm_perturb.selection import Target, draw, draw_matched, generator, highest, lowest
 from reference import naive_highest, naive_lowest
 from torch.nn import Parameter
 
@@ -112,3 +112,18 @@ def test_all_that_is_left_can_be_drawn_and_no_more():
 def test_a_generator_depends_on_its_key_alone():
     assert generator([0, "noise", "a"]).random() == generator([0, "noise", "a"]).random()
     assert generator([0, "noise", "a"]).random() != generator([0, "noise", "b"]).random()
+
+
+def test_the_match_of_a_large_weight_is_the_smallest_where_no_other_is_free():
+    """Of 101 weights only the one of rank 0 may be drawn, further from rank 100 than the nearest fifty."""
+    magnitudes = torch.arange(101.0).flip(0)
+    chosen, excluded = torch.tensor([0]), torch.arange(100)
+    assert draw_matched(magnitudes, chosen, excluded, ["x"]).tolist() == [100]
+
+
+def test_the_smallest_weights_can_be_matched_and_be_matches():
+    """Among four weights every free one is near, above or below the chosen one."""
+    magnitudes = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    for chosen in range(4):
+        draws = {draw_matched(magnitudes, torch.tensor([chosen]), NONE, [seed]).item() for seed in range(40)}
+        assert draws == set(range(4)) - {chosen}

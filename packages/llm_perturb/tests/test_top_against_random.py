@@ -3,9 +3,10 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
-from llm_perturb.intervals import ratio_interval
+from llm_perturb.intervals import MIN_CLUSTERS, ratio_interval
 from llm_perturb.top_against_random import (
     COLUMNS,
+    MIN_DRAWS,
     can_reach,
     compare,
     difference_interval,
@@ -233,3 +234,14 @@ def test_many_worlds_are_computed_at_once(differences):
     low, high = difference_interval(differences[:1], drawn, TOKENS)
     for world in range(2):
         assert (low[world], high[world]) == difference_interval(differences[:1], drawn[world], TOKENS)
+
+
+@pytest.mark.parametrize("n", [MIN_CLUSTERS, 10])
+@pytest.mark.parametrize("n_draws", [MIN_DRAWS, 5])
+def test_exactly_so_many_texts_and_draws_have_an_interval(differences, n, n_draws):
+    table = rows_of(TOP_AND_RANDOM, differences).head(1 + n_draws)
+    few = differences[: 1 + n_draws, :n]
+    (row,) = compare(table, few, TOKENS[:n]).itertuples()
+    expected = naive_interval([few[0].tolist()] * n_draws, few[1:].tolist(), TOKENS[:n].tolist())
+    assert (row.ci_low, row.ci_high) == pytest.approx(expected, rel=1e-8)
+    assert row.note == f"no p: with {n_draws} draws it cannot be below {1 / (1 + n_draws):.2g} (19 are needed)"
