@@ -1,11 +1,11 @@
 import importlib.util
+import io
 import json
 import math
 import random
 import re
 import shutil
-import subprocess
-import sys
+from contextlib import redirect_stdout
 from dataclasses import fields
 from pathlib import Path
 
@@ -92,14 +92,15 @@ def phase1(*words):
 
 @pytest.fixture(scope="module")
 def finished(checkpoint, texts, tmp_path_factory):
-    """One run of the script itself, as the shell starts it, from another folder."""
-    output = tmp_path_factory.mktemp("results")
+    """One run of the script, from another folder: the run's own folder, and what it printed."""
+    output, out = tmp_path_factory.mktemp("results"), io.StringIO()
     more = ["--metric", "grad_x_weight", "grad_squared", "--topk", "100", "20", "100", "--eval-limit", "10"]
-    command = [sys.executable, str(RUNNER), *flags(checkpoint, texts, output / "new", *more)]
-    done = subprocess.run(command, cwd=output, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out):
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.chdir(output)
+        assert phase1(*flags(checkpoint, texts, output / "new", *more)) == 0
     (folder,) = (output / "new").glob("critical_analysis_*")
-    return folder, done
+    return folder, out.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -207,11 +208,11 @@ def test_baseline_and_manifest(finished, naive, checkpoint, texts):
 
 
 def test_says_where_the_files_are_and_shows_the_first_rows(finished):
-    folder, done = finished
-    assert f"written to {folder}" in done.stdout
+    folder, out = finished
+    assert f"written to {folder}" in out
     first = pd.read_csv(folder / "top_20_weights_grad_squared.csv").iloc[0]
-    assert "Top 20 by grad_squared, the first 5:" in done.stdout
-    assert f"{first['parameter']}" in done.stdout
+    assert "Top 20 by grad_squared, the first 5:" in out
+    assert f"{first['parameter']}" in out
     log = (folder / "analysis.log").read_text()
     assert "10 documents of at most" in log and "baseline:" in log and log.endswith("complete\n")
     assert re.search(
