@@ -20,12 +20,14 @@ def outputs(tmp_path, python, no_plots, monkeypatch):  # noqa: F811
     return tmp_path / "outputs"
 
 
+@pytest.mark.slow
 def test_the_examples_of_the_entry_points_are_true(outputs):
     for module in (api, correlation):
         results = doctest.testmod(module)
         assert results.attempted and not results.failed
 
 
+@pytest.mark.slow
 def test_runs_are_loaded_by_path_and_by_name(outputs):
     folder = outputs / "validation_v"
     assert bridge.load_validation(folder).folder == folder

@@ -79,6 +79,7 @@ def test_every_flag_is_described():
             assert flag.help, (command.__name__, flag.name)
 
 
+@pytest.mark.slow
 def test_correlate_and_report_rewrite_only_what_they_derive(output, python, no_plots, monkeypatch, capsys):  # noqa: F811
     validate.validate(options(output, python))
     folder = output / "validation_v"

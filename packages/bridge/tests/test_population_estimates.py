@@ -75,6 +75,7 @@ def test_columns_of_the_table_follow_each_row(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_order_of_the_rows_changes_no_digit():
     weights = synthetic.sampled(30)
     table = synthetic.with_single_weights(synthetic.measurements(n=12), weights)
@@ -102,6 +103,7 @@ def population():
     return scores, effect, ranks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compared", [[0], [1], [0, 1]])
 def test_intervals_cover_the_population_whichever_metrics_are_compared(population, compared):
     scores, effect, ranks = population

@@ -34,6 +34,7 @@ def test_nothing_to_draw_is_no_file(tmp_path, example):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draw", [predicted_and_measured, single_weights])
 def test_the_line_of_equality_is_drawn_for_scores_in_nats_alone(tmp_path, with_weights, draw):
     """Whether a score estimates the change of loss is what the discovery's manifest says, and not its name."""

@@ -172,6 +172,7 @@ def judging_texts(folder, content="a text that judges\n") -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_the_damage_is_measured_on_other_texts(tmp_path, output, python):
     path = judging_texts(tmp_path)
     lines = validate.validate(options(output, python, eval_data_file=str(path), eval_limit=7))
@@ -190,6 +191,7 @@ def test_the_damage_is_measured_on_other_texts(tmp_path, output, python):
     assert "MEASURED ON THE TEXTS THAT GAVE THE SCORES" not in report
 
 
+@pytest.mark.slow
 def test_without_other_texts_the_report_says_so_loudly(output, python):
     validate.validate(options(output, python))
     report = (output / "validation_v" / "report.md").read_text()
@@ -198,6 +200,7 @@ def test_without_other_texts_the_report_says_so_loudly(output, python):
     assert captions and all(line.endswith("Measured on the texts that gave the scores.") for line in captions)
 
 
+@pytest.mark.slow
 def test_another_model_is_refused_on_other_texts_too(tmp_path, output, python, monkeypatch, no_plots):
     monkeypatch.setenv("FAKE", "other")
     with pytest.raises(RunError, match="the model that was measured is not the discovery's"):
@@ -412,6 +415,7 @@ def test_default_environment_and_script_are_those_of_the_repository():
     assert packages / "llm_perturb" / "scripts" / "run_topk_perturb.py" == process.SCRIPT
 
 
+@pytest.mark.slow
 def test_the_report_reads_the_instruments_comparisons(output, python, monkeypatch):
     monkeypatch.setenv("FAKE", "compared")
     lines = validate.validate(options(output, python))
@@ -431,6 +435,7 @@ def test_the_primary_analysis_is_the_first_of_the_request(output, python):
     assert primary == {"unit": "layers", "metric": "grad_x_weight", "perturbation": "sign_flip", "k": 2}
 
 
+@pytest.mark.slow
 def test_single_weights_are_chosen_written_measured_and_correlated(tmp_path, output, python, capsys):
     lines = validate.validate(options(output, python, single_weights=12, metrics=["magnitude"]))
     folder = output / "validation_v"
@@ -618,6 +623,7 @@ def test_attention_is_computed_as_in_the_discovery(tmp_path, python, kernel):
     assert [word for word in command if "attn" in word] == ([f"--attn-implementation={kernel}"] if kernel else [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "error", "message"),
     [
@@ -831,6 +837,7 @@ def test_missing_shard_is_named(output, python, merge, no_plots):
         validate.validate(options(output, python, merge=[str(output)]))
 
 
+@pytest.mark.slow
 def test_complete_validation_is_never_overwritten(output, python, no_plots):
     validate.validate(options(output, python))
     before = snapshot(output)
@@ -839,6 +846,7 @@ def test_complete_validation_is_never_overwritten(output, python, no_plots):
     assert snapshot(output) == before
 
 
+@pytest.mark.slow
 def test_changed_discovery_is_not_mixed_in(output, python, monkeypatch):
     monkeypatch.setenv("FAKE", "fail")
     with pytest.raises(RunError, match="not finite"):

@@ -8,6 +8,7 @@ from test_layerwise_engine import ALL, assert_same_sums, measure
 from torch.nn.functional import linear
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("left", [0, 3000, 1 << 30])
 def test_budget_changes_no_sum(model, sequences, monkeypatch, left):
     monkeypatch.setattr(engine, "bytes_to_spare", lambda parameters: left)

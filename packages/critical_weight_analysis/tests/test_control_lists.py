@@ -51,6 +51,7 @@ def test_bottom_is_the_full_sort(n_levels, k):
     assert bottom["value"].tolist() == [2 * score for score in bottom["score"]]
 
 
+@pytest.mark.slow
 def test_bottom_and_random_of_one_pass(model, sequences):
     parameters = in_scope(model)  # the gradient of a key bias is rounding alone
     found = discover(engine_for(model), model, sequences, parameters, NAMES, 60, seed=3)
@@ -86,6 +87,7 @@ def test_random_depends_on_the_seed_and_not_on_the_order_of_the_parameters():
     pd.testing.assert_frame_equal(controls.random(12, [ranking]), frames[0])
 
 
+@pytest.mark.slow
 def test_every_weight_outside_of_the_top_is_drawn_equally_often():
     scores, n_draws = some_scores(), 500
     top = set(places(collected(scores, 6)[1].top(6)))

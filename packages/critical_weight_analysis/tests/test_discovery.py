@@ -40,6 +40,7 @@ def test_every_ranking_of_one_pass_is_the_full_sort(model, sequences, scope):
         assert summary["score_sum"].tolist() == pytest.approx([s.sum().item() for s in scores.values()], rel=1e-9)
 
 
+@pytest.mark.slow
 def test_batch_size_changes_no_ranking(model, sequences):
     parameters = in_scope(model)
     tops = [

@@ -32,6 +32,7 @@ def test_files_are_used_where_memory_does_not_suffice():
     assert storage_for(10**15, CPU) == "file"
 
 
+@pytest.mark.slow
 def test_pass_with_files_is_exact(model, sequences, monkeypatch, tmp_path):
     monkeypatch.setattr(hidden_states, "storage_for", lambda n_bytes, device: "file")
     names = [name for name, _ in model.named_parameters()]

@@ -41,6 +41,7 @@ def test_one_probe_is_the_signs_times_the_difference_of_two_gradients(model, seq
         torch.testing.assert_close(found[name], signs[name] * expected[name], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(DECODERS))
 def test_one_probe_of_other_families(sequences, name):
     model = build_decoder(name)
@@ -65,6 +66,7 @@ def test_several_probes_are_their_mean(tiny_model, sequences):
         torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(GAINS))
 def test_orthogonal_signs_leave_the_exact_diagonal(tiny_model, sequences, name, monkeypatch):
     model, gain = tiny_model(name), GAINS[name]
@@ -76,6 +78,7 @@ def test_orthogonal_signs_leave_the_exact_diagonal(tiny_model, sequences, name, 
     torch.testing.assert_close(found, explicit_hessian(model, sequences[:3], gain, 8).diagonal(), rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "neox", "llama"])
 def test_the_mean_of_many_probes_comes_to_the_diagonal_at_its_own_rate(tiny_model, sequences, name):
     model, gain, n_probes = tiny_model(name), GAINS[name], 800
@@ -86,6 +89,7 @@ def test_the_mean_of_many_probes_comes_to_the_diagonal_at_its_own_rate(tiny_mode
     assert off.square().mean() > 0.1  # neither is it the diagonal by another way
 
 
+@pytest.mark.slow
 def test_tied_tensor_has_the_second_derivatives_of_both_uses(tiny_model, sequences):
     model, name = tiny_model("gpt2"), "transformer.wte.weight"
     token = sequences[0][0].item()
@@ -99,6 +103,7 @@ def test_tied_tensor_has_the_second_derivatives_of_both_uses(tiny_model, sequenc
     assert (exact - one_use).abs().max() > 1e-4
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bits_in_any_order_of_names_and_another_seed_others(tiny_model, sequences):
     model = tiny_model("neox")
     names = names_of(model)
@@ -190,6 +195,7 @@ def test_a_loss_that_is_not_finite_names_the_sequence(tiny_model, sequences):
         hessian_diagonal(model, sequences[:1], ["transformer.ln_f.weight"], 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", [None, WHOLE_MODEL])
 def test_discovery_ranks_it_beside_the_other_metrics(model, sequences, engine):
     parameters = in_scope(model)

@@ -13,6 +13,7 @@ def test_p99_is_the_definition(n, n_levels):
     assert p99(scores) == naive_p99(scores)
 
 
+@pytest.mark.slow
 def test_p99_of_more_elements_than_torch_quantile_takes():
     n = (1 << 24) + 3
     scores = torch.zeros(n)

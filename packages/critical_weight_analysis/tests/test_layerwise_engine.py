@@ -54,6 +54,7 @@ def test_every_sum_of_every_parameter_is_that_of_one_gradient_at_a_time(model, s
 BY_POSITION = frozenset({"tokens", "inputs"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 def test_sums_over_positions_are_those_of_a_copy_of_the_weights_for_each(model, sequences, batch_size):
     naive = naive_sensitivities(model, sequences)
@@ -62,6 +63,7 @@ def test_sums_over_positions_are_those_of_a_copy_of_the_weights_for_each(model, 
         assert_same_sums(found, naive, needs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma", "qwen2", "mistral", "phi", "bloom"])
 def test_sums_over_positions_of_any_decoder(name, sequences):
     model = build_decoder(name)
@@ -75,6 +77,7 @@ def test_sums_over_positions_are_refused_where_there_is_no_product(tiny_model, s
             measure(tiny_model("gpt2"), sequences, ["transformer.wte.weight", "transformer.h.0.ln_1.weight"], needs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("name", DECODERS)
 def test_any_decoder(name, batch_size, sequences):
@@ -124,6 +127,7 @@ def test_some_parameters_alone_and_last_layer_first(model, sequences):
     assert layers == sorted(layers, reverse=True)
 
 
+@pytest.mark.slow
 def test_gradient_is_the_slope_of_the_loss(model, sequences):
     _, found = measure(model, sequences, needs={"grad"})
     for name, sensitivity in list(found.items())[::4]:

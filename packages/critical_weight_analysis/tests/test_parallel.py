@@ -61,6 +61,7 @@ def test_gradients_are_recorded_as_where_it_was_called(threads, with_gradients):
     assert [result.requires_grad for result in results] == [with_gradients] * 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_sums_on_several_cores_are_those_of_autograd(threads, model, sequences, batch_size):
     naive = naive_sensitivities(model, sequences)

@@ -31,6 +31,7 @@ def discover(checkpoint, output, n_processes, *more):
     return output / "critical_analysis_x", done
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds(checkpoint, tmp_path):
     one, _ = discover(checkpoint, tmp_path / "one", 1)
     two, done = discover(checkpoint, tmp_path / "two", 2, "--weights", "streamed", "--stability", "1")

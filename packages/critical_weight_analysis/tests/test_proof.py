@@ -45,6 +45,7 @@ def test_common_decoders_are_proved(model):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DECODERS)
 def test_other_decoders_are_proved(name):
     engine = engine_for(build_decoder(name))
@@ -216,6 +217,7 @@ MIXTURES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MIXTURES)
 def test_mixtures_of_experts_in_float64(name, sequences, tmp_path):
     torch.manual_seed(0)

@@ -131,6 +131,7 @@ def test_a_parameter_twice_is_a_mistake():
         result.update("a.weight", torch.zeros(6, 5), torch.zeros(6, 5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [1, 3, 10, 40])
 @pytest.mark.parametrize("n_high", [0, 2, 5, 3000])
 def test_top_indices_where_one_score_is_nearly_everywhere(chunk, k, n_high):

@@ -84,6 +84,7 @@ def killed_after(monkeypatch, model, sequences, folder, n_parameters):
         tables(model, sequences, Resume(folder, IDENTITY))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])  # their products have kernels of their own
 @pytest.mark.parametrize("n_parameters", [0, 3, 7, 9, 11])
 def test_killed_pass_goes_on_and_finds_the_same(model, sequences, monkeypatch, tmp_path, n_parameters, dtype):

@@ -1,11 +1,11 @@
 import importlib.util
+import io
 import json
 import math
 import random
 import re
 import shutil
-import subprocess
-import sys
+from contextlib import redirect_stdout
 from dataclasses import fields
 from pathlib import Path
 
@@ -93,14 +93,15 @@ def phase1(*words):
 
 @pytest.fixture(scope="module")
 def finished(checkpoint, texts, tmp_path_factory):
-    """One run of the script itself, as the shell starts it, from another folder."""
-    output = tmp_path_factory.mktemp("results")
+    """One run of the script, from another folder: the run's own folder, and what it printed."""
+    output, out = tmp_path_factory.mktemp("results"), io.StringIO()
     more = ["--metric", "grad_x_weight", "grad_squared", "--topk", "100", "20", "100", "--eval-limit", "10"]
-    command = [sys.executable, str(RUNNER), *flags(checkpoint, texts, output / "new", *more)]
-    done = subprocess.run(command, cwd=output, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out):
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.chdir(output)
+        assert phase1(*flags(checkpoint, texts, output / "new", *more)) == 0
     (folder,) = (output / "new").glob("critical_analysis_*")
-    return folder, done
+    return folder, out.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -208,11 +209,11 @@ def test_baseline_and_manifest(finished, naive, checkpoint, texts):
 
 
 def test_says_where_the_files_are_and_shows_the_first_rows(finished):
-    folder, done = finished
-    assert f"written to {folder}" in done.stdout
+    folder, out = finished
+    assert f"written to {folder}" in out
     first = pd.read_csv(folder / "top_20_weights_grad_squared.csv").iloc[0]
-    assert "Top 20 by grad_squared, the first 5:" in done.stdout
-    assert f"{first['parameter']}" in done.stdout
+    assert "Top 20 by grad_squared, the first 5:" in out
+    assert f"{first['parameter']}" in out
     log = (folder / "analysis.log").read_text()
     assert "10 documents of at most" in log and "baseline:" in log and log.endswith("complete\n")
     assert re.search(
@@ -220,6 +221,7 @@ def test_says_where_the_files_are_and_shows_the_first_rows(finished):
     )
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_run_layer_by_layer_is_measured_whole_and_the_log_says_why(tmp_path, texts):
     save(shared_key_values().float(), tmp_path / "model")
     words = flags(tmp_path / "model", texts, tmp_path / "out", "--topk", 5, "--no-save-plots", "--experiment-id", "x")
@@ -238,6 +240,7 @@ def test_a_model_that_is_not_causal_is_refused(tmp_path, texts, capsys):
     assert not list((tmp_path / "out").glob("*"))
 
 
+@pytest.mark.slow
 def test_the_kernel_of_attention_is_recorded(checkpoint, tmp_path, texts, capsys):
     words = flags(checkpoint, texts, tmp_path, "--topk", 5, "--no-save-plots", "--attn-implementation")
     assert phase1(*words, "eager") == 0
@@ -302,6 +305,7 @@ def test_baseline_without_a_fingerprint_is_accepted_with_a_warning(finished, che
     assert warning.startswith(f"--baseline {baseline} has no fingerprint")
 
 
+@pytest.mark.slow
 def test_failed_run_is_not_resumed_with_another_weight(checkpoint, texts, tmp_path, capsys, monkeypatch, request):
     def fail(*arguments, **options):
         raise RunError("no more time")
@@ -318,6 +322,7 @@ def test_failed_run_is_not_resumed_with_another_weight(checkpoint, texts, tmp_pa
     assert read_manifest(tmp_path / "critical_analysis_one")["status"] == "failed"
 
 
+@pytest.mark.slow
 def test_only_what_the_mode_names(checkpoint, texts, tmp_path):
     common = ["--topk", 3, "--no-save-plots", "--metric", "magnitude", "--scope", "all", "--include", "*.mlp.*"]
     for mode in ("global", "per_layer"):
@@ -333,6 +338,7 @@ def test_only_what_the_mode_names(checkpoint, texts, tmp_path):
     assert within["parameter"].nunique() == 12
 
 
+@pytest.mark.slow
 def test_a_finished_id_is_refused(checkpoint, texts, tmp_path, capsys):
     words = flags(checkpoint, texts, tmp_path, "--topk", 3, "--no-save-plots", "--experiment-id", "one")
     assert phase1(*words) == 0
@@ -343,6 +349,7 @@ def test_a_finished_id_is_refused(checkpoint, texts, tmp_path, capsys):
     assert after == before
 
 
+@pytest.mark.slow
 def test_a_failed_run_says_so_and_can_be_begun_again(checkpoint, texts, tmp_path, capsys, monkeypatch):
     words = flags(checkpoint, texts, tmp_path, "--topk", 3, "--no-save-plots", "--experiment-id", "one")
     load = models.load
@@ -365,6 +372,7 @@ def test_a_failed_run_says_so_and_can_be_begun_again(checkpoint, texts, tmp_path
     assert manifest["status"] == "complete" and manifest["error"] is None
 
 
+@pytest.mark.slow
 def test_stability_announces_its_cost_and_writes_a_table_and_a_picture(checkpoint, texts, tmp_path):
     more = ["--topk", 5, 20, "--metric", "grad_x_weight", "magnitude", "--stability", 2, "--experiment-id", "one"]
     assert phase1(*flags(checkpoint, texts, tmp_path, *more)) == 0
@@ -376,6 +384,7 @@ def test_stability_announces_its_cost_and_writes_a_table_and_a_picture(checkpoin
     assert log.index("costs 2 more passes") < log.index("grad_x_weight, top 20: mean Jaccard overlap of two halves")
 
 
+@pytest.mark.slow
 def test_hutchinson_announces_its_cost_and_is_one_more_metric(checkpoint, texts, tmp_path):
     more = ["--metric", "grad_x_weight", "hutchinson_diag", "--hutchinson-probes", 3, "--eval-limit", 4, "--topk", 7]
     assert phase1(*flags(checkpoint, texts, tmp_path, *more, "--experiment-id", "one")) == 0
@@ -422,6 +431,7 @@ def test_wrong_requests_end_with_one_line_and_open_no_folder(checkpoint, texts, 
     assert not list(tmp_path.glob("out/critical_analysis_*"))
 
 
+@pytest.mark.slow
 def test_weights_that_the_model_has_no_place_for_are_left_out_only_when_told(checkpoint, texts, tmp_path, capsys):
     folder = shutil.copytree(checkpoint, tmp_path / "model")
     tensors = load_file(folder / "model.safetensors") | {"score.weight": torch.zeros(2, 8)}

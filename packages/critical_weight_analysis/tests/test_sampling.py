@@ -29,6 +29,7 @@ def sampled(weights: dict[str, torch.Tensor], metrics=("magnitude",), order=None
     return sample.table()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scope", ["matrices", "all"])
 def test_rows_hold_the_scores_and_ranks_by_every_metric(model, sequences, scope, monkeypatch):
     monkeypatch.setattr(sampling, "N_ROWS", 500)

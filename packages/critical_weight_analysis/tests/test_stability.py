@@ -42,6 +42,7 @@ def found(model, sequences):
     return stability.table(full, splits, KS, n_weights), parameters
 
 
+@pytest.mark.slow
 def test_table_is_brute_force_over_the_same_halves(found, model, sequences):
     table, parameters = found
     parts = [stability.halves(len(sequences), 7, split) for split in range(3)]
@@ -67,6 +68,7 @@ def test_table_is_brute_force_over_the_same_halves(found, model, sequences):
             assert row.rank_correlation == pytest.approx(rho, abs=1e-9, nan_ok=True)
 
 
+@pytest.mark.slow
 def test_magnitude_needs_no_texts_and_gradients_do(found):
     table, _ = found
     halves = table[(table["kind"] == "halves") & (table["k"] == KS[-1])].set_index("metric")
@@ -89,6 +91,7 @@ def test_null_keeps_the_weights_and_deals_all_else_anew_by_rows_and_columns():
     assert corners == {10.0 * i for i in range(12)}  # any weight may get what any other has
 
 
+@pytest.mark.slow
 def test_null_column_is_the_overlap_of_halves_with_gradients_dealt_anew(found, model, sequences):
     table, parameters = found
     naive = []
@@ -157,6 +160,7 @@ def test_chance_for_the_size_of_a_real_model():
     assert stability.chance_jaccard(k, n) == pytest.approx(k / (2 * n), rel=1e-2)
 
 
+@pytest.mark.slow
 def test_picture_is_written(found, tmp_path):
     plot_stability(found[0], tmp_path / "stability.png")
     assert (tmp_path / "stability.png").read_bytes().startswith(b"\x89PNG")

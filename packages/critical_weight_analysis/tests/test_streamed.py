@@ -32,6 +32,7 @@ def folder(request, tmp_path):
     return tmp_path / "model"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 def test_streamed_weights_give_the_same_bits(folder, sequences, dtype):
     resident = models.load(str(folder), dtype=dtype)
@@ -74,6 +75,7 @@ def tables(folder, sequences, weights, metrics=("grad_x_weight", "wanda", "magni
     return [found.sampled, *(found.rankings[metric].top(20) for metric in metrics)]
 
 
+@pytest.mark.slow
 def test_tables_are_the_same(folder, sequences):
     both = [tables(folder, sequences, weights) for weights in ("resident", "streamed")]
     assert all(one.equals(other) for one, other in zip(*both, strict=True))
@@ -85,6 +87,7 @@ EXPERTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", sorted(EXPERTS))
 def test_experts_that_are_stored_one_by_one_give_the_same_tables(family, tmp_path, sequences):
     torch.manual_seed(0)

@@ -69,6 +69,7 @@ def test_a_copy_gives_what_a_model_with_a_zero_in_its_state_dict_gives(family, b
         assert found[c.key].n_changed == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @pytest.mark.parametrize(
     ("perturbation", "seed"),
@@ -106,6 +107,7 @@ def test_the_divergence_of_a_copy_is_that_of_the_changed_model(sequences):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at_once", [1, 20, 10**6])
 def test_the_number_of_copies_changes_nothing(sequences, monkeypatch, at_once):
     model = build("llama")
@@ -117,6 +119,7 @@ def test_the_number_of_copies_changes_nothing(sequences, monkeypatch, at_once):
         torch.testing.assert_close(outcome.losses, expected[key].losses, rtol=1e-12, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_the_order_of_the_weights_changes_no_bit(batch_size, sequences):
     model = build("neox", torch.float32)
@@ -214,6 +217,7 @@ def test_a_weight_of_two_modules_is_left_out():
 # the instrument checks itself
 
 
+@pytest.mark.slow
 def test_a_copy_that_does_not_get_its_change_is_found_out(sequences, monkeypatch, capsys):
     """The change is made to another output feature; the model itself is changed instead, and a line says so."""
     model, real = build("llama"), batched_single_weights.change_of
@@ -247,6 +251,7 @@ class MixesBatch(nn.Module):
         return self.inner(x) * (1 + 0.1 * len(x))
 
 
+@pytest.mark.slow
 def test_copies_that_influence_each_other_are_found_out(sequences, capsys):
     model = build("llama")
     model.model.layers[1].mlp = MixesBatch(model.model.layers[1].mlp)
@@ -257,6 +262,7 @@ def test_copies_that_influence_each_other_are_found_out(sequences, capsys):
     assert "because copies of a batch prove wrong" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_model_of_which_no_copies_can_be_made_is_changed_itself(sequences, capsys):
     model = build("llama")
     conditions = some_of_every_map(model)

@@ -49,6 +49,7 @@ def test_narrow_logits_are_summed_wide():
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("columns", [1, 7, 49, 50, 51])
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_the_size_of_a_chunk_changes_nothing(model, sequences, monkeypatch, columns, batch_size):

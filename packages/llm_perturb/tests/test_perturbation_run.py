@@ -238,6 +238,7 @@ def test_a_row_has_the_intervals_of_its_perplexities_and_says_how_many_texts_mak
         assert (row.ppl_ratio_low, row.ppl_ratio_high) == (math.exp(row.ci_low), math.exp(row.ci_high))
 
 
+@pytest.mark.slow
 def test_accuracy_and_divergence_are_columns(flags, capfd, inputs):
     asked = {"target_layer": DENSE, "k": 5, "selection": ["top", "random"], "seeds": 0, "perturbation": "sign_flip"}
     assert call(capfd, flags | asked)[0] == 0
@@ -335,6 +336,7 @@ def test_a_finished_run_is_never_touched_again(done, flags, capfd):
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_the_environment_names_targets_as_the_flag_does(done, flags, capfd, monkeypatch):
     folder, _ = done
     monkeypatch.setenv("TARGET_LAYER", f"{UP},{DENSE}")

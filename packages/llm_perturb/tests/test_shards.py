@@ -32,6 +32,7 @@ def parts(split, tmp_path):
     return tmp_path / "parts"
 
 
+@pytest.mark.slow
 def test_the_shards_make_the_table_of_the_whole_byte_for_byte(split, parts, tmp_path):
     whole, _ = split
     folder = merge([str(parts)], RunOptions(output=str(tmp_path / "merged"), experiment_id="y"))

@@ -293,6 +293,7 @@ def test_states_that_layers_share_are_right_in_full_passes(sequences, reason, ca
     assert capsys.readouterr().err.splitlines() == [FULL + reason]
 
 
+@pytest.mark.slow
 def test_keys_and_values_that_layers_share(sequences, capsys):
     sweep_of(shared_key_values(), sequences)
     assert capsys.readouterr().err.startswith(FULL)

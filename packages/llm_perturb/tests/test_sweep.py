@@ -107,6 +107,7 @@ def test_noise_depends_on_the_seed_and_on_nothing_else(sequences):
     assert all(torch.equal(first[key].losses, again[key].losses) for key in first)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", sorted(BUILDERS))
 def test_the_order_of_conditions_changes_no_bit(family, sequences):
     model = build(family)
