@@ -109,3 +109,13 @@ def test_of_two_perturbations_the_sentences_speak_of_the_first_one():
     assert all(line != other for line, other in zip(lines[2:], sign_flip[2:], strict=True))
     assert answer(both)[:3] == answer(alone["zero"])[:3]
     assert dict(setup_items(both))["Perturbation"] == "zero, sign_flip; k = 1, 100"
+
+
+def test_where_the_second_perturbation_is_the_primary_one_the_sentences_speak_of_it():
+    both, alone = synthetic.evidence_of_two_perturbations()
+    rows = both.correlations
+    named = (rows["perturbation"] == "sign_flip") & (rows["unit"] == "layers") & (rows["metric"] == "grad_x_weight")
+    turned = replace(both, correlations=rows.assign(primary=(named & (rows["k"] == 100)).astype(int)))
+    assert turned.setting == ("sign_flip", 100)
+    assert summary_lines(turned)[2:4] == summary_lines(alone["sign_flip"])[2:4]
+    assert answer(turned)[1:3] == answer(alone["sign_flip"])[1:3]
