@@ -1,5 +1,6 @@
 """A made-up validation of 30 layers: tables as discovery and the instrument would write them."""
 
+from functools import cache
 from itertools import product
 from pathlib import Path
 
@@ -72,6 +73,20 @@ def comparisons(table: pd.DataFrame) -> pd.DataFrame:
             shares = float(np.isinf(effect)), float(np.isinf(draws).mean())
             rows.append(row | {"unbounded_share": shares[0], "control_unbounded_share": shares[1]})
     return pd.DataFrame(rows, columns=list(COMPARISONS.columns))
+
+
+@cache
+def evidence_of_two_perturbations() -> tuple[Evidence, dict[str, Evidence]]:
+    """Four layers at two k and eight weights, all zeroed and then with their signs flipped; and each of these alone."""
+    metrics, both = ("grad_x_weight", "magnitude"), ("zero", "sign_flip")
+    weights, chosen = sampled(8, metrics), targets(4, 1)
+
+    def of(table: pd.DataFrame) -> Evidence:
+        rows = correlate(table, targets=chosen, sampled=weights, primary=primary_of(table), n_resamples=200)
+        return evidence_of(table, weights, chosen, correlations=rows)
+
+    table = with_single_weights(measurements(4, metrics, (1, 100), perturbations=both), weights, perturbations=both)
+    return of(table), {each: of(table[table["perturbation"] == each]) for each in both}
 
 
 def evidence(n=12, n_control=4, metrics=("grad_x_weight", "magnitude"), sampled=None, **choices) -> Evidence:

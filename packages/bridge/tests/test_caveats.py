@@ -93,3 +93,15 @@ def test_stability_of_the_ranking_is_told_where_it_was_measured():
     same = table.assign(metric=example.metric, other=example.metric, jaccard=1.0)
     (text,) = [text for text in caveats(replace(example, stability=same)) if "Jaccard" in text]
     assert "hardly depends on the texts" in text and "overlap of 1.00 (2 splits" in text
+
+
+def test_exactly_six_texts_have_intervals_and_exactly_ten_layers_no_rough_one(example):
+    text = "\n".join(caveats(replace(example, measurements=example.measurements.assign(n_sequences=6))))
+    assert "6 texts may all have missed it" in text and "no interval of an effect" not in text
+    names = synthetic.layer_names(10)
+    ten, nine = (
+        replace(example, measurements=example.measurements[example.measurements["target_layer"].isin(names[:n])])
+        for n in (10, 9)
+    )
+    assert not any("is rough" in text for text in caveats(ten))
+    assert "Only 9 layers tested: the interval of rho is rough." in caveats(nine)

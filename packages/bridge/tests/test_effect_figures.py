@@ -59,3 +59,12 @@ def test_single_weights_do_not_enter(tmp_path, example):
     both = synthetic.evidence_of(weights)
     for draw in (effect_by_layer, ablation):
         assert draw(both, tmp_path / "1.png").read_bytes() == draw(example, tmp_path / "2.png").read_bytes()
+
+
+@pytest.mark.parametrize("draw", [effect_by_layer, ablation])
+def test_of_two_perturbations_the_first_one_is_drawn(tmp_path, draw):
+    both, alone = synthetic.evidence_of_two_perturbations()
+    drawn, zero, sign_flip = (
+        draw(evidence, tmp_path / "figure.png").read_bytes() for evidence in (both, alone["zero"], alone["sign_flip"])
+    )
+    assert drawn == zero != sign_flip

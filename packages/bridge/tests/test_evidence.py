@@ -63,3 +63,18 @@ def test_a_report_compares_top_and_random_once(tmp_path, monkeypatch, blank_figu
     example = synthetic.evidence(n=5, ks=(1, 100))
     write_pages(tmp_path, example)
     assert calls == [len(example.measurements)]
+
+
+def test_of_two_perturbations_the_first_measured_one_is_spoken_of():
+    both, alone = synthetic.evidence_of_two_perturbations()
+    for evidence in (both, replace(both, correlations=both.correlations.assign(primary=0))):
+        assert evidence.setting == ("zero", 100)
+    for tables in ("layer_effects", "layer_correlations", "weight_correlations"):
+        table, expected = (getattr(evidence, tables) for evidence in (both, alone["zero"]))
+        assert len(table) and set(table["perturbation"]) == {"zero"}
+        columns = [column for column in table if column not in ("p_adjusted", "n_tests")]  # of the whole family
+        pd.testing.assert_frame_equal(
+            table[columns].reset_index(drop=True), expected[columns].reset_index(drop=True), check_dtype=False
+        )
+    assert both.layer_effects["delta_nll"].tolist() != alone["sign_flip"].layer_effects["delta_nll"].tolist()
+    assert both.layers_above_random("magnitude") == alone["zero"].layers_above_random("magnitude")

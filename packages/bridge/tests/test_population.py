@@ -58,3 +58,10 @@ def test_calibration_is_by_stratum_and_weighted():
     assert (low.stratum, low.n, low.share) == (0, 6, pytest.approx(12 / 36))
     assert (high.mean_score, high.mean_effect) == (pytest.approx(9.5), pytest.approx(19))
     assert high.ratio.value == pytest.approx(2)
+
+
+def test_a_head_of_exactly_ten_units_has_an_interval():
+    x = np.arange(40.0)
+    estimate = population_precision(x, x, np.ones(40), 0.25)
+    assert estimate.n_effective == 10
+    assert 0 < estimate.low < estimate.value == 1

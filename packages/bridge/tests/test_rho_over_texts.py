@@ -41,3 +41,9 @@ def test_fewer_than_six_texts_have_no_interval():
     scores, effects, tokens = world(n_texts=5)
     rho, low, high = rho_over_texts(scores, effects, tokens)
     assert np.isfinite(rho) and np.isnan([low, high]).all()
+
+
+@pytest.mark.parametrize("n_texts", [6, 10])
+def test_exactly_so_many_texts_have_an_interval(n_texts):
+    rho, low, high = rho_over_texts(*world(n_texts=n_texts))
+    assert low < rho < high

@@ -85,3 +85,12 @@ def test_single_weights_do_not_enter_the_figure_of_layers(tmp_path, example, wit
 def test_scores_of_zero_are_drawn(tmp_path):
     table = synthetic.measurements(n=5, metrics=("obd",)).assign(score_sum=0.0)
     assert_drawn(predicted_and_measured(synthetic.evidence_of(table), tmp_path / "predicted.png"))
+
+
+@pytest.mark.parametrize("draw", [predicted_and_measured, single_weights])
+def test_of_two_perturbations_the_first_one_is_drawn(tmp_path, draw):
+    both, alone = synthetic.evidence_of_two_perturbations()
+    drawn, zero, sign_flip = (
+        draw(evidence, tmp_path / "figure.png").read_bytes() for evidence in (both, alone["zero"], alone["sign_flip"])
+    )
+    assert drawn == zero != sign_flip

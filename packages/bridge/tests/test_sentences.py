@@ -100,3 +100,22 @@ def test_a_perplexity_has_the_interval_of_its_own_columns_or_none(example):
     assert "[" not in perplexity_after(row)
     row = pd.concat([row, pd.Series({"perturbed_ppl_low": 20.0, "perturbed_ppl_high": 90.0})])
     assert perplexity_after(row).endswith("[20,\u00a090]")
+
+
+def test_of_two_perturbations_the_sentences_speak_of_the_first_one():
+    both, alone = synthetic.evidence_of_two_perturbations()
+    lines, zero, sign_flip = (summary_lines(evidence)[:5] for evidence in (both, alone["zero"], alone["sign_flip"]))
+    assert lines == zero
+    assert all(line != other for line, other in zip(lines[2:], sign_flip[2:], strict=True))
+    assert answer(both)[:3] == answer(alone["zero"])[:3]
+    assert dict(setup_items(both))["Perturbation"] == "zero, sign_flip; k = 1, 100"
+
+
+def test_where_the_second_perturbation_is_the_primary_one_the_sentences_speak_of_it():
+    both, alone = synthetic.evidence_of_two_perturbations()
+    rows = both.correlations
+    named = (rows["perturbation"] == "sign_flip") & (rows["unit"] == "layers") & (rows["metric"] == "grad_x_weight")
+    turned = replace(both, correlations=rows.assign(primary=(named & (rows["k"] == 100)).astype(int)))
+    assert turned.setting == ("sign_flip", 100)
+    assert summary_lines(turned)[2:4] == summary_lines(alone["sign_flip"])[2:4]
+    assert answer(turned)[1:3] == answer(alone["sign_flip"])[1:3]

@@ -57,6 +57,15 @@ def test_the_draw_depends_on_the_seed_alone():
     assert len(set(draws)) > 2
 
 
+def test_a_single_control_is_any_of_the_others():
+    """Of one kind: the start, a share of the 19 layers below the top, counts from the lowest score upwards."""
+    table = summary([float(20 - i) for i in range(20)])
+    ranks = [choose_targets(top({0: 1}), table, 1, 1, seed=seed)["score_rank"].tolist() for seed in range(60)]
+    starts = [np.random.default_rng([seed, *b"layers"]).uniform() for seed in range(60)]
+    assert ranks == [[1, 20 - int(19 * start)] for start in starts]
+    assert len({rank for _, rank in ranks}) > 12
+
+
 def test_kinds_are_met_in_proportion():
     table = summary([float(i) for i in range(40)])
     kinds = ["mlp.down_proj", "mlp.up_proj", "self_attn.q_proj", "self_attn.k_proj"]

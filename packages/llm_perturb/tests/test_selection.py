@@ -127,3 +127,12 @@ def test_the_smallest_weights_can_be_matched_and_be_matches():
     for chosen in range(4):
         draws = {draw_matched(magnitudes, torch.tensor([chosen]), NONE, [seed]).item() for seed in range(40)}
         assert draws == set(range(4)) - {chosen}
+
+
+@pytest.mark.parametrize(
+    ("chosen", "nearest"), [(0, range(1, 26)), (50, [*range(25, 50), *range(51, 76)]), (100, range(75, 100))]
+)
+def test_a_match_is_any_of_the_25_nearest_on_either_side(chosen, nearest):
+    magnitudes, position = torch.arange(101.0), torch.tensor([chosen])
+    draws = {draw_matched(magnitudes, position, NONE, [seed]).item() for seed in range(500)}
+    assert draws == set(nearest)
