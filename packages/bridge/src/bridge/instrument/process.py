@@ -14,6 +14,7 @@ from typing import IO
 
 from bridge.exchange.errors import RequestError, RunError
 from bridge.exchange.run_folder import is_locked
+from bridge.exchange.verbosity import TERMINAL
 from bridge.instrument import ancestors
 
 _LLM_PERTURB = Path(__file__).resolve().parents[4] / "llm_perturb"
@@ -95,6 +96,7 @@ def measure(
     while is_locked(folder) and time.monotonic() < deadline:
         time.sleep(0.1)
     tied_command, environment = tied(command)
+    environment[TERMINAL] = str(int(sys.stderr.isatty()))
     with log.open("ab") as log_stream:
         child = subprocess.Popen(
             tied_command,

@@ -28,6 +28,7 @@ from llm_perturb.evaluation.hub import why_unreachable
 from llm_perturb.evaluation.load_errors import reason_of
 from llm_perturb.evaluation.loading import bytes_in_memory, dequantize, first_names, load_model, quantization
 from llm_perturb.evaluation.parameters import check_names, named_parameters, tied_groups
+from llm_perturb.evaluation.progress import library_bars
 from llm_perturb.evaluation.revision import revision_of
 
 DType = Literal["float32", "bfloat16", "float16", "float64"]
@@ -154,6 +155,7 @@ def _folder(name: str) -> str | None:
     return str(Path(name).resolve()) if Path(name).is_dir() else None
 
 
+@library_bars()
 def load(
     name: str | None = None,
     *,
