@@ -21,6 +21,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads must not count as work; read when torch loads
+
 import torch
 from bridge.exchange import flags
 from critical_weight_analysis import discovery as scoring
@@ -34,8 +36,6 @@ from llm_perturb.evaluation.corpus import CorpusOptions, read_texts, tokenize
 from llm_perturb.evaluation.models import LoadedModel
 from llm_perturb.evaluation.parameters import in_scope
 from torch import Tensor
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads must not count as work; read when torch loads
 
 N_SEQUENCES, N_TOKENS, K = 8, 256, 500
 TWO = ["grad_x_weight", "grad_squared"]

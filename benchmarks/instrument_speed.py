@@ -28,6 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads must not count as work; read when torch loads
+
 import torch
 from bridge.exchange import flags
 from llm_perturb.batched_single_weights import group, linear_maps
@@ -42,8 +44,6 @@ from llm_perturb.measurement_plan import Plan
 from llm_perturb.perturbation import Perturbation
 from llm_perturb.selection import Target, draw
 from llm_perturb.sweep import sweep
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads must not count as work; read when torch loads
 
 Figure = Literal["sweep", "processes", "single-weights", "loss", "two-processes"]
 PACKAGE = Path(__file__).parents[1] / "packages" / "llm_perturb"

@@ -24,6 +24,7 @@ def no_network(tmp_path_factory, monkeypatch):
 
     monkeypatch.setattr(config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.setattr(config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
 def text_file(folder, content="\n".join(TEXTS) + "\n"):

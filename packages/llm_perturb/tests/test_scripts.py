@@ -4,10 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from bridge.exchange.errors import RequestError
 from bridge.exchange.flag_table import flags_of
 from bridge.exchange.flags import parse, run
+from bridge.exchange.perturbation_numbers import PERTURBATION_OF
 from bridge.exchange.tables import MEASUREMENTS
 from llm_perturb import commands, perturbation, target_scores
+from llm_perturb.perturbation_options import PerturbationOptions
 from safetensors.torch import load_file, save_file
 from tiny_models import save_checkpoint
 
@@ -53,15 +56,36 @@ def test_the_choices_are_those_of_the_library():
 def test_the_flags_of_a_measurement_and_their_defaults():
     assert {key: flag.default for key, flag in flags_of(PERTURB).items()} == {
         "target_layer": [], "k": [100], "selection": ["top", "random", "bottom"], "metric": ["grad_x_weight"],
-        "weights_csv": [], "per_weight": None, "rows": [], "cols": [], "perturbation": ["zero"], "factor": 0.5,
-        "sigma": 1.0, "bit": None, "n_bits": 4, "seeds": [0, 1, 2], "kl": False, "shard": None, "list_layers": False,
+        "weights_csv": [], "per_weight": None, "rows": [], "cols": [], "perturbation": ["zero"], "factor": None,
+        "sigma": None, "bit": None, "n_bits": None, "seeds": [0, 1, 2], "kl": False, "shard": None,
+        "list_layers": False, "parse_special_tokens": False, "window_bos": "auto",
         "model": None, "revision": None, "dtype": "float32", "device": "auto", "trust_remote_code": False,
         "allow_unused_weights": [], "data_file": None, "dataset": None, "dataset_config": None, "split": None,
         "attn_implementation": None,
         "text_column": "text", "packing": "documents",
-        "max_length": None, "eval_limit": None, "window_bos": "auto", "parse_special_tokens": False, "batch_size": 1,
+        "max_length": None, "eval_limit": None, "batch_size": 1,
         "output": "outputs/", "experiment_id": None,
     }  # fmt: skip
+
+
+def test_a_number_belongs_to_its_perturbation():
+    kinds = typing.get_args(perturbation.Kind)
+    for key, kind in PERTURBATION_OF.items():
+        assert kind in kinds
+        other = PerturbationOptions(perturbation=[k for k in kinds if k != kind], **{key: 3})
+        with pytest.raises(RequestError, match=f"--{key.replace('_', '-')} is for --perturbation {kind}, which is not"):
+            other.check(1)
+        PerturbationOptions(perturbation=["zero", kind], **{key: 3}).check(1)
+
+
+def test_unset_numbers_are_recorded_as_their_defaults():
+    options = PerturbationOptions(perturbation=["scale", "gaussian_noise", "quantize"], sigma=2.0)
+    assert options.identity()["perturbations"] == ["scale(0.5)", "gaussian_noise(2.0)", "quantize(4)"]
+
+
+def test_a_negative_seed_is_refused():
+    with pytest.raises(RequestError, match="--seeds must be at least 0, not -2"):
+        PerturbationOptions(seeds=[0, -2]).check(1)
 
 
 def test_the_defaults_lie_among_the_choices():

@@ -114,6 +114,19 @@ def test_shards_of_an_earlier_version_are_merged_with_a_warning(parts, tmp_path)
     assert not (folder / "fingerprint.json").exists()
 
 
+def test_tables_of_other_columns_are_refused_and_the_difference_is_named(parts, tmp_path):
+    path = parts / "shard_x_2_of_3/measurements.csv"
+    pd.read_csv(path).rename(columns={"seed": "draw"}).to_csv(path, index=False)
+    refused(parts, tmp_path, r"measurements\.csv has other columns .*\(it alone has draw, it lacks seed\)")
+
+
+def test_losses_in_another_order_of_columns_are_refused(parts, tmp_path):
+    path = parts / "shard_x_2_of_3/sequence_losses.parquet"
+    losses = pd.read_parquet(path)
+    losses[losses.columns[::-1]].to_parquet(path)
+    refused(parts, tmp_path, r"sequence_losses\.parquet has other columns .*\(they are in another order\)")
+
+
 def test_another_baseline_is_refused(parts, tmp_path):
     path = parts / "shard_x_2_of_3/baseline.json"
     path.write_text(path.read_text().replace('"nll": ', '"nll": 1'))

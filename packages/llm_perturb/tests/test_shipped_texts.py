@@ -65,6 +65,7 @@ def test_the_files_are_read_by_the_commands(monkeypatch, tmp_path):
 
     monkeypatch.setattr(config, "HF_DATASETS_CACHE", str(tmp_path))
     monkeypatch.setattr(config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     judging = read_texts(CorpusOptions(data_file=str(FOLDER / "judging_texts.txt"))).texts
     assert judging == read_lines("judging_texts.txt")[:-1]
     transfer = read_texts(CorpusOptions(dataset=str(FOLDER / "transfer_texts.jsonl"))).texts

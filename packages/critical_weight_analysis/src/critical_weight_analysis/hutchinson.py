@@ -14,9 +14,9 @@ from bridge.exchange.errors import RunError
 from llm_perturb.evaluation.corpus import count_tokens
 from llm_perturb.evaluation.lm_loss import exact_nats
 from llm_perturb.evaluation.parameters import named_parameters
+from llm_perturb.evaluation.progress import Progress
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from critical_weight_analysis.layerwise.pass_settings import Settings
@@ -62,15 +62,15 @@ def hessian_diagonal(
     totals = {name: torch.zeros_like(weight, requires_grad=False) for name, weight in chosen.items()}
     _announce(len(sequences), n_probes, sum(weight.numel() for weight in chosen.values()))
     mine = settings.share(list(enumerate(sequences)))
-    bar = tqdm(total=len(mine) * n_probes, desc="hutchinson_diag", disable=not settings.progress, leave=False)
-    with bar, _differentiable_attention(model):
+    progress = Progress(len(mine) * n_probes, "hutchinson_diag", settings.progress)
+    with progress, _differentiable_attention(model):
         for i, sequence in mine:
             gradients = _gradients(model, weights, chosen, sequence, i)
             for probe in range(n_probes):
                 signs = {name: rademacher(name, weight, seed, probe) for name, weight in chosen.items()}
                 for name, product in _products(gradients, chosen, signs, keep=probe < n_probes - 1):
                     totals[name].addcmul_(signs[name], product)
-                bar.update()
+                progress.update()
     for total in totals.values():
         settings.add_up(total)
     if not any(total.any() for total in totals.values()):

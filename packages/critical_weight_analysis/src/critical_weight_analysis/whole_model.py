@@ -10,11 +10,11 @@ from typing import ClassVar
 
 import torch
 from bridge.exchange.errors import RunError
+from llm_perturb.evaluation import progress
 from llm_perturb.evaluation.corpus import count_tokens
 from llm_perturb.evaluation.parameters import named_parameters
 from torch import Tensor, nn
 from torch.nn import Parameter
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from critical_weight_analysis.layerwise.pass_settings import Settings
@@ -71,7 +71,7 @@ class WholeModelEngine:
         mine = settings.share(list(enumerate(sequences)))
         lengths = [len(sequence) - 1 for sequence in sequences]
         with Gradients(model, sums, lambda name, gradient: sums[name].add(gradient, lengths[i])) as gradients:
-            for i, sequence in tqdm(mine, desc="gradients", disable=not settings.progress):
+            for i, sequence in progress.over(mine, "gradients", settings.progress):
                 loss = summed_loss(logits_of(model, sequence, with_graph=bool(needs)), sequence)
                 losses[i] = loss.item()
                 if not losses[i].isfinite():

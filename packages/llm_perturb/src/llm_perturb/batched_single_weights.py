@@ -5,7 +5,6 @@ repeated C times, the map's output gets, for copy c, that feature computed again
 y[c, :, o_c] = x[c] w'_c + b. From there on the copies go through the model as one batch.
 """
 
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +16,6 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from bridge.exchange.errors import one_line
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -26,6 +24,7 @@ from llm_perturb.evaluation.causality import COMMON, LENGTH, probe_sequences, to
 from llm_perturb.evaluation.decoder import Decoder
 from llm_perturb.evaluation.parameters import layer_of
 from llm_perturb.evaluation.perplexity import Measured, in_order
+from llm_perturb.evaluation.progress import note
 from llm_perturb.perturbation import changed
 from llm_perturb.suffix_forward import SuffixForward
 
@@ -68,7 +67,7 @@ def group(model: PreTrainedModel, conditions: Sequence[Condition]) -> list[Unit]
         try:
             maps = linear_maps(model)
         except Exception as error:  # whatever a model makes of the probe
-            tqdm.write(f"{ONE_BY_ONE} no two sequences can be run together: {one_line(error)}", sys.stderr)
+            note(f"{ONE_BY_ONE} no two sequences can be run together: {one_line(error)}")
     decoder = Decoder.of(model)
     path = decoder.path if decoder else ""
     layers: dict[str, list[Condition]] = {}

@@ -2,10 +2,11 @@
 
 import os
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from bridge.exchange.errors import RequestError
 from bridge.exchange.flag_table import FilePath
+from bridge.exchange.perturbation_numbers import PERTURBATION_OF, check_seeds, numbers_set
 from bridge.exchange.printable import check_printable
 
 from llm_perturb.perturbation import Kind, Perturbation
@@ -31,10 +32,10 @@ class PerturbationOptions:
         rows: perturb these whole rows of the matrix as stored, and a random one per seed, instead of sets.
         cols: likewise columns.
         perturbation: what is done to the weights.
-        factor: of scale.
-        sigma: of gaussian_noise, in standard deviations of the tensor.
+        factor: of scale; default 0.5.
+        sigma: of gaussian_noise, in standard deviations of the tensor; default 1.0.
         bit: of bit_flip, 0 is the lowest; default the highest bit of the exponent.
-        n_bits: of quantize.
+        n_bits: of quantize; default 4.
         seeds: one random control (and one draw of noise) for each.
         kl: also measure the divergence of the predictions, KL(before || after), about twice the time of a loss.
         shard: i/n, from 1/n to n/n: do only this part, on a machine of its own; merge_shards.py puts them together.
@@ -50,10 +51,10 @@ class PerturbationOptions:
     rows: list[int] = field(default_factory=list)
     cols: list[int] = field(default_factory=list)
     perturbation: list[Kind] = field(default_factory=lambda: ["zero"])
-    factor: float = 0.5
-    sigma: float = 1.0
+    factor: float | None = None
+    sigma: float | None = None
     bit: int | None = None
-    n_bits: int = 4
+    n_bits: int | None = None
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     kl: bool = False
     shard: str | None = None
@@ -76,11 +77,13 @@ class PerturbationOptions:
 
     @property
     def perturbations(self) -> list[Perturbation]:
-        """Each kind of perturbation with its numbers."""
-        return [
-            Perturbation(kind=kind, factor=self.factor, sigma=self.sigma, bit=self.bit, n_bits=self.n_bits)
-            for kind in self.perturbation
-        ]
+        """Each kind of perturbation with its numbers, those of ``Perturbation`` where none were set."""
+        numbers = self._numbers()
+        return [Perturbation(kind=kind, **numbers) for kind in self.perturbation]
+
+    def _numbers(self) -> dict[str, Any]:
+        values = {name: getattr(self, name) for name in PERTURBATION_OF}
+        return numbers_set(values, self.perturbation, "--perturbation")
 
     @property
     def weight_files(self) -> list[str]:
@@ -91,11 +94,13 @@ class PerturbationOptions:
         """Refuse numbers that mean nothing for any model.
 
         Raises:
-            RequestError: a size below 1.
+            RequestError: a size below 1, a negative seed, a number of a perturbation that is not asked for.
         """
         smallest = min(*self.k, batch_size)
         if smallest < 1:
             raise RequestError(f"--k and --batch-size must be at least 1, not {smallest}")
+        check_seeds(self.seeds)
+        self._numbers()
 
     def identity(self) -> dict[str, object]:
         """What the numbers of a run depend on, as the manifest names it."""

@@ -1,6 +1,5 @@
 """Measure all conditions of a request and write the table of measurements; a killed run is resumed."""
 
-import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -10,9 +9,7 @@ from typing import Any
 import numpy as np
 from bridge.exchange import layout
 from bridge.exchange.errors import RequestError, RunError
-from bridge.exchange.printable import escaped
 from bridge.exchange.run_folder import Run, RunOptions, check_output, open_run
-from tqdm import tqdm
 
 from llm_perturb.baseline_run import setup_identity, tell_of_texts, write_baseline
 from llm_perturb.batched_single_weights import Copies, Unit, group
@@ -23,6 +20,7 @@ from llm_perturb.evaluation.fingerprint import check_agreement
 from llm_perturb.evaluation.models import LoadedModel, ModelOptions
 from llm_perturb.evaluation.perplexity import Measured, Perplexity, check_padding, measure, reference_of, summarize
 from llm_perturb.evaluation.processes import Processes
+from llm_perturb.evaluation.progress import Progress, note
 from llm_perturb.intervals import MIN_CLUSTERS, by_cluster
 from llm_perturb.measurement_plan import Plan, plan_of, share
 from llm_perturb.measurements_table import failures, record_of, write_records
@@ -142,18 +140,15 @@ def _carry_out(work: _Work, run: Run, processes: Processes) -> None:
     own = share(work.units, processes.rank, processes.world)
     remaining = [unit for unit in own if not keys_of(unit) <= finished]
     remaining = choose_weights(work.plan, remaining, model, corpus)
-    bar = tqdm(
-        sweep(model, corpus, remaining, baseline.losses, work.batch_size, reference),
-        total=sum(len(keys_of(unit)) for unit in remaining),
-        desc="perturbations",
-        disable=not processes.first,
-    )
-    for outcome in bar:
-        bar.set_postfix_str(outcome.condition.target.layer)
-        if outcome.failure:
-            bar.write(escaped(f"error: {outcome.failure}; going on with the other targets"), sys.stderr)
-        record = record_of(outcome, baseline, perplexity, corpus, work.loaded.metadata["id"])
-        run.append(record, processes.rank)
+    n_conditions = sum(len(keys_of(unit)) for unit in remaining)
+    with Progress(n_conditions, "perturbations", processes.first) as progress:
+        for outcome in sweep(model, corpus, remaining, baseline.losses, work.batch_size, reference):
+            progress.at(outcome.condition.target.layer)
+            if outcome.failure:
+                note(f"error: {outcome.failure}; going on with the other targets")
+            record = record_of(outcome, baseline, perplexity, corpus, work.loaded.metadata["id"])
+            run.append(record, processes.rank)
+            progress.update()
     processes.gather(len(remaining))  # waits until every process has finished its part
     if processes.first:
         _write_results(work, run, baseline)

@@ -1,5 +1,6 @@
 """Merge the shards of a request, measured on machines that know nothing of each other, into one run."""
 
+import csv
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ def merge(parents: list[str], run_options: RunOptions) -> Path:
         The run folder.
 
     Raises:
-        RequestError: shards of different requests or baselines, one missing or given twice, rows that overlap.
+        RequestError: shards of different requests or baselines, one missing or given twice, rows that overlap,
+            tables of other columns.
     """
     output = check_output(run_options.output)
     runs = [folder.resolve() for parent in parents for folder in find_runs(Path(parent), layout.SHARD)]
@@ -39,6 +41,7 @@ def merge(parents: list[str], run_options: RunOptions) -> Path:
     ]
     identity = _common_identity(folders, manifests, fingerprints)
     _check_rows(manifests)
+    _check_columns(folders)
     details = {"merged": [str(folder) for folder in folders]}
     run = open_run(output, layout.PERTURBATION, identity, run_options.experiment_id, details, fingerprints[0])
     with run.recorded():
@@ -89,6 +92,44 @@ def _check_rows(manifests: list[ShardManifest]) -> None:
     rows = sorted(row for manifest in manifests for row in manifest["rows"])
     if rows != list(range(manifests[0]["n_rows"])):
         raise RequestError("the shards overlap or leave rows out; were they made by different versions?")
+
+
+def _check_columns(folders: list[Path]) -> None:
+    """See that each table has the same columns, in the same order, in all shards.
+
+    Raises:
+        RequestError: one has others, or cannot be read.
+    """
+    for name, read in ((layout.MEASUREMENTS_FILE, _header_of), (layout.SEQUENCE_LOSSES_FILE, _columns_of_parquet)):
+        first = read(folders[0] / name)
+        for folder in folders[1:]:
+            own = read(folder / name)
+            if own != first:
+                more = [f"it alone has {column}" for column in own if column not in first]
+                less = [f"it lacks {column}" for column in first if column not in own]
+                how = ", ".join(more + less) or "they are in another order"
+                raise RequestError(
+                    f"{folder / name} has other columns than that of {folders[0]} ({how}): the shards are of "
+                    "different versions; measure them with one"
+                )
+
+
+def _header_of(path: Path) -> list[str]:
+    try:
+        with path.open(encoding="utf-8", newline="") as stream:
+            return next(csv.reader(stream), [])
+    except (OSError, ValueError, csv.Error) as error:
+        raise RequestError(f"{path} is damaged: {error}; measure the shard again") from None
+
+
+def _columns_of_parquet(path: Path) -> list[str]:
+    from pyarrow import parquet  # slow to import
+
+    try:
+        names: list[str] = parquet.read_schema(path).names
+    except (OSError, ValueError) as error:
+        raise RequestError(f"{path} is damaged: {error}; measure the shard again") from None
+    return names
 
 
 def _write(folder: Path, shards: list[Path], rows: list[list[int]]) -> None:

@@ -7,18 +7,17 @@ return, every pass is a full one.
 """
 
 import re
-import sys
 from functools import cached_property, partial
 
 import torch
 from bridge.exchange.errors import one_line
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from llm_perturb.evaluation.decoder import Decoder
 from llm_perturb.evaluation.decoder_head import is_plain
 from llm_perturb.evaluation.perplexity import Measured, Reference, batches, in_order, measure_batch
+from llm_perturb.evaluation.progress import note
 
 
 class SuffixForward:
@@ -84,7 +83,7 @@ class SuffixForward:
     def say(self, line: str) -> None:
         """Print a line, once."""
         if line not in self._said:
-            tqdm.write(line, sys.stderr)
+            note(line)
         self._said.add(line)
 
     def _begin_at_the_first(self) -> None:

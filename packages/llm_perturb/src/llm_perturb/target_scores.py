@@ -11,11 +11,11 @@ import torch
 from bridge.exchange.errors import RunError
 from torch import Tensor
 from torch.nn import Parameter
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from llm_perturb.evaluation.corpus import Corpus
 from llm_perturb.evaluation.lm_loss import exact_nats
+from llm_perturb.evaluation.progress import over
 
 Metric = Literal["grad_x_weight", "grad_squared", "obd", "taylor2", "magnitude"]
 
@@ -40,7 +40,7 @@ def target_scores(
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     try:
-        for sequence in tqdm(corpus.sequences, desc="gradient of the targets", leave=False):
+        for sequence in over(corpus.sequences, "gradient of the targets"):
             _sequence_loss(model, sequence).backward()
             for name, parameter in parameters.items():
                 assert parameter.grad is not None, name

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from bridge.exchange.errors import RequestError
 
 VARIABLE = "BRIDGE_SAYS"
-TERMINAL = "BRIDGE_TERMINAL"  # set while a command copies the output of another process to a terminal
+TERMINAL = "BRIDGE_TERMINAL"  # 1 while a command copies the output of another process to a terminal
 
 
 @dataclass(frozen=True, kw_only=True)

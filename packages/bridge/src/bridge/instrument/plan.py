@@ -17,6 +17,7 @@ from bridge.exchange.discovery_run import Discovery, choose_discovery
 from bridge.exchange.errors import RequestError
 from bridge.exchange.flag_table import FilePath
 from bridge.exchange.layout import ALL, Shard, parse_shard
+from bridge.exchange.perturbation_numbers import PERTURBATION_OF, check_seeds, numbers_set
 from bridge.exchange.run_folder import check_output
 from bridge.instrument import command, process
 from bridge.instrument.texts import EvaluationTexts
@@ -234,17 +235,8 @@ def _numbers(options: ValidationOptions) -> dict[str, float]:
     Raises:
         RequestError: one is of a perturbation that was not asked for.
     """
-    numbers: dict[str, float] = {}
-    perturbation_of = {"factor": "scale", "sigma": "gaussian_noise", "bit": "bit_flip", "n_bits": "quantize"}
-    for name, perturbation in perturbation_of.items():
-        value = getattr(options, name)
-        if value is None:
-            continue
-        if perturbation not in options.perturbations:
-            flag = name.replace("_", "-")
-            raise RequestError(f"--{flag} is for --perturbations {perturbation}, which is not asked for")
-        numbers[name] = value
-    return numbers
+    values = {name: getattr(options, name) for name in PERTURBATION_OF}
+    return numbers_set(values, options.perturbations, "--perturbations")
 
 
 def _targets(
@@ -292,7 +284,7 @@ def _hash(path: Path) -> str:
 
 
 def _check_numbers(options: ValidationOptions) -> None:
-    _check_at_least("seeds", options.seeds, 0)
+    check_seeds(options.seeds)
     if options.batch_size is not None:
         _check_at_least("batch-size", [options.batch_size], 1)
     _check_at_least("single-weights", [options.single_weights], 0)

@@ -14,6 +14,7 @@ from typing import IO
 
 from bridge.exchange.errors import RequestError, RunError
 from bridge.exchange.run_folder import is_locked
+from bridge.exchange.verbosity import TERMINAL
 from bridge.instrument import ancestors
 
 _LLM_PERTURB = Path(__file__).resolve().parents[4] / "llm_perturb"
@@ -38,7 +39,7 @@ SCRIPT = _script("run_topk_perturb.py")
 MERGE = _script("merge_shards.py")
 PYTHON = _python()
 _SECONDS_TO_END = 30.0
-_TAIL = 16_000  # characters of output; the launcher adds many after the instrument's own last line
+_TAIL = 16_000  # characters of output; a launcher may add many after the instrument's own last line
 _REFUSED = re.compile(r"exitcode\s*: 2\b")
 
 
@@ -95,6 +96,7 @@ def measure(
     while is_locked(folder) and time.monotonic() < deadline:
         time.sleep(0.1)
     tied_command, environment = tied(command)
+    environment[TERMINAL] = str(int(sys.stderr.isatty()))
     with log.open("ab") as log_stream:
         child = subprocess.Popen(
             tied_command,
@@ -123,8 +125,9 @@ def _failure(code: int, last_lines: list[str], log: Path, name: str) -> RequestE
     if code == 2 or any(_REFUSED.match(line) for line in last_lines):
         return RequestError(f"{name} refused: {complaint}")
     how = f"failed with exit code {code}"
-    if code < 0:
-        how = f"was ended by signal {-code} ({signal.Signals(-code).name})"
+    number = -code if code < 0 else code - 128  # the launcher of several processes reports a signal as a shell does
+    if number in signal.valid_signals():
+        how = f"was ended by signal {number} ({signal.Signals(number).name})"
     return RunError(f"{name} {how}: {complaint}; see {log}. The same command started again goes on from there")
 
 

@@ -13,8 +13,8 @@ from typing import ClassVar
 
 import torch
 from bridge.exchange.errors import RequestError
+from llm_perturb.evaluation.progress import Progress
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from critical_weight_analysis.layerwise.activation_cache import ActivationCache, bytes_to_spare
@@ -125,7 +125,7 @@ class _Pass:
         n_bytes = sum(batch.ids.numel() for batch in self.batches) * len(self.layers) * bytes_per_token
         self.states = HiddenStates(n_bytes, self.device, settings.scratch)
         n_steps = 2 * len(self.layers) if needs else len(self.layers)
-        self.bar = tqdm(total=n_steps, disable=not settings.progress, leave=False)
+        self.progress = Progress(n_steps, "layers", settings.progress)
 
     def _make_batches(self, sequences: list[Tensor]) -> list[Batch]:
         """This process's batches; of one sequence where more would change a number or mix what is to be squared."""
@@ -165,11 +165,11 @@ class _Pass:
                 self.embedding_and_head.embed(batch)
         n_second_forwards = len(self.layers) - self.done if self.needs else 0
         for depth, layer in enumerate(self.layers):
-            self.bar.set_description(f"forward {layer}")
+            self.progress.at(f"forward {layer}")
             run = partial(self._forward_through_layer, layer, depth < n_second_forwards)
             with self.settings.present(self.owned[layer]):
                 on_cores(self.device, run, enumerate(self.batches))
-            self.bar.update()
+            self.progress.update()
         with self.settings.present(self.owned[""]):
             for batch in self.batches:
                 self.embedding_and_head.loss_and_back(batch)
@@ -197,7 +197,7 @@ class _Pass:
             names = self.wanted.pop(layer)
             if number < self.done:
                 continue
-            self.bar.set_description(f"backward {layer}")
+            self.progress.at(f"backward {layer}")
             with self.settings.present(self.owned[layer]):
                 sums = self.sums_of(names)
                 numbered = list(enumerate(self.batches))
@@ -208,14 +208,14 @@ class _Pass:
                     add(pieces, sums, self.device)
                 for name in names:
                     yield sums.pop(name).finish()
-            self.bar.update()
+            self.progress.update()
             if resume:
                 resume.save(number + 1, [batch.gradient for batch in self.batches])
         self.outside.update(self.sums_of(self.embedding_names))
         with self.settings.present(self.structure.before):
             for batch in self.batches if self.outside else []:
                 self.embedding_and_head.back_to_embedding(batch)
-        self.bar.close()
+        self.progress.close()
         yield from self._finished(self.outside)
 
     def _forward_through_layer(self, layer: str, runs_again: bool, numbered: tuple[int, Batch]) -> None:
@@ -245,7 +245,7 @@ class _Pass:
                 yield sums.pop(name).finish()
 
     def _weights_alone(self) -> Iterator[Sensitivity]:
-        self.bar.close()
+        self.progress.close()
         for name in self.names:
             with self.settings.present([name]):
                 yield Sensitivity(name, self.parameters[name].detach())

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from bridge.exchange.errors import RequestError
+from bridge.exchange.errors import RequestError, innermost
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _READ_BY_TRANSFORMERS = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
@@ -29,16 +29,10 @@ def reason_of(error: BaseException, source: str) -> str:
         error: raised by transformers while it loads a model.
         source: the folder or hub id of the model.
     """
-    innermost = _innermost(error)
-    errors = [error] if " ".join(str(innermost).split()) in " ".join(str(error).split()) else [error, innermost]
+    deepest = innermost(error)
+    errors = [error] if " ".join(str(deepest).split()) in " ".join(str(error).split()) else [error, deepest]
     damages = [f"{file.name} {damage}" for file in _small_files(source) if (damage := _damage(file))]
     return "; ".join([*damages, *(_text(each, source)[:300] for each in errors)])
-
-
-def _innermost(error: BaseException) -> BaseException:
-    while deeper := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
-        error = deeper
-    return error
 
 
 def _text(error: BaseException, source: str) -> str:

@@ -24,9 +24,11 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from llm_perturb.evaluation.checkpoint import Checkpoint
 from llm_perturb.evaluation.embedded_model import embedded_checkpoint
 from llm_perturb.evaluation.fingerprint import parameter_digests, persistent_buffers, tokenizer_digest, total_digest
+from llm_perturb.evaluation.hub import why_unreachable
 from llm_perturb.evaluation.load_errors import reason_of
 from llm_perturb.evaluation.loading import bytes_in_memory, dequantize, first_names, load_model, quantization
 from llm_perturb.evaluation.parameters import check_names, named_parameters, tied_groups
+from llm_perturb.evaluation.progress import library_bars
 from llm_perturb.evaluation.revision import revision_of
 
 DType = Literal["float32", "bfloat16", "float16", "float64"]
@@ -153,6 +155,7 @@ def _folder(name: str) -> str | None:
     return str(Path(name).resolve()) if Path(name).is_dir() else None
 
 
+@library_bars()
 def load(
     name: str | None = None,
     *,
@@ -180,6 +183,7 @@ def load(
     torch_device = check_device(device)
     name = check_printable(choose_name(name, target_layers), "the model's name")
     source = str(embedded_checkpoint()) if name == model_table()["embedded"] else name
+    unreachable = None if Path(source).is_dir() else why_unreachable()
     revision = resolve_revision(source, revision)
     _say_source(name, source, revision)
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -205,7 +209,7 @@ def load(
     except RequestError:
         raise
     except Exception as error:  # whatever transformers makes of a file that is not as it should be
-        hint = "" if Path(source).is_dir() else " (it is no folder here; a hub id needs the network or a filled cache)"
+        hint = "" if Path(source).is_dir() else f" (it is no folder here{_network(unreachable)})"
         reason = reason_of(error, source)
         if isinstance(error, ImportError) and "attention" in reason.lower():
             reason += " Choose a kernel that is installed: --attn-implementation eager"
@@ -230,6 +234,10 @@ def load(
         **({"unused_weights": unused} if unused else {}),
     }
     return LoadedModel(model, tokenizer, metadata, loaded.checkpoint)
+
+
+def _network(unreachable: str | None) -> str:
+    return f"; {unreachable}, and the cache lacks it or a part of it" if unreachable else ""
 
 
 def _say_source(name: str, source: str, revision: str | None) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from bridge.exchange.errors import RequestError, RunError
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from llm_perturb.evaluation.causality import PADDING_MATTERS, tolerance
@@ -16,6 +15,7 @@ from llm_perturb.evaluation.corpus import Corpus
 from llm_perturb.evaluation.decoder_head import is_plain, runner_without_head
 from llm_perturb.evaluation.lm_loss import exact_scores, token_divergence, token_scores
 from llm_perturb.evaluation.onednn_linear import own_products
+from llm_perturb.evaluation.progress import over
 
 
 @dataclass(frozen=True)
@@ -106,15 +106,15 @@ def measure(
         model: a causal language model in eval mode.
         sequences: each (T_i + 1,) ids.
         batch_size: sequences at a time.
-        progress: what a progress bar on stderr should say; None for no bar.
+        progress: what is measured, for the progress on stderr; None to show none.
         check: whether a loss that is not finite is an error, or a result.
 
     Raises:
         RunError: a loss is not finite.
     """
     order = batches(sequences, batch_size)
-    bar = tqdm(order, desc=progress, disable=progress is None, leave=False)
-    measured = in_order(order, [measure_batch(model, [sequences[i] for i in chosen]) for chosen in bar])
+    steps = over(order, progress or "", shown=progress is not None)
+    measured = in_order(order, [measure_batch(model, [sequences[i] for i in chosen]) for chosen in steps])
     if check and not measured.losses.isfinite().all():
         first = int(measured.losses.isfinite().logical_not().nonzero()[0])
         hint = "; it may be in a batch of its own: --batch-size 1" if batch_size > 1 else ""

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 from bridge.exchange.errors import RequestError
 
 from llm_perturb.evaluation.corpus_options import CorpusOptions
+from llm_perturb.evaluation.hub import why_unreachable
 from llm_perturb.evaluation.text_files import Number, check_column, kind_of, read_column, read_lines
 
 Message: TypeAlias = dict[str, str]  # of a chat: role and content
@@ -136,6 +137,7 @@ def _read_dataset(options: CorpusOptions) -> list[object]:
     name = options.dataset
     if not Path(name).is_dir() and kind_of(Path(name)):
         raise RequestError(f"--dataset {name}: no such file")
+    unreachable = None if Path(name).is_dir() else why_unreachable()
     with tempfile.TemporaryDirectory() as temporary:
         cache = temporary if Path(name).is_dir() else None
         try:
@@ -148,6 +150,8 @@ def _read_dataset(options: CorpusOptions) -> list[object]:
             values: list[object] = list(table[options.text_column])
         except (OSError, ValueError, exceptions.DatasetsError) as error:
             reason = " ".join(str(_innermost(error)).split())[:300]
+            if unreachable:
+                reason = f"{unreachable}, and the cache lacks it; {reason}"
             raise RequestError(f"--dataset {name} cannot be loaded: {reason}") from None
         finally:
             builder = table = None  # closes the files of the temporary cache
