@@ -160,7 +160,7 @@ def test_chance_for_the_size_of_a_real_model():
     assert stability.chance_jaccard(k, n) == pytest.approx(k / (2 * n), rel=1e-2)
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("model", ["llama"], indirect=True)
 def test_picture_is_written(found, tmp_path):
     plot_stability(found[0], tmp_path / "stability.png")
     assert (tmp_path / "stability.png").read_bytes().startswith(b"\x89PNG")
