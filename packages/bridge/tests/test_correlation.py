@@ -8,6 +8,7 @@ import synthetic
 from bridge.analysis.ablation_curves import ablation_curves
 from bridge.analysis.correlation import correlate, write_correlations
 from bridge.analysis.primary import Primary
+from bridge.analysis.rho_over_texts import rho_over_texts
 from bridge.analysis.single_weights import weight_effects
 from bridge.analysis.targets import is_restricted
 from bridge.analysis.top_against_random import top_against_random
@@ -38,6 +39,8 @@ def test_a_row_for_each_metric_without_the_target_all(measurements, correlations
     assert (row["unit"], row["perturbation"], row["k"], row["n"]) == ("layers", "zero", 100, 30)
     assert row["spearman"] == pytest.approx(reference.spearman(*layers_of(measurements, metric)))
     assert row["kendall_tau_b"] == pytest.approx(reference.tau_b(*layers_of(measurements, metric)))
+    assert row["ci_low"] < row["spearman"] < row["ci_high"]
+    assert row["within_low"] < row["within_rho"] < row["within_high"]
     assert row["note"] == ""
 
 
@@ -241,3 +244,20 @@ def test_the_table_of_a_validation_is_written_to_its_folder(tmp_path):
     expected = correlate(validation.measurements(), 3, validation.targets(), primary=primary)
     pd.testing.assert_frame_equal(table, expected, check_exact=True)
     pd.testing.assert_frame_equal(read_table(folder / "correlations.csv", CORRELATIONS), table, check_dtype=False)
+
+
+def test_where_all_layers_were_measured_rho_has_an_interval_over_texts():
+    measurements = synthetic.measurements(n=8, metrics=("obd",), seeds=(), with_all=False)
+    tops = measurements[measurements["selection"] == "top_obd"]
+    n_tokens = np.arange(10.0, 17)
+    effects = tops["delta_nll"].to_numpy()[:, None] * np.random.default_rng(0).exponential(size=(8, 7)) * n_tokens
+    keys = tops[["target_layer", "selection", "perturbation", "k", "seed"]]
+    losses = keys.loc[keys.index.repeat(7)].assign(sequence=list(range(7)) * 8, n_tokens=n_tokens.tolist() * 8)
+    losses = losses.assign(baseline_nats=2.0, perturbed_nats=2.0 + effects.ravel())
+    every = synthetic.targets(8, 0).assign(n_layers=8)
+    row = correlate(measurements, targets=every, losses=losses, n_resamples=9).iloc[0]
+    _, low, high = rho_over_texts(tops["score_sum"].to_numpy(), effects, n_tokens)
+    assert [row["texts_low"], row["texts_high"]] == pytest.approx([low, high], rel=1e-9)
+    assert low < high
+    some = correlate(measurements, targets=every.assign(n_layers=100), losses=losses, n_resamples=9).iloc[0]
+    assert np.isnan([some["texts_low"], some["texts_high"]]).all()
