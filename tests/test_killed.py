@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import time
+from functools import cache
 
 import pytest
 from conftest import PACKAGES
@@ -50,12 +51,18 @@ def kill(process, mark, first):
 
 @pytest.fixture(scope="module")
 def quiet(discovery, offline):
-    """Measure without a break, in one process: the folder, and how many seconds that took."""
-    began = time.monotonic()
-    process = start(discovery, offline, "--experiment-id=quiet")
-    _, err = process.communicate()
-    assert process.returncode == 0, err[-2000:]
-    return discovery / "validation_quiet", time.monotonic() - began
+    """Measure without a break in so many processes: the folder, and how many seconds that took."""
+
+    @cache
+    def measure(n_processes):
+        began = time.monotonic()
+        name = f"quiet{n_processes}"
+        process = start(discovery, offline, f"--experiment-id={name}", f"--num-processes={n_processes}")
+        _, err = process.communicate()
+        assert process.returncode == 0, err[-2000:]
+        return discovery / f"validation_{name}", time.monotonic() - began
+
+    return measure
 
 
 def moments(draw, n_processes, takes):
@@ -68,7 +75,7 @@ def moments(draw, n_processes, takes):
 @pytest.mark.parametrize(("n_processes", "seed"), [(1, 1), (2, 2)])
 def test_kills_at_random_moments_change_no_table(discovery, quiet, offline, tmp_path, n_processes, seed):
     draw, output, temporary = random.Random(seed), tmp_path / "out", tmp_path / "temporary"
-    expected, takes = quiet
+    expected, takes = quiet(n_processes)
     shutil.copytree(discovery, output, ignore=shutil.ignore_patterns("validation_*"))
     temporary.mkdir()
     mark = f"{output}-{seed}"

@@ -37,6 +37,7 @@ def test_runs_are_loaded_by_path_and_by_name(outputs):
         bridge.load_validation(outputs / "critical_analysis_1")
 
 
+@pytest.mark.slow
 def test_correlations_from_python_are_those_of_the_file(outputs):
     validation = bridge.load_validation(outputs)
     table = bridge.correlate(validation.measurements(), targets=validation.targets(), sampled=validation.sampled())

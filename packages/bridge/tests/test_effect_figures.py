@@ -13,6 +13,7 @@ def example():
     return synthetic.evidence(n=4, metrics=METRICS, ks=(1, 100))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draw", [effect_by_layer, ablation])
 def test_the_figure_is_drawn_in_both_themes(tmp_path, example, draw):
     assert_drawn_in_both_themes(draw, example, tmp_path / "figure.png")

@@ -20,6 +20,7 @@ def with_weights(example):
     return synthetic.evidence_of(synthetic.with_single_weights(example.measurements, sampled), sampled)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draw", [predicted_and_measured, single_weights])
 def test_the_figure_is_drawn_in_both_themes(tmp_path, with_weights, draw):
     assert_drawn_in_both_themes(draw, with_weights, tmp_path / "figure.png")

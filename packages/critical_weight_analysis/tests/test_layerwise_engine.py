@@ -100,6 +100,7 @@ def test_sequences_of_one_length_share_one_sum_of_squares(model, sequences):
     assert_same_sums(found, naive)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("needs", [{"grad"}, {"fisher"}, {"curvature"}, {"grad", "curvature"}])
 @pytest.mark.parametrize("name", ["gpt2", "neox"])
 def test_only_what_is_needed_is_summed(tiny_model, sequences, name, needs):

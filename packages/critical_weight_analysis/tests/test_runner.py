@@ -250,6 +250,7 @@ def test_the_kernel_of_attention_is_recorded(checkpoint, tmp_path, texts, capsys
     assert "no_such_kernel" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_same_baseline_is_accepted_and_another_refused(finished, checkpoint, texts, tmp_path, capsys):
     baseline = finished[0] / "baseline.json"
     words = flags(checkpoint, texts, tmp_path, "--topk", 5, "--no-save-plots", "--baseline", baseline)

@@ -54,7 +54,7 @@ def test_the_maps_of_every_layer_are_found(family):
 
 
 @pytest.mark.parametrize("family", sorted(BUILDERS))
-@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_a_copy_gives_what_a_model_with_a_zero_in_its_state_dict_gives(family, batch_size, sequences):
     model = build(family)
     conditions = some_of_every_map(model)
