@@ -9,8 +9,7 @@ from functools import cache
 
 from bridge.exchange.errors import innermost, one_line
 from bridge.exchange.printable import say
-from huggingface_hub import constants
-from huggingface_hub.utils import get_session
+from huggingface_hub import constants, get_session
 
 SECONDS = 5.0  # to connect, and to answer
 
