@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -47,14 +48,15 @@ def test_wrong_entry_of_a_discovery_is_named_with_its_file(tmp_path, keys, value
 
 
 @pytest.mark.parametrize(("key", "value"), [("status", 1), ("warnings", "odd"), ("ended", 3), ("kind", [])])
-def test_wrong_entry_of_any_run_is_refused(tmp_path, key, value):
+def test_wrong_entry_of_any_run_is_refused(tmp_path, key, value, capsys):
     folder = make_discovery(tmp_path)
     change(folder, key, value=value)
     message = rf"manifest\.json is damaged: Expected `.*`, got `.*` - at `\$\.{key}`"
     with pytest.raises(RequestError, match=message):
         read_manifest(folder)
-    with pytest.raises(RequestError, match=message):
+    with pytest.raises(RequestError, match="holds no complete critical_analysis_"):
         find_runs(tmp_path, "critical_analysis")
+    assert re.search(rf"WARNING: .*{message}; {folder.name} is passed over", capsys.readouterr().err)
 
 
 def test_manifest_is_an_object():

@@ -19,7 +19,7 @@ def test_reads_what_was_written(tmp_path):
     ("text", "message"),
     [
         (None, "cannot be read: No such file"),
-        ("{", "is not JSON"),
+        ("{", "is damaged"),
         ("[]", "lacks model, revision, dtype, corpus_sha256, nll"),
         (json.dumps({k: v for k, v in FOUND.items() if k != "nll"}), "lacks nll; expected a baseline.json"),
         (json.dumps(FOUND | {"nll": "3.0"}), "has nll '3.0', which is not a number"),
