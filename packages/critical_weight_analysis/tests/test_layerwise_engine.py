@@ -3,6 +3,7 @@ import itertools
 import pytest
 import torch
 from bridge.exchange.errors import RequestError, RunError
+from bridge.exchange.verbosity import TERMINAL
 from critical_weight_analysis.layerwise.pass_settings import Settings
 from decoders import DECODERS, build_decoder
 from engines import LAYERWISE
@@ -188,6 +189,7 @@ def test_sum_that_is_not_finite_names_the_parameter(tiny_model, sequences):
         measure(model, sequences, needs={"fisher"})
 
 
-def test_bar_says_which_layer(tiny_model, sequences, capsys):
+def test_bar_says_which_layer(tiny_model, sequences, capsys, monkeypatch):
+    monkeypatch.setenv(TERMINAL, "1")
     measure(tiny_model("gpt2"), sequences, progress=True)
     assert "transformer.h.0" in capsys.readouterr().err
