@@ -221,7 +221,7 @@ def test_files_of_a_killed_measurement(finished, out, marker, file, form):
     plant(out / "perturb_x" / file, marker, form)
     code = run("perturb", *setup(finished), *CONDITIONS, "--output", out, "--experiment-id", "x")
     assert not marker.exists()
-    assert code == (2 if file in {"progress-0.jsonl", "manifest.json"} else 0)
+    assert code == (2 if file == "manifest.json" else 0)  # a damaged log is set aside, and measured again
 
 
 @pytest.mark.parametrize("form", ["text", "torch"])
