@@ -7,15 +7,12 @@ folder; a finished folder is never written to again.
 import errno
 import json
 import os
-import platform
-import subprocess
 import sys
 import time
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +20,7 @@ from filelock import FileLock, Timeout
 
 from bridge.exchange.errors import RequestError
 from bridge.exchange.fingerprint import Fingerprint, difference, recorded_fingerprint, write_fingerprint
+from bridge.exchange.host import describe_host
 from bridge.exchange.json_file import read_json
 from bridge.exchange.layout import (
     LOCK_FILE,
@@ -38,12 +36,6 @@ from bridge.exchange.tables import write_bytes, write_json
 
 SCHEMA_VERSION = 1
 _RESERVE = 1 << 16  # bytes, enough for a manifest
-# Import name and distribution of each package whose version a manifest records.
-_PACKAGES = {
-    "bridge": "critical-weights-bridge",
-    "llm_perturb": "critical-weights-perturb",
-    "critical_weight_analysis": "critical-weights-discovery",
-} | {name: name for name in ("torch", "transformers", "accelerate", "datasets", "numpy", "pandas", "scipy")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,7 +234,7 @@ def open_run(
         identity=identity,
         started=content.get("started", _now()),
         ended=None,
-        host=_host(),
+        host=describe_host(),
         **(details or {}),
     )
     if fingerprint:
@@ -386,28 +378,3 @@ def _lock(folder: Path) -> FileLock:
 
 def _now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
-
-
-def _host() -> dict[str, Any]:
-    versions = {}
-    for package, distribution in _PACKAGES.items():
-        try:
-            versions[package] = metadata.version(distribution)
-        except metadata.PackageNotFoundError:
-            continue
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "versions": versions,
-        "git_commit": _git_commit(),
-    }
-
-
-def _git_commit() -> str | None:
-    folder = str(Path(__file__).parent)
-    command = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None

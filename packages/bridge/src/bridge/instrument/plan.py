@@ -157,21 +157,7 @@ def plan(options: ValidationOptions) -> Plan:
     _check_numbers(options)
     other_texts = options.chosen()
     targets, warnings = _targets(discovery, metrics, ks[-1], options)
-    chosen: dict[str, Any] = {
-        "metrics": metrics,
-        "k": ks,
-        "perturbations": list(dict.fromkeys(options.perturbations)),
-        "seeds": list(dict.fromkeys(options.seeds)),
-        "selection": ["top", "random", "bottom"] if options.bottom else ["top", "random"],
-        "numbers": _numbers(options),
-        "draw_seed": options.draw_seed,
-        "target_layers": targets["target_layer"].tolist(),
-    }
-    if options.global_set:
-        chosen["target_layers"].append(ALL)  # all matrices of the model: the top-K there is the global one
-    # k in the order of the request: its first is that of the primary analysis, named here before anything is measured
-    primary = primary_analysis(chosen | {"k": options.k or ks}, discovery.baseline_metric)
-    chosen = {"primary": primary._asdict(), **chosen}
+    chosen = _chosen(options, discovery, metrics, ks, targets["target_layer"].tolist())
     identity: dict[str, Any] = {
         "options": chosen,
         "model": discovery.model,
@@ -215,6 +201,27 @@ def plan(options: ValidationOptions) -> Plan:
         command=command.launcher(python, options.num_processes, options.device) + flags,
         output=check_output(options.output or str(discovery.folder.parent)),
     )
+
+
+def _chosen(
+    options: ValidationOptions, discovery: Discovery, metrics: list[str], ks: list[int], target_layers: list[str]
+) -> dict[str, Any]:
+    """What decides the numbers, as it goes into the manifest: the primary analysis first."""
+    chosen: dict[str, Any] = {
+        "metrics": metrics,
+        "k": ks,
+        "perturbations": list(dict.fromkeys(options.perturbations)),
+        "seeds": list(dict.fromkeys(options.seeds)),
+        "selection": ["top", "random", "bottom"] if options.bottom else ["top", "random"],
+        "numbers": _numbers(options),
+        "draw_seed": options.draw_seed,
+        "target_layers": target_layers,
+    }
+    if options.global_set:
+        chosen["target_layers"].append(ALL)  # all matrices of the model: the top-K there is the global one
+    # k in the order of the request: its first is that of the primary analysis, named here before anything is measured
+    primary = primary_analysis(chosen | {"k": options.k or ks}, discovery.baseline_metric)
+    return {"primary": primary._asdict(), **chosen}
 
 
 def _sets(discovery: Discovery, metrics: list[str], options: ValidationOptions) -> tuple[list[int], dict[str, Path]]:

@@ -210,19 +210,12 @@ def load(
         raise
     except Exception as error:  # whatever transformers makes of a file that is not as it should be
         hint = "" if Path(source).is_dir() else f" (it is no folder here{_network(unreachable)})"
-        reason = reason_of(error, source)
-        if isinstance(error, ImportError) and "attention" in reason.lower():
-            reason += " Choose a kernel that is installed: --attn-implementation eager"
+        reason = _reason(error, source)
         raise RequestError(f"model '{name}' cannot be loaded{hint}; its {part}: {reason}") from error
     unused = _allowed(source, loaded.unused, allow_unused_weights)
     model = loaded.model
     check_names(model)
-    model.eval().requires_grad_(False).to(torch_device)
-    if dtype == "float64":
-        model.set_experts_implementation("eager")  # the grouped products of fused experts have no float64
-    for module in model.modules():
-        if isinstance(module, torch.nn.Embedding):
-            module.padding_idx = None  # changes no result, but leaves the gradient of that row out
+    _make_ready(model, dtype, torch_device)
     metadata = {
         "id": name,
         "revision": revision_of(model, source, name, revision),
@@ -234,6 +227,23 @@ def load(
         **({"unused_weights": unused} if unused else {}),
     }
     return LoadedModel(model, tokenizer, metadata, loaded.checkpoint)
+
+
+def _make_ready(model: PreTrainedModel, dtype: str, device: torch.device) -> None:
+    """Bring a loaded model into the state in which it is measured."""
+    model.eval().requires_grad_(False).to(device)
+    if dtype == "float64":
+        model.set_experts_implementation("eager")  # the grouped products of fused experts have no float64
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding):
+            module.padding_idx = None  # changes no result, but leaves the gradient of that row out
+
+
+def _reason(error: Exception, source: str) -> str:
+    reason = reason_of(error, source)
+    if isinstance(error, ImportError) and "attention" in reason.lower():
+        reason += " Choose a kernel that is installed: --attn-implementation eager"
+    return reason
 
 
 def _network(unreachable: str | None) -> str:
