@@ -11,7 +11,7 @@ their Jaccard overlap |A ∩ B| / |A ∪ B|, and Spearman's rho of the ranks of 
 import time
 
 import torch
-from bridge.exchange import flags
+from bridge.exchange.command_line import flags
 from critical_weight_analysis import stability
 from critical_weight_analysis.discovery import Discovery, discover, engine_for
 from critical_weight_analysis.layerwise.pass_settings import Settings

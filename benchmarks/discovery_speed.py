@@ -24,7 +24,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads must not count as work; read when torch loads
 
 import torch
-from bridge.exchange import flags
+from bridge.exchange.command_line import flags
 from critical_weight_analysis import discovery as scoring
 from critical_weight_analysis.discovery import discover, engine_for
 from critical_weight_analysis.layerwise.batches import first_batch_size

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from bridge.exchange import flags
+from bridge.exchange.command_line import flags
 from llm_perturb.evaluation import models
 from llm_perturb.evaluation.fingerprint import parameter_digests, tokenizer_digest
 from llm_perturb.evaluation.models import LoadedModel

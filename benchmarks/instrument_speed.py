@@ -31,15 +31,15 @@ from typing import Literal
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads must not count as work; read when torch loads
 
 import torch
-from bridge.exchange import flags
+from bridge.exchange.command_line import flags
 from llm_perturb.batched_single_weights import group, linear_maps
 from llm_perturb.choose_weights import choose_weights
-from llm_perturb.condition import Condition
 from llm_perturb.evaluation import models
 from llm_perturb.evaluation.corpus import Corpus, CorpusOptions, read_texts, tokenize
 from llm_perturb.evaluation.decoder import Decoder
 from llm_perturb.evaluation.parameters import layer_of, named_parameters
 from llm_perturb.evaluation.perplexity import measure
+from llm_perturb.measurement_condition import Condition
 from llm_perturb.measurement_plan import Plan
 from llm_perturb.perturbation import Perturbation
 from llm_perturb.selection import Target, draw

@@ -18,7 +18,8 @@ from bridge.analysis.population_estimates import PopulationColumns, estimate_pop
 from bridge.analysis.single_weights import choose_weights
 from bridge.analysis.spearman import spearman_rho
 from bridge.analysis.within_kinds import within_kinds
-from bridge.exchange import flags, layout
+from bridge.exchange import layout
+from bridge.exchange.command_line import flags
 from bridge.exchange.printable import say
 from critical_weight_analysis import sampling
 from critical_weight_analysis.metrics import METRICS, Sensitivity

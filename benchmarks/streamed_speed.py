@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from bridge.exchange import flags
+from bridge.exchange.command_line import flags
 from critical_weight_analysis.discovery import discover, engine_for
 from critical_weight_analysis.layerwise.batches import first_batch_size
 from critical_weight_analysis.layerwise.pass_settings import Settings

@@ -5,8 +5,8 @@ import importlib.util
 import pytest
 import yaml
 from bridge import cli
-from bridge.exchange import flags
-from bridge.exchange.flag_table import flags_of
+from bridge.exchange.command_line import flags
+from bridge.exchange.command_line.flag_table import flags_of
 from conftest import PACKAGES, ROOT
 
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml"))

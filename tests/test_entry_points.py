@@ -1,4 +1,4 @@
-"""Every installed command starts within its border, before anything slow is imported."""
+"""Every installed command starts within `one_line_errors`, before anything slow is imported."""
 
 import os
 import subprocess
@@ -40,4 +40,4 @@ def test_ctrl_c_during_imports_ends_a_command_without_a_word(name):
     assert done.returncode == 130
     assert done.stderr == ""
     assert {"torch", "pandas", "fire", "transformers"}.isdisjoint(done.stdout.split())
-    assert "bridge.exchange.border" in done.stdout.split()
+    assert "bridge.exchange.command_line.exit_codes" in done.stdout.split()

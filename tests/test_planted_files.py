@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from bridge import cli
-from bridge.exchange import flags
+from bridge.exchange.command_line import flags
 from bridge.exchange.errors import RequestError
 from conftest import PACKAGES
 from llm_perturb.evaluation import models

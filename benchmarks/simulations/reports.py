@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 from bridge.analysis.correlation import correlate
 from bridge.analysis.layer_sample import draw_layers
-from bridge.analysis.primary import Primary
+from bridge.analysis.primary_analysis import Primary
 from bridge.report.evidence import Evidence
-from bridge.report.verdicts import exploratory, verdict_on_layers
+from bridge.report.verdict_sentences import exploratory, verdict_on_layers
 
 from simulations.layers import KINDS, N_DEPTHS, N_LAYERS, NAMES, World
 from simulations.rates import ANY, FALSE, Rate, claim, generator

@@ -5,7 +5,7 @@ python phase1_runner.py --model pythia-2.8b --metric grad_x_weight grad_squared 
 python phase1_runner.py --eval-limit 20        # the embedded model, without a network
 """
 
-from bridge.exchange.border import start
+from bridge.exchange.command_line.exit_codes import start
 
 if __name__ == "__main__":
     start("critical_weight_analysis.commands.phase1_runner")

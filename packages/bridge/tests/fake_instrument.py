@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import pandas as pd
-from bridge.exchange import flags
+from bridge.exchange.command_line import flags
 from bridge.exchange.errors import RequestError, RunError
 from bridge.exchange.run_folder import find_runs, open_run, read_manifest
 from bridge.exchange.tables import COMPARISONS, MEASUREMENTS, TOP_WEIGHTS, read_table, write_json, write_table

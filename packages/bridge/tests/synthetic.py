@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from bridge.analysis.correlation import correlate
-from bridge.analysis.primary import Primary
+from bridge.analysis.primary_analysis import Primary
 from bridge.exchange.tables import COMPARISONS
 from bridge.report.evidence import Evidence
 

@@ -4,7 +4,7 @@ import sys
 import pandas as pd
 import pytest
 from bridge import cli, validate
-from bridge.exchange.flag_table import flags_of
+from bridge.exchange.command_line.flag_table import flags_of
 from bridge.exchange.tables import CORRELATIONS
 from bridge.report import html
 from discovery_folder import make_discovery, snapshot

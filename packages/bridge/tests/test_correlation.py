@@ -7,7 +7,7 @@ import reference
 import synthetic
 from bridge.analysis.ablation_curves import ablation_curves
 from bridge.analysis.correlation import correlate, write_correlations
-from bridge.analysis.primary import Primary
+from bridge.analysis.primary_analysis import Primary
 from bridge.analysis.rho_over_texts import rho_over_texts
 from bridge.analysis.single_weights import weight_effects
 from bridge.analysis.targets import is_restricted

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-from bridge.exchange import flags
+from bridge.exchange.command_line import flags
 from bridge.exchange.errors import RequestError, RunError
 
 CALLS = []
@@ -332,7 +332,7 @@ def test_several_commands(capsys):
 def test_as_a_program(tmp_path):
     script = tmp_path / "thing.py"
     script.write_text(
-        "from bridge.exchange import flags\n"
+        "from bridge.exchange.command_line import flags\n"
         "def thing(*, n: int = 1) -> None:\n    'Count.'\n    print(n + 1)\n"
         "flags.run(thing)\n"
     )

@@ -12,17 +12,18 @@ import pytest
 SOURCE = Path(bridge.__file__).parent
 ROOMS = {  # to the rooms that it may import beside itself
     "exchange": set(),
+    "exchange.command_line": {"exchange"},
     "analysis": {"exchange"},
-    "instrument": {"exchange", "analysis"},
+    "instrument": {"exchange", "exchange.command_line", "analysis"},
     "report": {"exchange", "analysis"},
-    "commands": {"exchange", "analysis", "instrument", "report"},
+    "commands": {"exchange", "exchange.command_line", "analysis", "instrument", "report"},
 }
 
 
 def room(module: str) -> str:
     """The room of ``bridge.exchange.tables`` is exchange; what lies in no folder is a command."""
-    folder = module.split(".")[1]
-    return folder if folder in ROOMS else "commands"
+    inside = module.removeprefix("bridge.")
+    return next((name for name in sorted(ROOMS, reverse=True) if f"{inside}.".startswith(f"{name}.")), "commands")
 
 
 def imports(path: Path) -> set[str]:
@@ -58,7 +59,7 @@ def test_libraries_are_those_that_are_declared():
 
 
 def test_the_rooms_are_those_of_the_folders():
-    folders = {path.parent.name for path in SOURCE.glob("*/__init__.py")}
+    folders = {".".join(path.relative_to(SOURCE).parent.parts) for path in SOURCE.glob("*/**/__init__.py")}
     assert folders == ROOMS.keys() - {"commands"}
 
 

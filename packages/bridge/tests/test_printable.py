@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from bridge.exchange import flags
+from bridge.exchange.command_line import flags
 from bridge.exchange.errors import RequestError, RunError
 from bridge.exchange.printable import check_printable, escaped, is_printable, say
 

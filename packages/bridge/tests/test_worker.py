@@ -4,7 +4,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from bridge.instrument import ancestors, process
+from bridge.instrument import parent_process, process
 from bridge.instrument.worker import exit_code
 
 LAUNCHER = """
@@ -29,7 +29,7 @@ def test_the_exit_code_is_that_of_the_process_that_failed(error):
 @pytest.mark.parametrize(("argument", "code", "traceback"), [("2", 2, False), ("none", 1, True)])
 def test_only_another_exception_of_a_launcher_has_a_traceback(tmp_path, argument, code, traceback):
     (tmp_path / "launcher.py").write_text(LAUNCHER)
-    environment = os.environ | {"PYTHONPATH": str(tmp_path), ancestors.VARIABLE: ancestors.name_of_this()}
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), parent_process.VARIABLE: parent_process.name_of_this()}
     words = [sys.executable, "-m", "bridge.instrument.worker", "-m", "launcher", argument]
     done = subprocess.run(words, env=environment, capture_output=True, text=True)
     assert done.returncode == code

@@ -2,8 +2,8 @@ import itertools
 
 import pytest
 import torch
+from bridge.exchange.command_line.verbosity import TERMINAL
 from bridge.exchange.errors import RequestError, RunError
-from bridge.exchange.verbosity import TERMINAL
 from critical_weight_analysis.layerwise.pass_settings import Settings
 from decoders import DECODERS, build_decoder
 from engines import LAYERWISE

@@ -13,8 +13,8 @@ import odd_models
 import pandas as pd
 import pytest
 import torch
-from bridge.exchange import flag_table
-from bridge.exchange import flags as flag_reader
+from bridge.exchange.command_line import flag_table
+from bridge.exchange.command_line import flags as flag_reader
 from bridge.exchange.errors import RunError
 from bridge.exchange.fingerprint import read_fingerprint
 from bridge.exchange.run_folder import open_run, read_manifest

@@ -3,7 +3,7 @@
 python scripts/merge_shards.py --from outputs/ --output merged/
 """
 
-from bridge.exchange.border import start
+from bridge.exchange.command_line.exit_codes import start
 
 if __name__ == "__main__":
     start("llm_perturb.commands.merge_shards")

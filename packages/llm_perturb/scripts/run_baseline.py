@@ -3,7 +3,7 @@
 accelerate launch --config_file configs/accelerate_config.yaml scripts/run_baseline.py --model gpt2
 """
 
-from bridge.exchange.border import start
+from bridge.exchange.command_line.exit_codes import start
 
 if __name__ == "__main__":
     start("llm_perturb.commands.run_baseline")

@@ -11,7 +11,7 @@ r"""Perturb the top-K, random and bottom-K weights of a layer and measure what e
     python scripts/run_topk_perturb.py --model gpt2 --target-layer transformer.h.* --shard ${SLURM_ARRAY_TASK_ID}/20
 """
 
-from bridge.exchange.border import start
+from bridge.exchange.command_line.exit_codes import start
 
 if __name__ == "__main__":
     start("llm_perturb.commands.run_topk_perturb")

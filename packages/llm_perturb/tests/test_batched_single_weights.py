@@ -6,10 +6,10 @@ import torch
 from bridge.exchange.errors import RunError
 from llm_perturb import batched_single_weights
 from llm_perturb.batched_single_weights import Copies, even_parts, group, linear_maps
-from llm_perturb.condition import Condition
 from llm_perturb.evaluation.corpus import Corpus
 from llm_perturb.evaluation.parameters import layer_of, named_parameters
 from llm_perturb.evaluation.perplexity import measure, reference_of, sequence_losses
+from llm_perturb.measurement_condition import Condition
 from llm_perturb.perturbation import Perturbation
 from llm_perturb.selection import Target
 from llm_perturb.sweep import sweep

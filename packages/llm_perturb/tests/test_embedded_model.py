@@ -3,12 +3,12 @@
 import pytest
 import torch
 from llm_perturb.batched_single_weights import group
-from llm_perturb.condition import Condition
 from llm_perturb.evaluation import models
 from llm_perturb.evaluation.corpus import CorpusOptions, Texts, read_texts, tokenize
 from llm_perturb.evaluation.embedded_model import embedded_checkpoint
 from llm_perturb.evaluation.parameters import match, named_parameters
 from llm_perturb.evaluation.perplexity import sequence_losses, summarize
+from llm_perturb.measurement_condition import Condition
 from llm_perturb.perturbation import Perturbation
 from llm_perturb.selection import Target, draw
 from llm_perturb.sweep import sweep

@@ -8,11 +8,11 @@ import pytest
 import torch
 from bridge.exchange.run_folder import RunOptions
 from bridge.exchange.tables import MEASUREMENTS, TOP_WEIGHTS, read_table
-from llm_perturb.condition import Condition, Outcome
 from llm_perturb.evaluation.corpus import Corpus, CorpusOptions
 from llm_perturb.evaluation.models import ModelOptions
 from llm_perturb.evaluation.perplexity import Measured, summarize
 from llm_perturb.intervals import perplexity_change_interval
+from llm_perturb.measurement_condition import Condition, Outcome
 from llm_perturb.measurements_table import row_of
 from llm_perturb.perturbation import Perturbation
 from llm_perturb.perturbation_options import PerturbationOptions

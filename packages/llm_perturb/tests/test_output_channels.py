@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 from bridge.exchange.errors import RequestError
-from llm_perturb.condition import values_under
 from llm_perturb.evaluation.parameters import named_parameters
+from llm_perturb.measurement_condition import values_under
 from llm_perturb.output_channels import axes_under, channel_axes, check_channels
 from llm_perturb.perturbation import Perturbation
 from tiny_models import build

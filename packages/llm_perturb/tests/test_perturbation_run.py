@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from bridge.exchange import flags as flag_reader
+from bridge.exchange.command_line import flags as flag_reader
 from bridge.exchange.fingerprint import read_fingerprint, write_fingerprint
 from bridge.exchange.tables import MEASUREMENTS, TOP_WEIGHTS, read_table
 from llm_perturb import perturbation_run

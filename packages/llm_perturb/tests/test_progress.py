@@ -1,7 +1,7 @@
 import sys
 
 import pytest
-from bridge.exchange import border, verbosity
+from bridge.exchange.command_line import exit_codes, verbosity
 from llm_perturb.evaluation import progress
 from transformers.utils import logging
 
@@ -62,7 +62,7 @@ def test_a_bar_is_closed_before_an_error_is_printed(terminal, capsys):
             raise ValueError("no")
 
     steps = progress.Progress(4, "layers")
-    with pytest.raises(SystemExit, match="1"), border.border("command"):
+    with pytest.raises(SystemExit, match="1"), exit_codes.one_line_errors("command"):
         fail()
     lines = capsys.readouterr().err.rsplit("\r", 1)[-1].splitlines()
     assert len(lines) == 1

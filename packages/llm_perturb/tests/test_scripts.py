@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from bridge.exchange.command_line.flag_table import flags_of
+from bridge.exchange.command_line.flags import parse, run
+from bridge.exchange.command_line.perturbation_numbers import PERTURBATION_OF
 from bridge.exchange.errors import RequestError
-from bridge.exchange.flag_table import flags_of
-from bridge.exchange.flags import parse, run
-from bridge.exchange.perturbation_numbers import PERTURBATION_OF
 from bridge.exchange.tables import MEASUREMENTS
 from llm_perturb import commands, perturbation, target_scores
 from llm_perturb.perturbation_options import PerturbationOptions

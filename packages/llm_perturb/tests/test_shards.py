@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from bridge.exchange import flags
+from bridge.exchange.command_line import flags
 from bridge.exchange.errors import RequestError
 from bridge.exchange.fingerprint import read_fingerprint, write_fingerprint
 from bridge.exchange.run_folder import RunOptions

@@ -3,11 +3,11 @@ import copy
 import pytest
 import torch
 from llm_perturb.batched_single_weights import group
-from llm_perturb.condition import Condition
 from llm_perturb.evaluation.corpus import Corpus
 from llm_perturb.evaluation.decoder import Decoder
 from llm_perturb.evaluation.parameters import layer_of, named_parameters
 from llm_perturb.evaluation.perplexity import sequence_losses
+from llm_perturb.measurement_condition import Condition
 from llm_perturb.perturbation import Perturbation
 from llm_perturb.selection import Target
 from llm_perturb.suffix_forward import SuffixForward

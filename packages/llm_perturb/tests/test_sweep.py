@@ -4,10 +4,10 @@ import math
 import pytest
 import torch
 from bridge.exchange.errors import RunError
-from llm_perturb.condition import Condition
 from llm_perturb.evaluation.corpus import Corpus
 from llm_perturb.evaluation.parameters import match, named_parameters
 from llm_perturb.evaluation.perplexity import sequence_losses
+from llm_perturb.measurement_condition import Condition
 from llm_perturb.perturbation import Perturbation
 from llm_perturb.selection import Target
 from llm_perturb.sweep import sweep

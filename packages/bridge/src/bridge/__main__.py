@@ -1,6 +1,6 @@
-"""Where ``bridge`` starts: what the command needs is imported within its border, so that Ctrl-C ends it at any time."""
+"""Where ``bridge`` starts: what the command needs is imported within ``one_line_errors``, so that Ctrl-C ends it."""
 
-from bridge.exchange.border import start
+from bridge.exchange.command_line.exit_codes import start
 
 
 def main() -> None:

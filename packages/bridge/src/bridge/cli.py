@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Literal
 
 from bridge.analysis.targets import choose_targets, render
-from bridge.exchange import flags
+from bridge.exchange.command_line import flags
+from bridge.exchange.command_line.flag_table import FilePath
 from bridge.exchange.discovery_run import choose_discovery
 from bridge.exchange.errors import RequestError
-from bridge.exchange.flag_table import FilePath
 from bridge.exchange.layout import REPORT_HTML
 from bridge.exchange.printable import say
 from bridge.exchange.run_folder import RunOptions, check_output

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from llm_perturb.condition import Condition, new_values
 from llm_perturb.evaluation.causality import COMMON, LENGTH, probe_sequences, tolerance
 from llm_perturb.evaluation.decoder import Decoder
 from llm_perturb.evaluation.parameters import layer_of
 from llm_perturb.evaluation.perplexity import Measured, in_order
 from llm_perturb.evaluation.progress import note
+from llm_perturb.measurement_condition import Condition, new_values
 from llm_perturb.perturbation import changed
 from llm_perturb.suffix_forward import SuffixForward
 

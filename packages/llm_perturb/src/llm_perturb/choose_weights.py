@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llm_perturb.batched_single_weights import Unit
-from llm_perturb.condition import Condition
 from llm_perturb.evaluation.corpus import Corpus
+from llm_perturb.measurement_condition import Condition
 from llm_perturb.measurement_plan import Plan
 from llm_perturb.selection import Ranked, Target, draw, draw_matched, highest, lowest
 from llm_perturb.target_scores import target_scores

@@ -10,9 +10,9 @@ from torch.nn import Parameter
 from transformers import PreTrainedModel
 
 from llm_perturb.batched_single_weights import Copies, Unit
-from llm_perturb.condition import Condition
 from llm_perturb.evaluation.decoder_head import is_plain
 from llm_perturb.evaluation.parameters import layer_of, match, named_parameters
+from llm_perturb.measurement_condition import Condition
 from llm_perturb.output_channels import check_channels
 from llm_perturb.perturbation import Perturbation
 from llm_perturb.perturbation_options import PerturbationOptions

@@ -11,7 +11,6 @@ from bridge.exchange.printable import say
 from bridge.exchange.run_folder import Run
 from bridge.exchange.tables import MEASUREMENTS, atomic_path, read_table, write_table, write_text
 
-from llm_perturb.condition import Outcome
 from llm_perturb.evaluation.corpus import Corpus
 from llm_perturb.evaluation.perplexity import Measured, Perplexity, exp
 from llm_perturb.intervals import (
@@ -22,6 +21,7 @@ from llm_perturb.intervals import (
     perplexity_interval,
     ratio_interval,
 )
+from llm_perturb.measurement_condition import Outcome
 from llm_perturb.top_against_random import compare
 
 _WHOLE = {"seed": "Int64", "row": "Int64", "col": "Int64"}  # columns that may be empty

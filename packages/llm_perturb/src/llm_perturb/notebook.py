@@ -18,11 +18,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llm_perturb import perturbation as perturbations
-from llm_perturb.condition import values_under
 from llm_perturb.evaluation.corpus import Corpus, CorpusOptions, Texts, read_texts, tokenize
 from llm_perturb.evaluation.models import LoadedModel, ModelOptions
 from llm_perturb.evaluation.parameters import all_names, named_parameters
 from llm_perturb.evaluation.perplexity import Perplexity, sequence_losses, summarize
+from llm_perturb.measurement_condition import values_under
 from llm_perturb.perturbation import Kind, Perturbation
 from llm_perturb.weights_csv import flat_indices, read_weight_list
 

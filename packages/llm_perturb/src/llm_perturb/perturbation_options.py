@@ -4,9 +4,9 @@ import os
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from bridge.exchange.command_line.flag_table import FilePath
+from bridge.exchange.command_line.perturbation_numbers import PERTURBATION_OF, check_seeds, numbers_set
 from bridge.exchange.errors import RequestError
-from bridge.exchange.flag_table import FilePath
-from bridge.exchange.perturbation_numbers import PERTURBATION_OF, check_seeds, numbers_set
 from bridge.exchange.printable import check_printable
 
 from llm_perturb.perturbation import Kind, Perturbation

@@ -23,9 +23,9 @@ from llm_perturb.batched_single_weights import (
     measure_copies,
     unchanged,
 )
-from llm_perturb.condition import Condition, Outcome, new_values
 from llm_perturb.evaluation.corpus import Corpus
 from llm_perturb.evaluation.perplexity import Measured, Reference
+from llm_perturb.measurement_condition import Condition, Outcome, new_values
 from llm_perturb.perturbation import perturbed
 from llm_perturb.selection import Target
 from llm_perturb.suffix_forward import SuffixForward

@@ -16,7 +16,7 @@ from bridge.analysis.measured_sets import text_effects
 from bridge.analysis.metric_comparison import Difference, compare_metrics, standing
 from bridge.analysis.population_estimates import with_population_estimates
 from bridge.analysis.predicted_and_measured import LAYERS, Comparison, comparisons
-from bridge.analysis.primary import Primary, primary_analysis
+from bridge.analysis.primary_analysis import Primary, primary_analysis
 from bridge.analysis.rank_agreement import agreement
 from bridge.analysis.rho_over_texts import rho_over_texts
 from bridge.analysis.targets import RANGE_NOTE, is_restricted

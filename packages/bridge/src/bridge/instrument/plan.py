@@ -9,15 +9,15 @@ from typing import Any, Literal
 import pandas as pd
 
 from bridge.analysis.layer_sample import DEFAULT_LAYERS
-from bridge.analysis.primary import primary_analysis
+from bridge.analysis.primary_analysis import primary_analysis
 from bridge.analysis.single_weights import choose_weights
 from bridge.analysis.targets import choose_targets
 from bridge.exchange import baseline_file, layout
+from bridge.exchange.command_line.flag_table import FilePath
+from bridge.exchange.command_line.perturbation_numbers import PERTURBATION_OF, check_seeds, numbers_set
 from bridge.exchange.discovery_run import Discovery, choose_discovery
 from bridge.exchange.errors import RequestError
-from bridge.exchange.flag_table import FilePath
 from bridge.exchange.layout import ALL, Shard, parse_shard
-from bridge.exchange.perturbation_numbers import PERTURBATION_OF, check_seeds, numbers_set
 from bridge.exchange.run_folder import check_output
 from bridge.instrument import command, process
 from bridge.instrument.texts import EvaluationTexts

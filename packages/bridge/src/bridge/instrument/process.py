@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO
 
+from bridge.exchange.command_line.verbosity import TERMINAL
 from bridge.exchange.errors import RequestError, RunError
 from bridge.exchange.run_folder import is_locked
-from bridge.exchange.verbosity import TERMINAL
-from bridge.instrument import ancestors
+from bridge.instrument import parent_process
 
 _LLM_PERTURB = Path(__file__).resolve().parents[4] / "llm_perturb"
 _INSTALLED = importlib.util.find_spec("llm_perturb")  # beside this package, where both were installed from wheels
@@ -68,7 +68,7 @@ def tied(command: Sequence[str]) -> tuple[list[str], dict[str, str]]:
         command: the Python and its arguments: a script, or ``-m`` and a module, with their own arguments.
     """
     environment = {name: value for name, value in os.environ.items() if name != "TARGET_LAYER"}
-    environment[ancestors.VARIABLE] = ancestors.name_of_this()
+    environment[parent_process.VARIABLE] = parent_process.name_of_this()
     return [command[0], "-m", "bridge.instrument.worker", *command[1:]], environment
 
 

@@ -13,8 +13,8 @@ import runpy
 import subprocess
 import sys
 
-from bridge.exchange.verbosity import is_debug, is_verbose
-from bridge.instrument.ancestors import end_with_ancestors
+from bridge.exchange.command_line.verbosity import is_debug, is_verbose
+from bridge.instrument.parent_process import end_with_ancestors
 
 
 def exit_code(error: Exception) -> int | None:

@@ -18,7 +18,7 @@ from bridge.report.phrases import (
     top_minus_random,
     weight_name,
 )
-from bridge.report.verdicts import (
+from bridge.report.verdict_sentences import (
     agreement_of_layers,
     agreement_of_single_weights,
     exploratory,

@@ -1,6 +1,6 @@
-"""Where the installed command starts: its libraries are imported within the border, so that Ctrl-C ends it too."""
+"""Where the installed command starts: its libraries are imported within ``one_line_errors``, so that Ctrl-C ends it."""
 
-from bridge.exchange.border import start
+from bridge.exchange.command_line.exit_codes import start
 
 
 def phase1_runner() -> None:

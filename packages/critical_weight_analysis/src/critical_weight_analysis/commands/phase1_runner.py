@@ -1,6 +1,6 @@
 """The command of the global discovery; ``phase1_runner.py`` shows how it is called."""
 
-from bridge.exchange import flags
+from bridge.exchange.command_line import flags
 from bridge.exchange.run_folder import RunOptions
 from llm_perturb.evaluation.corpus import CorpusOptions
 from llm_perturb.evaluation.models import ModelOptions

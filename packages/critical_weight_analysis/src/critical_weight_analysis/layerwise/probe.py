@@ -3,7 +3,7 @@
 Nothing is concluded from a model's name. Eight tokens are run through it while every use of every
 parameter is watched: the layers must be called one after another, each on what the one before returned and on
 nothing else that depends on the layers, and no parameter may act in two of them. What this probe allows is still
-compared with plain autograd before it is trusted, see ``proof``.
+compared with plain autograd before it is trusted, see ``autograd_check``.
 """
 
 from contextlib import ExitStack

@@ -1,6 +1,6 @@
-"""Where the installed commands start: their libraries are imported within the border, so that Ctrl-C ends them too."""
+"""Where the installed commands start: libraries are imported within ``one_line_errors``, so that Ctrl-C ends them."""
 
-from bridge.exchange.border import start
+from bridge.exchange.command_line.exit_codes import start
 
 
 def merge_shards() -> None:

@@ -1,6 +1,7 @@
 """The command that merges shards; ``scripts/merge_shards.py`` shows how it is called."""
 
-from bridge.exchange import flags, layout
+from bridge.exchange import layout
+from bridge.exchange.command_line import flags
 from bridge.exchange.printable import say
 from bridge.exchange.run_folder import RunOptions
 

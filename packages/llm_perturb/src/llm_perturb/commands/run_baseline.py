@@ -1,6 +1,6 @@
 """The command that measures the unperturbed model; ``scripts/run_baseline.py`` shows how it is called."""
 
-from bridge.exchange import flags
+from bridge.exchange.command_line import flags
 from bridge.exchange.run_folder import RunOptions
 
 from llm_perturb.baseline_run import measure_baseline

@@ -1,6 +1,6 @@
 """The command that measures what chosen weights cost; ``scripts/run_topk_perturb.py`` shows how it is called."""
 
-from bridge.exchange import flags
+from bridge.exchange.command_line import flags
 from bridge.exchange.printable import say
 from bridge.exchange.run_folder import RunOptions
 

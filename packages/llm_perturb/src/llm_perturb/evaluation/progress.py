@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, TypeVar
 
-from bridge.exchange import border
+from bridge.exchange.command_line import exit_codes
+from bridge.exchange.command_line.verbosity import TERMINAL, is_quiet
 from bridge.exchange.printable import escaped, say
-from bridge.exchange.verbosity import TERMINAL, is_quiet
 from tqdm import tqdm
 from transformers.utils import logging
 
@@ -82,7 +82,7 @@ def _close_all() -> None:
         progress.close()
 
 
-border.before_last_line.append(_close_all)
+exit_codes.before_last_line.append(_close_all)
 
 
 def over(items: Collection[T], what: str, shown: bool = True) -> Iterator[T]:

@@ -4,7 +4,7 @@ import inspect
 import textwrap
 from collections.abc import Mapping
 
-from bridge.exchange.flag_table import EVERY_COMMAND, Command, FilePath, Flag, flags_of
+from bridge.exchange.command_line.flag_table import EVERY_COMMAND, Command, FilePath, Flag, flags_of
 
 _WIDTH = 100
 _TYPE_NAMES: dict[object, str] = {int: "N", float: "X", str: "TEXT", FilePath: "PATH"}

@@ -19,12 +19,20 @@ from pathlib import Path
 import fire
 import yaml
 
-from bridge.exchange.border import border
+from bridge.exchange.command_line.exit_codes import one_line_errors
+from bridge.exchange.command_line.flag_table import (
+    EVERY_COMMAND,
+    Command,
+    FilePath,
+    Flag,
+    arguments_of,
+    flags_of,
+    spelled,
+)
+from bridge.exchange.command_line.help_page import page_of_command, page_of_commands
+from bridge.exchange.command_line.verbosity import Verbosity
 from bridge.exchange.errors import RequestError, did_you_mean
-from bridge.exchange.flag_table import EVERY_COMMAND, Command, FilePath, Flag, arguments_of, flags_of, spelled
-from bridge.exchange.help_page import page_of_command, page_of_commands
 from bridge.exchange.printable import escaped_logs, say
-from bridge.exchange.verbosity import Verbosity
 
 __all__ = ["Command", "FilePath", "parse", "run"]
 
@@ -38,11 +46,11 @@ _NEGATIVE_NUMBER = re.compile(r"-\.?\d|-inf$")
 def run(command: Command | Mapping[str, Command], name: str | None = None, argv: Sequence[str] | None = None) -> None:
     """Run ``command`` (or the one that the first word names) on ``argv`` and exit as a shell expects.
 
-    Exit code 0 when it returned; see ``border`` for the others.
+    Exit code 0 when it returned; see ``exit_codes`` for the others.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     name = name or Path(sys.argv[0]).name
-    with border(name):
+    with one_line_errors(name):
         if "--version" in words:
             say(f"{name} {metadata.version(_DISTRIBUTION)}")
             return
@@ -52,7 +60,7 @@ def run(command: Command | Mapping[str, Command], name: str | None = None, argv:
                 return
             word = words.pop(0)
             command, name = _choose(command, word), f"{name} {word}"
-        with border(name):
+        with one_line_errors(name):
             _run(command, name, words)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Any, TypeGuard
 
-from bridge.exchange.verbosity import Verbosity
+from bridge.exchange.command_line.verbosity import Verbosity
 
 Command = Callable[..., None]
 FilePath = typing.NewType("FilePath", str)  # in a list flag: a comma is part of the path and separates nothing

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from bridge.exchange.errors import RunError
-from bridge.instrument import ancestors, process
+from bridge.instrument import parent_process, process
 from survivors import MARK, marked, survivors
 
 SCRIPT = """
@@ -133,14 +133,14 @@ def ended() -> subprocess.Popen:
 def worker(place, names) -> subprocess.CompletedProcess:
     (place / "script.py").write_text("import os\nprint(os.environ['BRIDGE_ANCESTORS'])")
     words = [sys.executable, "-m", "bridge.instrument.worker", str(place / "script.py")]
-    return subprocess.run(words, env=os.environ | {ancestors.VARIABLE: names}, capture_output=True, text=True)
+    return subprocess.run(words, env=os.environ | {parent_process.VARIABLE: names}, capture_output=True, text=True)
 
 
 def test_worker_whose_ancestors_live_works_and_is_named_to_its_children(place):
-    done = worker(place, ancestors.name_of_this())
+    done = worker(place, parent_process.name_of_this())
     assert (done.returncode, done.stderr) == (0, "")
     first, second = done.stdout.strip().split(";")
-    assert first == ancestors.name_of_this()
+    assert first == parent_process.name_of_this()
     assert second.partition(":")[0] not in {"", str(os.getpid())}
 
 
@@ -148,22 +148,22 @@ def test_worker_whose_ancestors_live_works_and_is_named_to_its_children(place):
 def test_worker_that_comes_too_late_does_nothing(place, ended, which):
     if which == "gone":
         ended.wait()
-    pid, start = ancestors.name_of_this().split(":", 1)
+    pid, start = parent_process.name_of_this().split(":", 1)
     name = f"{pid}:0{start}" if which == "another" else f"{ended.pid}:{start}"  # the id was given to another process
-    done = worker(place, f"{ancestors.name_of_this()};{name}")
+    done = worker(place, f"{parent_process.name_of_this()};{name}")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "the process that started this one has ended\n"
 
 
 @proc
-@pytest.mark.parametrize("change", ["ancestors._LIBC = None", ""], ids=["no prctl", "a shell between the two"])
+@pytest.mark.parametrize("change", ["parent_process._LIBC = None", ""], ids=["no prctl", "a shell between the two"])
 def test_what_the_kernel_does_not_end_ends_within_seconds(place, change):
     """Without prctl, and where a program stands between that outlives the one that is killed."""
-    body = f"import sys, time\nfrom bridge.instrument import ancestors\n{change}\nancestors.end_with_ancestors()\n"
+    body = f"import sys, time\nfrom bridge.instrument import parent_process\n{change}\nancestors.end_with_ancestors()\n"
     (place / "child.py").write_text(body + "print('at work', file=sys.stderr, flush=True)\ntime.sleep(60)\n")
     shell = [] if change else ["/bin/sh", "-c", '"$@"; sleep 0.1', "sh"]
-    code = "import os, subprocess, sys\nfrom bridge.instrument import ancestors\n"
-    code += "os.environ[ancestors.VARIABLE] = ancestors.name_of_this()\nsubprocess.run(sys.argv[1:])"
+    code = "import os, subprocess, sys\nfrom bridge.instrument import parent_process\n"
+    code += "os.environ[parent_process.VARIABLE] = parent_process.name_of_this()\nsubprocess.run(sys.argv[1:])"
     words = [sys.executable, "-c", code, *shell, sys.executable, str(place / "child.py")]
     with subprocess.Popen(words, stderr=subprocess.PIPE) as process:
         assert process.stderr.readline() == b"at work\n"
@@ -173,9 +173,9 @@ def test_what_the_kernel_does_not_end_ends_within_seconds(place, change):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="compares what is asked elsewhere with /proc")
 def test_state_and_start_where_there_is_no_proc(ended):
-    assert ancestors._from_ps(os.getpid())[0] in "RS"
-    assert ancestors._from_ps(os.getpid())[1].endswith(time.strftime("%Y", time.gmtime()))
-    assert ancestors._from_ps(ended.pid)[0] == ancestors._from_proc(ended.pid)[0] == "Z"
-    assert ancestors.started(ended.pid) is None
+    assert parent_process._from_ps(os.getpid())[0] in "RS"
+    assert parent_process._from_ps(os.getpid())[1].endswith(time.strftime("%Y", time.gmtime()))
+    assert parent_process._from_ps(ended.pid)[0] == parent_process._from_proc(ended.pid)[0] == "Z"
+    assert parent_process.started(ended.pid) is None
     ended.wait()
-    assert ancestors._from_ps(ended.pid) == ancestors._from_proc(ended.pid) == ("", "")
+    assert parent_process._from_ps(ended.pid) == parent_process._from_proc(ended.pid) == ("", "")

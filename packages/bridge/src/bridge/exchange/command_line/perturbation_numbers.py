@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
+from bridge.exchange.command_line.flag_table import spelled
 from bridge.exchange.errors import RequestError
-from bridge.exchange.flag_table import spelled
 
 PERTURBATION_OF = {"factor": "scale", "sigma": "gaussian_noise", "bit": "bit_flip", "n_bits": "quantize"}
 

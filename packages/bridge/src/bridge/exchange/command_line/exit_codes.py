@@ -1,4 +1,4 @@
-"""The outermost border of every command: however it ends, a person gets one line and a shell an exit code.
+"""How every command ends: however it ends, a person gets one line and a shell an exit code.
 
 | what was raised                        | line on stderr                        | exit code |
 |----------------------------------------|---------------------------------------|-----------|
@@ -25,10 +25,10 @@ from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 
+from bridge.exchange.command_line.verbosity import is_debug
 from bridge.exchange.errors import RequestError, RunError, innermost
 from bridge.exchange.layout import TRACEBACK_FILE
 from bridge.exchange.printable import say
-from bridge.exchange.verbosity import is_debug
 
 _SECONDS_FOR_THE_FIRST = 10.0  # in which the launcher ends the other processes when the first one has ended
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
@@ -41,14 +41,14 @@ def start(module: str) -> None:
     While libraries are imported, Ctrl-C is no exception: some of them turn it into an ImportError.
     """
     before = signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-    with border(Path(sys.argv[0]).name):
+    with one_line_errors(Path(sys.argv[0]).name):
         main = import_module(module).main
         signal.signal(signal.SIGINT, before)
         main()
 
 
 @contextmanager
-def border(name: str) -> Iterator[None]:
+def one_line_errors(name: str) -> Iterator[None]:
     """In the block a command runs; what it raises becomes a line on stderr and an exit code.
 
     Args:
@@ -67,7 +67,7 @@ def border(name: str) -> Iterator[None]:
         _close_bars()
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
-    except Exception as error:  # the border is where nothing may pass
+    except Exception as error:  # nothing may pass
         _close_bars()
         _say_last_line(name, error)
         raise SystemExit(2 if isinstance(error, RequestError) else 1) from None

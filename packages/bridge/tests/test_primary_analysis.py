@@ -1,5 +1,5 @@
 import pytest
-from bridge.analysis.primary import Primary, primary_analysis
+from bridge.analysis.primary_analysis import Primary, primary_analysis
 
 OPTIONS = {
     "metrics": ["magnitude", "obd", "wanda"],

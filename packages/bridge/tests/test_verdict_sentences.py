@@ -5,7 +5,7 @@ import pytest
 import synthetic
 from bridge.report.caveats import caveats
 from bridge.report.sentences import answer, setup_items, summary_lines
-from bridge.report.verdicts import exploratory, verdict_on_layers
+from bridge.report.verdict_sentences import exploratory, verdict_on_layers
 
 
 @pytest.fixture(scope="module")

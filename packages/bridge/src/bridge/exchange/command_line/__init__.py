@@ -1,0 +1,1 @@
+"""The command line: flags, help pages, exit codes, how much a command says."""
