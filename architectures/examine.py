@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from bridge.exchange.errors import RequestError, RunError
+from critical_weight_analysis.discovery import LAYERWISE
 from torch import Tensor
 
 from architectures import reference, subject, tiny
@@ -139,8 +140,9 @@ def _discovery(
     loaded = subject.load(folder, "float64", "resident")
     engine = subject.engine_of(loaded)
     result.batches = engine.together
-    result.discovery = "layer by layer" if engine.structure else "whole model"
-    if not engine.structure:
+    layerwise = engine.name == LAYERWISE
+    result.discovery = "layer by layer" if layerwise else "whole model"
+    if not layerwise:
         result.reason = engine.account.partition("not possible: ")[2]
     elif not engine.together:
         result.reason = engine.account.partition("in batches ")[2].partition(": proved")[0]

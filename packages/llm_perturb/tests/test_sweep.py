@@ -203,6 +203,22 @@ def test_a_model_that_drifts_during_the_sweep_is_found_out(sequences, layers):
         list(running)
 
 
+def test_padding_that_matters_only_under_a_perturbation_is_an_error(sequences):
+    """As where attention takes the tokens of the highest scores and a perturbation makes scores equal."""
+    model = build("llama")
+    mlp = model.model.layers[2].mlp
+
+    def by_length(module, args, output):
+        return output * (1 + 1e-2 * output.shape[1]) if module.down_proj.weight[0, 4] == 0 else output
+
+    mlp.register_forward_hook(by_length)
+    zeroed_and_other = [condition(model, "model.layers.2.mlp.down_proj", [at]) for at in (4, 5)]
+    measure(model, sequences, zeroed_and_other[1:], batch_size=4)
+    measure(model, sequences, zeroed_and_other, batch_size=1)
+    with pytest.raises(RunError, match=r"zero of top_obd in .*down_proj the padding .*: --batch-size 1"):
+        measure(model, sequences, zeroed_and_other, batch_size=4)
+
+
 def test_the_keys_of_different_conditions_differ():
     model = build("llama")
     layer, noise = "model.layers.0.mlp.up_proj", Perturbation("gaussian_noise", sigma=2.0)

@@ -2,7 +2,8 @@
 
 The instrument checks itself on the way: the baseline is measured again at the end and must be the same
 bits, a perturbation that writes back what was there must change nothing, weights are compared with their
-saved bits after every restore, and copies are compared with a model that was really changed. Where passes that begin at
+saved bits after every restore, copies are compared with a model that was really changed, and of each target one
+condition is measured on a sequence without padding. Where passes that begin at
 a layer, or copies, prove wrong for a model, full passes and changes of the model itself take their place.
 """
 
@@ -23,8 +24,9 @@ from llm_perturb.batched_single_weights import (
     measure_copies,
     unchanged,
 )
+from llm_perturb.evaluation.causality import tolerance
 from llm_perturb.evaluation.corpus import Corpus
-from llm_perturb.evaluation.perplexity import Measured, Reference
+from llm_perturb.evaluation.perplexity import Measured, Reference, most_padded, sequence_losses
 from llm_perturb.measurement_condition import Condition, Outcome, new_values
 from llm_perturb.perturbation import perturbed
 from llm_perturb.selection import Target
@@ -52,10 +54,11 @@ def sweep(
         reference: the unperturbed predictions, where the divergence from them is wanted.
 
     Raises:
-        RunError: the instrument does not give the same bits twice.
+        RunError: the instrument does not give the same bits twice, or padding changes what is measured.
     """
     suffix = SuffixForward(model, corpus.sequences, batch_size, reference)
     checked: set[int] = set()
+    checked_alone: set[str] = set()
     for depth, unit in sorted(((_depth(suffix, unit), unit) for unit in units), key=lambda pair: pair[0]):
         suffix.move_to(depth)
         for condition in unit.conditions if isinstance(unit, Copies) else [unit]:
@@ -66,7 +69,11 @@ def sweep(
             if depth and depth not in checked:
                 _check_no_op(model, unit, suffix, baseline)
                 checked.add(depth)
-            yield _apply(model, unit, suffix)
+            outcome = _apply(model, unit, suffix)
+            if unit.target.layer not in checked_alone:
+                _check_alone(model, outcome, suffix, baseline)
+                checked_alone.add(unit.target.layer)
+            yield outcome
     suffix.move_to(0)
     _check_same(suffix.losses(), baseline, "the unperturbed model at the end")
 
@@ -179,6 +186,29 @@ def _apply(model: PreTrainedModel, condition: Condition, suffix: SuffixForward, 
     change = as_before if no_op else new_values(model, condition)
     with perturbed(target.parameters, target.split(condition.positions), change) as n_changed:
         return Outcome(condition, suffix.measure(), n_changed)
+
+
+def _check_alone(model: PreTrainedModel, outcome: Outcome, suffix: SuffixForward, baseline: Tensor) -> None:
+    """The shortest sequence of the batch with the most padding must have the same loss without the others.
+
+    Padding may change nothing in the model as it is, and yet something in the perturbed one: attention to the tokens
+    of the highest scores, for instance, where a perturbation makes scores equal.
+    """
+    chosen = most_padded(suffix.batches, suffix.sequences)
+    if chosen is None:
+        return
+    shortest, condition = chosen[0], outcome.condition
+    parts = condition.target.split(condition.positions)
+    with perturbed(condition.target.parameters, parts, new_values(model, condition)):
+        alone = sequence_losses(model, [suffix.sequences[shortest]], check=False)[0]
+    together = outcome.losses[shortest]
+    rounding = min(256 * torch.finfo(model.dtype).eps, tolerance(model.dtype) / 10)
+    allowed = rounding * alone.abs() + 1e-3 * (alone - baseline[shortest]).abs()
+    if not (together - alone).abs() <= allowed and (together.isfinite() or alone.isfinite()):
+        raise RunError(
+            f"with {condition.perturbation.label} of {condition.selection} in {condition.target.layer} the padding of "
+            f"a batch changes the loss of a text by {(together - alone).abs():.3g} nats: --batch-size 1"
+        )
 
 
 def _check_own(model: PreTrainedModel, target: Target) -> None:

@@ -196,17 +196,23 @@ def check_padding(model: PreTrainedModel, sequences: list[Tensor], losses: Tenso
     Raises:
         RequestError: one has another loss alone than in the batch, by more than rounding.
     """
-
-    def padding(chosen: list[int]) -> int:
-        return sum(len(sequences[chosen[-1]]) - len(sequences[i]) for i in chosen)
-
-    chosen = max(batches(sequences, batch_size), key=padding)
-    if not padding(chosen):
+    chosen = most_padded(batches(sequences, batch_size), sequences)
+    if chosen is None:
         return
     alone = sequence_losses(model, [sequences[i] for i in chosen])
     most = tolerance(model.dtype) / 10  # a sum is nearer than a single logit
     if ((losses[chosen] - alone).abs() > most * alone.abs()).any():
         raise RequestError(PADDING_MATTERS.format(batch_size))
+
+
+def most_padded(order: list[list[int]], sequences: list[Tensor]) -> list[int] | None:
+    """The batch with the most padding, as numbers of sequences, shortest first; None where none is padded."""
+
+    def padding(chosen: list[int]) -> int:
+        return sum(len(sequences[chosen[-1]]) - len(sequences[i]) for i in chosen)
+
+    chosen = max(order, key=padding)
+    return chosen if padding(chosen) else None
 
 
 @torch.no_grad()
