@@ -40,6 +40,14 @@ def test_discovery_and_instrument_agree_with_autograd_and_zeroing(family):
     assert result.difference < 1e-4
 
 
+@pytest.mark.slow
+def test_a_type_that_is_run_as_a_whole_is_compared_and_says_why():
+    result = examine.examine("git", float32=False)
+    assert result.problems == []
+    assert result.discovery == "whole model"
+    assert result.reason
+
+
 def test_the_reference_is_the_difference_quotient(tmp_path):
     """A check of the reference itself: dL/dθ is what the loss does when θ is moved a little."""
     built, sequences = tiny.build("gpt2"), tiny.sequences()
