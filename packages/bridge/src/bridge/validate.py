@@ -9,9 +9,10 @@ from pathlib import Path
 from bridge.analysis.correlation import write_correlations
 from bridge.exchange import layout
 from bridge.exchange.errors import RequestError, RunError
+from bridge.exchange.existing_runs import find_runs, is_complete, read_manifest
 from bridge.exchange.fingerprint import write_fingerprint
 from bridge.exchange.printable import say
-from bridge.exchange.run_folder import Run, find_runs, is_complete, open_run, read_manifest
+from bridge.exchange.run_folder import Run, open_run
 from bridge.exchange.tables import MEASUREMENTS, SINGLE_WEIGHTS, TARGETS, atomic_path, read_table, write_table
 from bridge.exchange.validation_run import Validation
 from bridge.instrument import process
