@@ -23,7 +23,8 @@ from bridge.instrument.checks import (
     check_effects,
     check_single_weights,
 )
-from bridge.instrument.plan import Plan, ValidationOptions, plan
+from bridge.instrument.plan import Plan, plan
+from bridge.instrument.validation_options import ValidationOptions
 from bridge.report import html
 
 _EXPERIMENT_ID = "measure"  # of the instrument's run folder, which lies in the validation's
