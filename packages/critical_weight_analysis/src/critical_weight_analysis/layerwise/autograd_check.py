@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedModel
 
+from critical_weight_analysis.layerwise.accumulators import SQUARES
 from critical_weight_analysis.layerwise.engine import LayerwiseEngine
-from critical_weight_analysis.layerwise.gradient_sums import SQUARES
 from critical_weight_analysis.layerwise.pass_settings import Settings
 from critical_weight_analysis.layerwise.probe import Structure
 from critical_weight_analysis.whole_model import Gradients, logits_of, summed_loss

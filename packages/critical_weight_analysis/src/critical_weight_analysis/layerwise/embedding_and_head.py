@@ -140,7 +140,7 @@ class EmbeddingAndHead:
         weight = self._sums_of(self.structure.head.weight)
         if weight is not None and weight.inputs is not None:
             for row, targets in enumerate(batch.targets):
-                weight.add_input(hidden[row, len(targets)].detach())
+                weight.inputs.add_input(hidden[row, len(targets)].detach())
 
     def _is_of_head(self, one: GradientSums) -> bool:
         return one.parameter is self.structure.head.weight or one.parameter is self.structure.head.bias
