@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from critical_weight_analysis.layerwise import output_head
 from critical_weight_analysis.layerwise.batches import Batch
+from critical_weight_analysis.layerwise.decoder_structure import Structure
 from critical_weight_analysis.layerwise.gradient_sums import GradientSums, add, pieces_by_sequence
 from critical_weight_analysis.layerwise.output_head import Block
 from critical_weight_analysis.layerwise.parameter_uses import Recorder
-from critical_weight_analysis.layerwise.probe import Structure
 
 LOGIT_ROWS = 512  # tokens whose logits exist together
 
