@@ -22,8 +22,8 @@ from bridge.exchange import layout
 from bridge.exchange.command_line import flags
 from bridge.exchange.printable import say
 from critical_weight_analysis import sampling
+from critical_weight_analysis.highest_scores import top_indices
 from critical_weight_analysis.metrics import METRICS, Sensitivity
-from critical_weight_analysis.ranking import top_indices
 from scipy import stats
 
 NAMES = ("grad_x_weight", "magnitude")

@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from bridge.exchange.run_folder import read_manifest
+from bridge.exchange.existing_runs import read_manifest
 from conftest import PACKAGES
 from tiny_models import save_checkpoint, word_tokenizer
 

@@ -5,7 +5,7 @@ import importlib
 import pytest
 import torch
 from bridge.analysis.components import QUERY_KEY_VALUE, fused_projection
-from llm_perturb.evaluation.models import _heads
+from llm_perturb.evaluation.model_sizes import attention_sizes
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -86,7 +86,8 @@ def test_perturbing_one_part_changes_that_part_alone(family, monkeypatch):
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes), dtype=torch.float64)
     model.eval().requires_grad_(False).set_attn_implementation("eager")
     fused = {
-        name: fused_projection(name, parameter.numel(), _heads(model)) for name, parameter in model.named_parameters()
+        name: fused_projection(name, parameter.numel(), attention_sizes(model))
+        for name, parameter in model.named_parameters()
     }
     fused = {name: projection for name, projection in fused.items() if projection}
     assert fused, "no parameter is taken apart"

@@ -5,7 +5,7 @@ import pytest
 import synthetic
 from bridge.compare import compare_folders
 from bridge.exchange.errors import RequestError
-from bridge.exchange.run_folder import read_manifest
+from bridge.exchange.existing_runs import read_manifest
 from discovery_folder import make_discovery
 
 METRIC = "grad_x_weight"

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from bridge.exchange.discovery_run import open_discovery
 from bridge.exchange.errors import RequestError
+from bridge.exchange.existing_runs import find_runs, read_manifest
 from bridge.exchange.manifest import Manifest, checked
-from bridge.exchange.run_folder import find_runs, read_manifest
 from discovery_folder import make_discovery
 
 

@@ -12,11 +12,12 @@ import pandas as pd
 import pytest
 from bridge import validate
 from bridge.exchange.errors import RequestError, RunError
+from bridge.exchange.existing_runs import read_manifest
 from bridge.exchange.fingerprint import read_fingerprint, write_fingerprint
-from bridge.exchange.run_folder import read_manifest
 from bridge.exchange.validation_run import choose_validation
 from bridge.instrument import process
-from bridge.instrument.plan import ValidationOptions, plan
+from bridge.instrument.plan import plan
+from bridge.instrument.validation_options import ValidationOptions
 from bridge.report import html
 from discovery_folder import fingerprint, make_discovery, parameters, snapshot
 

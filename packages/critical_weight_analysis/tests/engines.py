@@ -1,8 +1,9 @@
 """The engines, for tests that choose one without its proof."""
 
+from critical_weight_analysis.layerwise.decoder_structure import Structure
 from critical_weight_analysis.layerwise.engine import LayerwiseEngine
 from critical_weight_analysis.layerwise.pass_settings import Settings
-from critical_weight_analysis.layerwise.probe import Structure, probe
+from critical_weight_analysis.layerwise.probe import probe
 from critical_weight_analysis.whole_model import WholeModelEngine
 
 

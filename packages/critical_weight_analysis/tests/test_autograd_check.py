@@ -9,7 +9,7 @@ import torch
 from bridge.exchange.errors import RequestError
 from critical_weight_analysis import discovery
 from critical_weight_analysis.discovery import LAYERWISE, WHOLE_MODEL, engine_for, needs_of
-from critical_weight_analysis.layerwise import autograd_check
+from critical_weight_analysis.layerwise import autograd_check, autograd_reference
 from critical_weight_analysis.layerwise import engine as layerwise_engine
 from critical_weight_analysis.layerwise.activation_cache import ActivationCache
 from critical_weight_analysis.layerwise.parameter_uses import Recorder
@@ -156,7 +156,8 @@ def test_parameters_without_a_part_are_counted(tiny_model):
 
 
 def test_no_gradient_is_compared_where_losses_are_enough(tiny_model, monkeypatch):
-    monkeypatch.setattr(autograd_check, "_rows", lambda gradient: pytest.fail("not needed"))
+    for module in (autograd_check, autograd_reference):
+        monkeypatch.setattr(module, "numbers_of_rows", lambda gradient: pytest.fail("not needed"))
     assert "proved on 8 tokens" in engine_for(tiny_model("llama"), needs=frozenset()).account
 
 
@@ -196,10 +197,11 @@ def test_the_proof_of_streamed_weights_holds_no_more_than_a_layer(tiny_model, tm
         here = {name for name, p in loaded.model.named_parameters() if p.data_ptr() != absent[name]}
         most.append({name.split(".mlp")[0].split(".self")[0] for name in here if ".layers." in name})
 
-    monkeypatch.setattr(autograd_check, "_rows", lambda tensor, rows=autograd_check._rows: (look(), rows(tensor))[1])
+    numbers = autograd_reference.numbers_of_rows
+    monkeypatch.setattr(autograd_reference, "numbers_of_rows", lambda tensor: (look(), numbers(tensor))[1])
     for layer in loaded.model.model.layers:
         layer.register_forward_hook(look)
-    expected = autograd_check.by_autograd(
+    expected = autograd_reference.by_autograd(
         loaded.model, list(absent), frozenset({"grad"}), structure_of_model, loaded.checkpoint
     )
     assert expected.idle == set()

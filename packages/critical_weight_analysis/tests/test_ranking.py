@@ -3,8 +3,9 @@ import itertools
 import pandas as pd
 import pytest
 import torch
-from critical_weight_analysis import ranking
-from critical_weight_analysis.ranking import Ranking, kth_smallest, top_indices
+from critical_weight_analysis import highest_scores
+from critical_weight_analysis.highest_scores import kth_smallest, top_indices
+from critical_weight_analysis.ranking import Ranking
 from reference import naive_top
 
 SHAPES = {"a.weight": (6, 5), "b.weight": (4,), "c.d.weight": (7, 3), "c.e.weight": (2, 3, 2), "f.weight": (1, 1)}
@@ -38,7 +39,7 @@ def as_matrices(scores):
 
 @pytest.fixture(params=[3, 1 << 22])
 def chunk(request, monkeypatch):
-    monkeypatch.setattr(ranking, "_CHUNK", request.param)
+    monkeypatch.setattr(highest_scores, "_CHUNK", request.param)
 
 
 @pytest.mark.parametrize("n_levels", [1, 2, 5, 10**6])
@@ -112,7 +113,7 @@ def test_weights_stored_out_of_order_are_found_at_their_index():
 
 
 def test_top_indices_at_the_edge_of_a_chunk(monkeypatch):
-    monkeypatch.setattr(ranking, "_CHUNK", 4)
+    monkeypatch.setattr(highest_scores, "_CHUNK", 4)
     scores = torch.tensor([1.0, 2, 2, 1, 2, 3, 2, 2, 3, 2])
     assert top_indices(scores, 4).tolist() == [5, 8, 1, 2]
     assert top_indices(scores, 100).tolist() == [5, 8, 1, 2, 4, 6, 7, 9, 0, 3]

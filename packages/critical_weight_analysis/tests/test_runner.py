@@ -16,8 +16,9 @@ import torch
 from bridge.exchange.command_line import flag_table
 from bridge.exchange.command_line import flags as flag_reader
 from bridge.exchange.errors import RunError
+from bridge.exchange.existing_runs import read_manifest
 from bridge.exchange.fingerprint import read_fingerprint
-from bridge.exchange.run_folder import open_run, read_manifest
+from bridge.exchange.run_folder import open_run
 from bridge.exchange.tables import LAYER_SUMMARY, SAMPLED_WEIGHTS, STABILITY, TOP_WEIGHTS, read_table
 from critical_weight_analysis import run as phase1_module
 from critical_weight_analysis.discovery_options import Options

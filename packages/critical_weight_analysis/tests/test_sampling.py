@@ -6,8 +6,8 @@ from bridge.exchange.tables import SAMPLED_WEIGHTS, Table, read_table, write_tab
 from bridge.exchange.weight_sample import draw_probability
 from critical_weight_analysis import sampling
 from critical_weight_analysis.discovery import discover, engine_for
+from critical_weight_analysis.highest_scores import top_indices
 from critical_weight_analysis.metrics import METRICS, Sensitivity
-from critical_weight_analysis.ranking import top_indices
 from critical_weight_analysis.sampling import N_HEAD, N_ROWS, Sample, candidate_probability, ranks_among_all
 from critical_weight_analysis.whole_model import WholeModelEngine
 from llm_perturb.evaluation.parameters import in_scope

@@ -5,10 +5,11 @@ import pandas as pd
 import pytest
 import torch
 from critical_weight_analysis.control_lists import Controls
+from critical_weight_analysis.highest_scores import top_indices
 from critical_weight_analysis.layer_summary import Summary
 from critical_weight_analysis.layerwise.saved_state import StateError, nested, read_state, within, write_state
 from critical_weight_analysis.metrics import METRICS, Sensitivity
-from critical_weight_analysis.ranking import Ranking, top_indices
+from critical_weight_analysis.ranking import Ranking
 from critical_weight_analysis.sampling import N_HEAD, Sample
 
 SHAPES = {"a.weight": (6, 5), "b.weight": (4,), "c.weight": (7, 3), "d.weight": (1, 1)}

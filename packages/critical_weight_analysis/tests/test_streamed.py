@@ -10,7 +10,7 @@ from critical_weight_analysis.discovery import LAYERWISE, discover, engine_for
 from critical_weight_analysis.layerwise.parameter_uses import Recorder
 from critical_weight_analysis.layerwise.pass_settings import Settings
 from engines import LAYERWISE as LAYERWISE_ENGINE
-from llm_perturb.evaluation import models
+from llm_perturb.evaluation import models, resident_or_streamed
 from llm_perturb.evaluation.parameters import in_scope
 from safetensors.torch import load_file, save_file
 from tiny_models import build, word_tokenizer
@@ -160,7 +160,7 @@ def test_checkpoint_that_cannot_be_streamed_is_refused(tmp_path):
 
 @pytest.mark.parametrize(("share", "streamed"), [(0.0, True), (0.6, False)])
 def test_auto_goes_by_the_free_memory(folder, monkeypatch, share, streamed, capsys):
-    monkeypatch.setattr(models, "RESIDENT_SHARE", share)
+    monkeypatch.setattr(resident_or_streamed, "RESIDENT_SHARE", share)
     loaded = models.load(str(folder), weights="auto")
     assert (loaded.checkpoint is not None) == streamed
     assert ("layer by layer" in capsys.readouterr().out) == streamed

@@ -6,7 +6,7 @@ The references are the models in float64 that were saved: what they compute has 
 import pytest
 import torch
 from bridge.exchange.errors import RequestError
-from llm_perturb.evaluation import models
+from llm_perturb.evaluation import models, resident_or_streamed
 from safetensors.torch import load_file, save_file
 from saved_models import FAMILIES, save
 from tiny_models import random_sequences
@@ -238,7 +238,7 @@ FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "we
 @pytest.mark.parametrize("weights", ["resident", "auto"])
 def test_codes_are_dequantized_to_the_dtype_that_was_asked_for(tmp_path, weights, monkeypatch):
     truth = quantized(tmp_path)
-    monkeypatch.setattr(models, "RESIDENT_SHARE", 0.0)
+    monkeypatch.setattr(resident_or_streamed, "RESIDENT_SHARE", 0.0)
     loaded = models.load(str(tmp_path), dtype="float32", device="cpu", weights=weights)
     assert loaded.checkpoint is None and loaded.metadata["quantization"] == "fp8"
     assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.float32}

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from bridge.exchange.errors import RequestError
-from llm_perturb.evaluation import models
+from llm_perturb.evaluation import devices, model_names, model_sizes, models, resident_or_streamed
 from safetensors.torch import load_file, save_file
 from tiny_models import save_checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -46,7 +46,7 @@ def offline(monkeypatch):
     ],
 )
 def test_the_model_that_is_meant(name, targets, chosen, capsys):
-    assert models.choose_name(name, targets) == chosen
+    assert model_names.choose_name(name, targets) == chosen
     assert (f"MODEL: {chosen}" in capsys.readouterr().out) == (name is None)
 
 
@@ -142,7 +142,7 @@ def test_a_folder_comes_before_a_name(damaged, name, monkeypatch, capsys):
 def test_a_folder_comes_before_the_name_that_a_target_layer_stands_for(damaged, monkeypatch, capsys):
     (damaged / "gpt2").mkdir()
     monkeypatch.chdir(damaged)
-    assert models.choose_name(None, ["transformer.h.5"]) == str(damaged / "gpt2")
+    assert model_names.choose_name(None, ["transformer.h.5"]) == str(damaged / "gpt2")
     assert capsys.readouterr().out == "MODEL: gpt2 (no --model given: TARGET_LAYER begins with 'transformer.')\n"
 
 
@@ -178,7 +178,7 @@ def test_an_adapter_beside_the_weights_is_refused(damaged):
 
 
 def test_a_model_larger_than_the_free_memory_is_refused_before_it_is_read(damaged, monkeypatch):
-    monkeypatch.setattr(models, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(resident_or_streamed, "free_bytes", lambda device: 1000)
     monkeypatch.setattr("transformers.core_model_loading.spawn_materialize", None)  # by which every tensor is read
     with pytest.raises(
         RequestError, match=r"take 0\.00 GiB, and 0\.00 GiB of memory are free: choose a smaller --dtype"
@@ -232,16 +232,16 @@ def test_a_shard_that_is_missing_is_named(damaged):
 @pytest.mark.parametrize("device", ["gpu", "cuda:99", "cpu:x", ""])
 def test_a_device_that_is_not_to_be_had_is_refused(device):
     with pytest.raises(RequestError, match=f"--device {device}"):
-        models.check_device(device)
+        devices.check_device(device)
 
 
 def test_the_heads_of_a_model_are_recorded_where_all_layers_have_the_same():
     """Gemma 4 has another size of head in each kind of layer; Falcon and GPT-BigCode have flags of their own."""
     heads = {
-        name: models._heads(SimpleNamespace(config=AutoConfig.for_model(name, **options)))
+        name: model_sizes.attention_sizes(SimpleNamespace(config=AutoConfig.for_model(name, **options)))
         for name, options in {"gemma4_text": {}, "falcon": {"multi_query": True}, "gpt_bigcode": {}}.items()
     }
     assert heads["gemma4_text"]["model_type"] == "gemma4_text"
     assert [heads[name]["num_key_value_heads"] for name in ("falcon", "gpt_bigcode")] == [1, 1]
     grouped = AutoConfig.for_model("falcon", new_decoder_architecture=True, num_attention_heads=8, num_kv_heads=2)
-    assert models._heads(SimpleNamespace(config=grouped))["num_key_value_heads"] == 2
+    assert model_sizes.attention_sizes(SimpleNamespace(config=grouped))["num_key_value_heads"] == 2

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from llm_perturb.evaluation.models import max_positions
+from llm_perturb.evaluation.model_sizes import max_positions
 from tiny_models import BUILDERS
 from transformers import AutoModelForCausalLM, MambaConfig, MptConfig, RobertaConfig
 

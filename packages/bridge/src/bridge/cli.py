@@ -14,7 +14,7 @@ from bridge.exchange.errors import RequestError
 from bridge.exchange.layout import REPORT_HTML
 from bridge.exchange.printable import say
 from bridge.exchange.run_folder import RunOptions, check_output
-from bridge.instrument.plan import ValidationOptions
+from bridge.instrument.validation_options import ValidationOptions
 
 
 def targets(

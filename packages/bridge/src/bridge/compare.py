@@ -10,8 +10,9 @@ from bridge.analysis.model_comparison import ComparedModel, ModelComparison, com
 from bridge.exchange import layout
 from bridge.exchange.discovery_run import Discovery, open_discovery, read_sampled
 from bridge.exchange.errors import RequestError
+from bridge.exchange.existing_runs import find_runs, read_manifest
 from bridge.exchange.printable import say
-from bridge.exchange.run_folder import find_runs, open_run, read_manifest
+from bridge.exchange.run_folder import open_run
 from bridge.exchange.tables import MEASUREMENTS, atomic_path, read_table
 from bridge.report.placement_figures import compared_profiles
 

@@ -9,9 +9,10 @@ from pathlib import Path
 from bridge.analysis.correlation import write_correlations
 from bridge.exchange import layout
 from bridge.exchange.errors import RequestError, RunError
+from bridge.exchange.existing_runs import find_runs, is_complete, read_manifest
 from bridge.exchange.fingerprint import write_fingerprint
 from bridge.exchange.printable import say
-from bridge.exchange.run_folder import Run, find_runs, is_complete, open_run, read_manifest
+from bridge.exchange.run_folder import Run, open_run
 from bridge.exchange.tables import MEASUREMENTS, SINGLE_WEIGHTS, TARGETS, atomic_path, read_table, write_table
 from bridge.exchange.validation_run import Validation
 from bridge.instrument import process
@@ -22,7 +23,8 @@ from bridge.instrument.checks import (
     check_effects,
     check_single_weights,
 )
-from bridge.instrument.plan import Plan, ValidationOptions, plan
+from bridge.instrument.plan import Plan, plan
+from bridge.instrument.validation_options import ValidationOptions
 from bridge.report import html
 
 _EXPERIMENT_ID = "measure"  # of the instrument's run folder, which lies in the validation's

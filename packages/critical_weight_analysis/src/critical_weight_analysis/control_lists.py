@@ -11,9 +11,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from critical_weight_analysis.highest_scores import top_indices, where
 from critical_weight_analysis.layerwise.saved_state import State, StateError, nested, within
 from critical_weight_analysis.metrics import Sensitivity
-from critical_weight_analysis.ranking import Entries, Ranking, gather, top_indices, where
+from critical_weight_analysis.ranking import Entries, Ranking, gather
 
 PURPOSE = "random control list"
 

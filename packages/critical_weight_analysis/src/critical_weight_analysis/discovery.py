@@ -15,15 +15,17 @@ from transformers import PreTrainedModel
 
 from critical_weight_analysis import hutchinson
 from critical_weight_analysis.control_lists import Controls
+from critical_weight_analysis.highest_scores import top_indices
 from critical_weight_analysis.layer_summary import Summary
-from critical_weight_analysis.layerwise.autograd_check import FIELDS, ProofError, by_autograd, prove
+from critical_weight_analysis.layerwise.autograd_check import FIELDS, ProofError, prove
+from critical_weight_analysis.layerwise.autograd_reference import by_autograd
 from critical_weight_analysis.layerwise.engine import LayerwiseEngine
 from critical_weight_analysis.layerwise.parallel import on_cores
 from critical_weight_analysis.layerwise.pass_settings import Settings
 from critical_weight_analysis.layerwise.probe import Refusal, probe
 from critical_weight_analysis.layerwise.saved_state import Collector, nested
 from critical_weight_analysis.metrics import METRICS, Sensitivity
-from critical_weight_analysis.ranking import Ranking, top_indices
+from critical_weight_analysis.ranking import Ranking
 from critical_weight_analysis.sampling import N_HEAD, Sample
 from critical_weight_analysis.whole_model import WholeModelEngine
 

@@ -8,7 +8,8 @@ from typing import Any, Literal, TypeVar
 from bridge.exchange.errors import RequestError
 from bridge.exchange.run_folder import RunOptions
 from llm_perturb.evaluation.corpus import CorpusOptions
-from llm_perturb.evaluation.models import ModelOptions, Weights
+from llm_perturb.evaluation.models import ModelOptions
+from llm_perturb.evaluation.resident_or_streamed import Weights
 
 Metric = Literal[
     "grad_x_weight",

@@ -6,8 +6,8 @@ from bridge.exchange.layout import in_top_column
 from llm_perturb.evaluation.parameters import layer_of
 from torch import Tensor
 
+from critical_weight_analysis.highest_scores import kth_smallest
 from critical_weight_analysis.layerwise.saved_state import State, columns_of, rows_by_parameter
-from critical_weight_analysis.ranking import kth_smallest
 
 _NUMBERS = {"n_weights": torch.int64} | dict.fromkeys(
     ["score_sum", "score_mean", "score_max", "score_p99"], torch.float64

@@ -13,13 +13,13 @@ import pandas as pd
 
 from bridge.exchange import layout
 from bridge.exchange.errors import RequestError, did_you_mean
+from bridge.exchange.existing_runs import find_runs, read_manifest
 from bridge.exchange.fingerprint import Fingerprint, recorded_fingerprint
 from bridge.exchange.json_file import read_json
 from bridge.exchange.layout import WEIGHT_KEY, Scope
 from bridge.exchange.manifest import CorpusInfo, DiscoveryManifest, ModelInfo, checked
 from bridge.exchange.metric_definitions import MetricDefinitions, read_metric_definitions
 from bridge.exchange.printable import say
-from bridge.exchange.run_folder import find_runs, read_manifest
 from bridge.exchange.tables import LAYER_SUMMARY, SAMPLED_WEIGHTS, STABILITY, TOP_WEIGHTS, Table, read_table
 
 

@@ -1,40 +1,32 @@
-"""Run folders: one manifest, one lock, one log of what is finished.
+"""An open run folder: one manifest, one lock, one log of what is finished.
 
 A run is identified by everything that its numbers depend on. The same command started again resumes its unfinished
 folder; a finished folder is never written to again.
 """
 
-import errno
 import json
 import os
 import sys
 import time
-import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from bridge.exchange.errors import RequestError
+from bridge.exchange.existing_runs import SCHEMA_VERSION, find_unfinished_run, manifest_if_any
 from bridge.exchange.fingerprint import Fingerprint, difference, recorded_fingerprint, write_fingerprint
 from bridge.exchange.host import describe_host
-from bridge.exchange.json_file import read_json
-from bridge.exchange.layout import (
-    LOCK_FILE,
-    MANIFEST_FILE,
-    PROGRESS_FILES,
-    RESERVE_FILE,
-    progress_file,
-    run_folder_name,
-)
-from bridge.exchange.manifest import Manifest, checked
+from bridge.exchange.layout import MANIFEST_FILE, RESERVE_FILE, run_folder_name
+from bridge.exchange.manifest import Manifest
 from bridge.exchange.printable import escaped, say
-from bridge.exchange.tables import write_bytes, write_json
+from bridge.exchange.progress_log import append_record, read_records, remove_logs
+from bridge.exchange.run_lock import lock_folder
+from bridge.exchange.tables import write_json
 
-SCHEMA_VERSION = 1
 _RESERVE = 1 << 16  # bytes, enough for a manifest
 
 
@@ -100,8 +92,7 @@ class Run:
         (self.folder / RESERVE_FILE).unlink(missing_ok=True)  # room for the manifest where the disk is full
         self.update(status=status, ended=_now(), **entries)
         if status == "complete":
-            for log in self.folder.glob(PROGRESS_FILES):
-                log.unlink()
+            remove_logs(self.folder)
         self.release()
 
     def release(self) -> None:
@@ -123,57 +114,12 @@ class Run:
         self.finish("complete", error=None)
 
     def append(self, record: dict[str, Any], writer: int = 0) -> None:
-        """Add one finished record to the log of a writer (each process is one); it is on disk when this returns.
-
-        A line is the checksum of the record, a space, and the record as JSON. One that cannot be written whole is
-        taken back.
-        """
-        text = json.dumps(record).encode()
-        line = b"%08x %s\n" % (zlib.crc32(text), text)
-        with (self.folder / progress_file(writer)).open("ab", buffering=0) as stream:
-            before = stream.seek(0, os.SEEK_END)
-            try:
-                if stream.write(line) < len(line):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), stream.name)
-                os.fsync(stream.fileno())
-            except OSError:
-                os.ftruncate(stream.fileno(), before)
-                raise
+        """Add one finished record to the log of a writer (each process is one); it is on disk when this returns."""
+        append_record(self.folder, record, writer)
 
     def records(self) -> list[dict[str, Any]]:
-        """All finished records, of all writers.
-
-        A line cut short by a kill is dropped from its log. A damaged one is set aside with a warning, so that what it
-        held is measured again.
-        """
-        records = []
-        for log in sorted(self.folder.glob(PROGRESS_FILES)):
-            whole, damaged = [], []
-            lines = log.read_bytes().split(b"\n")
-            for line in lines[:-1]:
-                record = _record(line)
-                if record is None:
-                    damaged.append(line)
-                else:
-                    records.append(record)
-                    whole.append(line)
-            if damaged or lines[-1]:
-                write_bytes(log, b"".join(line + b"\n" for line in whole))
-            if damaged:
-                aside = log.with_name(f"{log.name}.damaged")
-                write_bytes(aside, b"".join(line + b"\n" for line in damaged))
-                lines_are = f"{len(damaged)} lines of {log} are damaged"
-                self.warn(f"{lines_are}; they are now in {aside.name}, and what they held is measured again")
-        return records
-
-
-def _record(line: bytes) -> dict[str, Any] | None:
-    """The record of a line of a log; None where the line is not as it was written."""
-    checksum, _, text = line.partition(b" ")
-    if checksum != b"%08x" % zlib.crc32(text):
-        return None
-    record: dict[str, Any] = json.loads(text)
-    return record
+        """All finished records, of all writers; damaged ones are set aside with a warning."""
+        return read_records(self.folder, self.warn)
 
 
 def open_run(
@@ -211,13 +157,13 @@ def open_run(
             )
         folder = output / run_folder_name(kind, experiment_id)
     else:
-        folder = _unfinished(output, kind, identity) or _new_folder(output, kind)
+        folder = find_unfinished_run(output, kind, identity) or _new_folder(output, kind)
     if folder.exists() and not folder.is_dir():
         raise RequestError(f"{folder} is a file; choose another --experiment-id")
     folder.mkdir(exist_ok=True)
-    lock = _lock(folder)
+    lock = lock_folder(folder)
     try:
-        manifest = _manifest(folder)
+        manifest = manifest_if_any(folder)
         _check_resumable(folder, manifest, identity, fingerprint)
     except RequestError:
         lock.release()
@@ -240,66 +186,6 @@ def open_run(
     if fingerprint:
         write_fingerprint(folder, fingerprint)
     return run
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a run folder.
-
-    Raises:
-        RequestError: there is none, it is damaged, or another version wrote it.
-    """
-    manifest = _manifest(folder)
-    if manifest is None:
-        raise RequestError(f"{folder} has no {MANIFEST_FILE}; is it the folder of a run?")
-    if manifest.get("schema") != SCHEMA_VERSION:
-        raise RequestError(
-            f"{folder}/{MANIFEST_FILE} has schema {manifest.get('schema')}, this version reads {SCHEMA_VERSION}"
-        )
-    return manifest
-
-
-def is_complete(folder: Path) -> bool:
-    """Whether a folder holds a run that ended well."""
-    manifest = _readable_manifest(folder)
-    return manifest is not None and manifest.get("status") == "complete"
-
-
-def find_runs(parent: Path, kind: str) -> list[Path]:
-    """The complete runs of a kind in a folder, or the folder itself if it is one; oldest first.
-
-    Raises:
-        RequestError: there is none; the message says what is there instead.
-    """
-    if not parent.is_dir():
-        raise RequestError(f"{parent}: no such folder")
-    own_manifest = _manifest(parent)
-    if own_manifest and own_manifest.get("kind") == kind:
-        candidates = [parent]
-    else:
-        candidates = sorted(parent.glob(f"{run_folder_name(kind, '*')}/"))
-    complete = [folder for folder in candidates if is_complete(folder)]
-    if not complete:
-        unfinished = f" ({len(candidates)} unfinished)" if candidates else ""
-        raise RequestError(f"{parent} holds no complete {run_folder_name(kind, '*')} run{unfinished}")
-    return sorted(complete, key=lambda folder: read_manifest(folder).get("ended") or "")
-
-
-def _manifest(folder: Path) -> Manifest | None:
-    """The manifest of a folder, None where there is no such file."""
-    path = folder / MANIFEST_FILE
-    try:
-        return checked(read_json(path), Manifest, path)
-    except FileNotFoundError:
-        return None
-
-
-def _readable_manifest(folder: Path) -> Manifest | None:
-    """The manifest of one of several folders; None with a warning where it cannot be read."""
-    try:
-        return _manifest(folder)
-    except RequestError as error:
-        say(f"WARNING: {error}; {folder.name} is passed over", stream=sys.stderr)
-        return None
 
 
 def _check_resumable(
@@ -332,14 +218,6 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
     return different
 
 
-def _unfinished(output: Path, kind: str, identity: dict[str, Any]) -> Path | None:
-    for folder in sorted(output.glob(f"{run_folder_name(kind, '*')}/")):
-        manifest = _readable_manifest(folder)
-        if manifest and manifest.get("status") != "complete" and manifest.get("identity") == identity:
-            return folder
-    return None
-
-
 def _new_folder(output: Path, kind: str) -> Path:
     now = time.strftime("%Y%m%d_%H%M%S")
     for number in range(1, 1000):
@@ -351,29 +229,6 @@ def _new_folder(output: Path, kind: str) -> Path:
             continue
         return folder
     raise RequestError(f"{output} already holds a thousand runs of this second")
-
-
-def is_locked(folder: Path) -> bool:
-    """Whether a process is at work in a run folder, or just about to end there."""
-    if not (folder / LOCK_FILE).exists():
-        return False
-    try:
-        _lock(folder).release()
-    except RequestError:
-        return True
-    return False
-
-
-def _lock(folder: Path) -> FileLock:
-    """The lock of a run folder, held by this process until it is released or the process ends."""
-    lock = FileLock(folder / LOCK_FILE, thread_local=False)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise RequestError(
-            f"another process is at work in {folder}; wait for it, or choose another --experiment-id"
-        ) from None
-    return lock
 
 
 def _now() -> str:

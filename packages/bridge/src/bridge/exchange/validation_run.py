@@ -11,8 +11,8 @@ import pandas as pd
 from bridge.exchange import layout
 from bridge.exchange.discovery_run import Discovery, one_folder, open_discovery, read_sampled
 from bridge.exchange.errors import RequestError
+from bridge.exchange.existing_runs import find_runs, read_manifest
 from bridge.exchange.printable import say
-from bridge.exchange.run_folder import find_runs, read_manifest
 from bridge.exchange.tables import COMPARISONS, CORRELATIONS, MEASUREMENTS, SINGLE_WEIGHTS, TARGETS, read_table
 
 

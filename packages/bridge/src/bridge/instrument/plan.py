@@ -1,91 +1,22 @@
 """Turn the flags of ``bridge validate`` into a plan; every mistake is reported before anything starts."""
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
 
-from bridge.analysis.layer_sample import DEFAULT_LAYERS
 from bridge.analysis.primary_analysis import primary_analysis
 from bridge.analysis.single_weights import choose_weights
 from bridge.analysis.targets import choose_targets
 from bridge.exchange import baseline_file, layout
-from bridge.exchange.command_line.flag_table import FilePath
-from bridge.exchange.command_line.perturbation_numbers import PERTURBATION_OF, check_seeds, numbers_set
 from bridge.exchange.discovery_run import Discovery, choose_discovery
 from bridge.exchange.errors import RequestError
 from bridge.exchange.layout import ALL, Shard, parse_shard
 from bridge.exchange.run_folder import check_output
 from bridge.instrument import command, process
-from bridge.instrument.texts import EvaluationTexts
-
-Perturbation = Literal["zero", "sign_flip", "scale", "gaussian_noise", "bit_flip", "quantize"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ValidationOptions(EvaluationTexts):
-    """The validation.
-
-    Attributes:
-        from_: a folder that holds discovery runs (the newest complete one is taken), or one run's folder.
-        layers: how many of the highest-ranked layers, by their share of the first metric's global top-K, are certain.
-        control_layers: how many further layers, drawn at random over all kinds of matrix and the whole range of the
-            score; all where there are no more. A rho of 0.5 within 7 kinds is shown by 40 in 85 %, by 20 in 46 %.
-        all_layers: measure every layer instead; slower, but nothing has to be estimated.
-        draw_seed: of the draw of layers and of single weights.
-        metrics: whose top weights are perturbed; by default all metrics of the run.
-        k: how many weights of a layer are perturbed; by default the smallest K of the run.
-        perturbations: what is done to the weights.
-        seeds: of the random controls, one draw each.
-        global_set: also perturb the top-K across all layers at once (target ALL).
-        bottom: also perturb the K weights of the lowest score; costs gradients.
-        single_weights: how many single weights to perturb one by one, drawn of those that the discovery sampled, over
-            every order of magnitude of rank by each of the metrics; compares all on the same weights.
-        factor: of the perturbation scale; by default the instrument's own.
-        sigma: of gaussian_noise, in standard deviations of the tensor; likewise.
-        bit: of bit_flip, 0 is the lowest; by default the highest bit of the exponent.
-        n_bits: of quantize.
-        baseline: a baseline.json of run_baseline.py; refuse if the discovery's setup or loss differs from it.
-        num_processes: how many processes share the measurements, each on its own GPU where there are any.
-        shard: i/n, measure only the i-th of n parts, of which each may be on another machine; see merge.
-        merge: the folders that hold all finished parts: put them together and report, instead of measuring.
-        output: the folder for the new validation folder; by default where the discovery run's folder is.
-        experiment_id: names the folder; by default the time, or the unfinished run of the same request.
-        perturb_python: the Python that has llm_perturb; by default its own environment.
-        device: auto, cpu, cuda, cuda:1, mps.
-        batch_size: sequences at once.
-        trust_remote_code: run code that comes with the model, if the discovery did.
-    """
-
-    from_: list[FilePath]
-    layers: int = 0
-    control_layers: int = DEFAULT_LAYERS
-    all_layers: bool = False
-    draw_seed: int = 0
-    metrics: list[str] | None = None
-    k: list[int] | None = None
-    perturbations: list[Perturbation] = field(default_factory=lambda: ["zero"])
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    global_set: bool = True
-    bottom: bool = False
-    single_weights: int = 0
-    factor: float | None = None
-    sigma: float | None = None
-    bit: int | None = None
-    n_bits: int | None = None
-    baseline: str | None = None
-    num_processes: int = 1
-    shard: str | None = None
-    merge: list[FilePath] | None = None
-    output: str | None = None
-    experiment_id: str | None = None
-    perturb_python: str | None = None
-    device: str = "auto"
-    batch_size: int | None = None
-    trust_remote_code: bool = False
+from bridge.instrument.validation_options import ValidationOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +85,7 @@ def plan(options: ValidationOptions) -> Plan:
     metrics = discovery.metrics(options.metrics)
     discovery.stability()  # the report needs it: what is wrong with it is said before anything is measured
     ks, weights_files = _sets(discovery, metrics, options)
-    _check_numbers(options)
+    options.check_ranges()
     other_texts = options.chosen()
     targets, warnings = _targets(discovery, metrics, ks[-1], options)
     chosen = _chosen(options, discovery, metrics, ks, targets["target_layer"].tolist())
@@ -213,7 +144,7 @@ def _chosen(
         "perturbations": list(dict.fromkeys(options.perturbations)),
         "seeds": list(dict.fromkeys(options.seeds)),
         "selection": ["top", "random", "bottom"] if options.bottom else ["top", "random"],
-        "numbers": _numbers(options),
+        "numbers": options.numbers(),
         "draw_seed": options.draw_seed,
         "target_layers": target_layers,
     }
@@ -234,16 +165,6 @@ def _sets(discovery: Discovery, metrics: list[str], options: ValidationOptions) 
     if ks[0] < 1:
         raise RequestError(f"--k must be at least 1, not {ks[0]}")
     return ks, {metric: _smallest_file(discovery, metric, available[metric], ks[-1]) for metric in metrics}
-
-
-def _numbers(options: ValidationOptions) -> dict[str, float]:
-    """The parameters of the perturbations, as far as they were set.
-
-    Raises:
-        RequestError: one is of a perturbation that was not asked for.
-    """
-    values = {name: getattr(options, name) for name in PERTURBATION_OF}
-    return numbers_set(values, options.perturbations, "--perturbations")
 
 
 def _targets(
@@ -288,19 +209,6 @@ def _hashes(discovery: Discovery, metrics: list[str], weights_files: dict[str, P
 
 def _hash(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _check_numbers(options: ValidationOptions) -> None:
-    check_seeds(options.seeds)
-    if options.batch_size is not None:
-        _check_at_least("batch-size", [options.batch_size], 1)
-    _check_at_least("single-weights", [options.single_weights], 0)
-    _check_at_least("draw-seed", [options.draw_seed], 0)
-
-
-def _check_at_least(flag: str, values: Sequence[int], least: int) -> None:
-    if min(values) < least:
-        raise RequestError(f"--{flag} must be at least {least}, not {min(values)}")
 
 
 def _smallest_file(discovery: Discovery, metric: str, available: list[int], k: int) -> Path:

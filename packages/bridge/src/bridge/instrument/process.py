@@ -14,7 +14,7 @@ from typing import IO
 
 from bridge.exchange.command_line.verbosity import TERMINAL
 from bridge.exchange.errors import RequestError, RunError
-from bridge.exchange.run_folder import is_locked
+from bridge.exchange.run_lock import is_locked
 from bridge.instrument import parent_process
 
 _LLM_PERTURB = Path(__file__).resolve().parents[4] / "llm_perturb"

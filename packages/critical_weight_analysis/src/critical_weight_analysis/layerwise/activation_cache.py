@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
-from llm_perturb.evaluation.models import free_bytes
+from llm_perturb.evaluation.devices import free_bytes
 from llm_perturb.evaluation.onednn_linear import linear
 from torch import Tensor, nn
 from torch.autograd.graph import Node

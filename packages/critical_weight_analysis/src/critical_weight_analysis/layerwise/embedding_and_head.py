@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from critical_weight_analysis.layerwise import output_head
 from critical_weight_analysis.layerwise.batches import Batch
+from critical_weight_analysis.layerwise.decoder_structure import Structure
 from critical_weight_analysis.layerwise.gradient_sums import GradientSums, add, pieces_by_sequence
 from critical_weight_analysis.layerwise.output_head import Block
 from critical_weight_analysis.layerwise.parameter_uses import Recorder
-from critical_weight_analysis.layerwise.probe import Structure
 
 LOGIT_ROWS = 512  # tokens whose logits exist together
 
@@ -140,7 +140,7 @@ class EmbeddingAndHead:
         weight = self._sums_of(self.structure.head.weight)
         if weight is not None and weight.inputs is not None:
             for row, targets in enumerate(batch.targets):
-                weight.add_input(hidden[row, len(targets)].detach())
+                weight.inputs.add_input(hidden[row, len(targets)].detach())
 
     def _is_of_head(self, one: GradientSums) -> bool:
         return one.parameter is self.structure.head.weight or one.parameter is self.structure.head.bias

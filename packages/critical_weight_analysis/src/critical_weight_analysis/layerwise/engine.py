@@ -17,22 +17,16 @@ from llm_perturb.evaluation.progress import Progress
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from critical_weight_analysis.layerwise.accumulators import BY_PRODUCT, SQUARES
 from critical_weight_analysis.layerwise.activation_cache import ActivationCache, bytes_to_spare
 from critical_weight_analysis.layerwise.batches import Batch, make_batch, members_of
+from critical_weight_analysis.layerwise.decoder_structure import Structure
 from critical_weight_analysis.layerwise.embedding_and_head import EmbeddingAndHead
-from critical_weight_analysis.layerwise.gradient_sums import (
-    BY_PRODUCT,
-    SQUARES,
-    GradientSums,
-    PiecesBySequence,
-    add,
-    pieces_by_sequence,
-)
+from critical_weight_analysis.layerwise.gradient_sums import GradientSums, PiecesBySequence, add, pieces_by_sequence
 from critical_weight_analysis.layerwise.hidden_states import HiddenStates
 from critical_weight_analysis.layerwise.parallel import n_cores, on_cores
 from critical_weight_analysis.layerwise.parameter_uses import Recorder
 from critical_weight_analysis.layerwise.pass_settings import Settings
-from critical_weight_analysis.layerwise.probe import Structure
 from critical_weight_analysis.metrics import Sensitivity
 
 

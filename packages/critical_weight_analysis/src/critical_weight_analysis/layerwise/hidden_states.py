@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from llm_perturb.evaluation.models import free_bytes
+from llm_perturb.evaluation.devices import free_bytes
 from torch import Tensor
 
 SHARE = 0.25  # of the free memory that may be filled

@@ -6,7 +6,6 @@ its conversions are known, and nothing has been read yet. A model whose weights 
 without memory, but for buffers and for tensors that transformers has to compare before it ties them.
 """
 
-import inspect
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +19,6 @@ from bridge.exchange.errors import RequestError
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import convert_and_load_state_dict_in_model, set_param_for_module
 from transformers.modeling_utils import LoadStateDictConfig
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from llm_perturb.evaluation.checkpoint import (
@@ -33,8 +31,8 @@ from llm_perturb.evaluation.checkpoint import (
     read_headers,
 )
 from llm_perturb.evaluation.load_errors import refuse_damaged
+from llm_perturb.evaluation.quantization import refuse_codes, refuse_stored_codes, restore_dtypes
 
-PLAIN = {torch.float64, torch.float32, torch.bfloat16, torch.float16}  # dtypes whose values are the weights
 BeforeReading = Callable[[PreTrainedModel, str | None], bool]
 
 
@@ -87,35 +85,10 @@ def load_model(
     _refuse_incomplete(source, info["missing_keys"], info["mismatched_keys"])
     unused = sorted(name for name in info["unexpected_keys"] if not _is_constant(name, reader.unused.get(name)))
     if not reader.streamed:
-        _refuse_codes(source, model)
+        refuse_codes(source, model)
         return Loaded(model, None, unused)
     drop_parameters(model, device)
     return Loaded(model, Checkpoint(model, reader.sources, reader.headers), unused)
-
-
-def quantization(config: PreTrainedConfig) -> str | None:
-    """How the stored weights are quantized by the configuration: fp8, gptq, bitsandbytes ...; None for plain floats."""
-    settings: Any = getattr(config, "quantization_config", None)
-    if not settings:
-        settings = getattr(config.get_text_config(decoder=True), "quantization_config", None)
-    if not settings:
-        return None
-    if not isinstance(settings, dict):
-        settings = settings.to_dict()
-    method: str | None = settings.get("quant_method")
-    if method:
-        return method
-    if settings.get("load_in_8bit") or settings.get("load_in_4bit"):
-        return "bitsandbytes"
-    return "a method that is not named"
-
-
-def dequantize(config: PreTrainedConfig) -> None:
-    """Have transformers turn codes into values where it can, also on a machine that could compute with the codes."""
-    method = AUTO_QUANTIZATION_CONFIG_MAPPING.get(quantization(config) or "")
-    if method and "dequantize" in inspect.signature(method).parameters:
-        holder = config if getattr(config, "quantization_config", None) else config.get_text_config(decoder=True)
-        holder.quantization_config = {**holder.quantization_config, "dequantize": True}
 
 
 def bytes_in_memory(model: PreTrainedModel) -> int:
@@ -158,25 +131,14 @@ class _Reader:
         info, index = self.original(model, state_dict, files, settings, *more)
         self._refuse_conversion_errors(info)
         if settings.hf_quantizer:
-            _cast(model, dtypes, settings)
+            restore_dtypes(model, dtypes, settings)
         return info, index
 
     def _read_headers(self, model: PreTrainedModel, files: list[str], settings: LoadStateDictConfig) -> None:
         self.headers = read_headers(files)
         self.sources, unused = find_sources(model, self.headers, settings.weight_mapping or [])
         self.unused = {name: self.headers[key] for name, key in unused.items()}
-        self._refuse_stored_codes(model)
-
-    def _refuse_stored_codes(self, model: PreTrainedModel) -> None:
-        expected = model.state_dict()
-        for source in self.sources:
-            for _, key in source.keys:
-                stored = self.headers[key].tensor.dtype
-                if expected[source.name].is_floating_point() and stored not in PLAIN:
-                    raise RequestError(
-                        f"{key} of '{self.source}' is stored as {str(stored).removeprefix('torch.')}: these are codes, "
-                        "not values, and the configuration names no quantization by which to read them"
-                    )
+        refuse_stored_codes(self.source, model, self.sources, self.headers)
 
     def _refuse_conversion_errors(self, info: LoadStateDictInfo) -> None:
         for name, error in info.conversion_errors.items():
@@ -242,16 +204,6 @@ def _refuse_incomplete(source: str, missing: Iterable[str], mismatched: Iterable
         )
 
 
-def _refuse_codes(source: str, model: PreTrainedModel) -> None:
-    """Stop at weights that are still codes once they are loaded."""
-    method = getattr(model, "quantization_method", None)
-    if method:
-        raise RequestError(
-            f"the weights of '{source}' are still quantized ({getattr(method, 'value', method)}) once they are loaded: "
-            "codes cannot be scored or changed like values; give a checkpoint of plain floats"
-        )
-
-
 def _is_constant(name: str, header: Header | None) -> bool:
     """Whether a tensor is a causal mask, its fill value or rotary frequencies.
 
@@ -262,16 +214,6 @@ def _is_constant(name: str, header: Header | None) -> bool:
     if re.search(r"(^|\.)(attn|attention)\.(bias|causal_mask)$", name):
         return len(shape) == 4 and shape[:2] == (1, 1)  # (1, 1, positions, positions); a bias has one dimension
     return re.search(r"(^|\.)(masked_bias|inv_freq)$", name) is not None
-
-
-def _cast(model: PreTrainedModel, dtypes: dict[str, torch.dtype], settings: LoadStateDictConfig) -> None:
-    """Bring values to the dtype that was asked for, as which a dequantizing transformers leaves some of them stored."""
-    for name, expected in dtypes.items():
-        tensor = model.get_parameter_or_buffer(name)
-        kept = next((dtype for part, dtype in settings.dtype_plan.items() if re.search(part, name)), None)
-        dtype = kept or (expected if expected in PLAIN else settings.dtype)
-        if tensor.dtype in PLAIN:
-            tensor.data = tensor.to(dtype)
 
 
 def first_names(names: list[str], n: int = 5) -> str:

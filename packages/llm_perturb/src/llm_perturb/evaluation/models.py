@@ -1,44 +1,36 @@
 """Load a causal language model and its tokenizer, with metadata for the manifest."""
 
 import fnmatch
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cache, cached_property
-from importlib import resources
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
 import torch
-import yaml
 from bridge.exchange.errors import RequestError
 from bridge.exchange.fingerprint import Fingerprint
-from bridge.exchange.layout import ALL
 from bridge.exchange.printable import check_printable, say
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.integrations.heterogeneity.configuration_utils import AmbiguousGlobalPerLayerAttributeError
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import resolve_revision
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from llm_perturb.evaluation.checkpoint import Checkpoint
+from llm_perturb.evaluation.devices import check_device
 from llm_perturb.evaluation.embedded_model import embedded_checkpoint
 from llm_perturb.evaluation.fingerprint import parameter_digests, persistent_buffers, tokenizer_digest, total_digest
 from llm_perturb.evaluation.hub import why_unreachable
 from llm_perturb.evaluation.load_errors import reason_of
-from llm_perturb.evaluation.loading import bytes_in_memory, dequantize, first_names, load_model, quantization
+from llm_perturb.evaluation.loading import bytes_in_memory, first_names, load_model
+from llm_perturb.evaluation.model_names import choose_name, model_table, say_source
+from llm_perturb.evaluation.model_sizes import attention_sizes, max_positions
 from llm_perturb.evaluation.parameters import check_names, named_parameters, tied_groups
 from llm_perturb.evaluation.progress import library_bars
+from llm_perturb.evaluation.quantization import dequantize, quantization_method
+from llm_perturb.evaluation.resident_or_streamed import Weights, cannot_be_streamed, is_streamed
 from llm_perturb.evaluation.revision import revision_of
 
 DType = Literal["float32", "bfloat16", "float16", "float64"]
-Weights = Literal["auto", "resident", "streamed"]
-# what configurations call the number of positions; transformers maps most of the other names to the first
-_POSITIONS = (
-    *("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "max_sequence_length"),
-    *("max_target_positions", "context_length"),
-)
-RESIDENT_SHARE = 0.6  # of the free memory that weights may take without being streamed
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
@@ -99,62 +91,6 @@ class LoadedModel:
         return Fingerprint(total_digest(digests), tokenizer_digest(self.tokenizer), self.metadata["dtype"], digests)
 
 
-def max_positions(model: PreTrainedModel) -> int | None:
-    """The longest sequence that a model has positions for, as its configuration names it; None if it does not.
-
-    Models of the RoBERTa kind count positions from the row after that of the padding token.
-    """
-    config = model.config.get_text_config()
-    declared = (getattr(config, name, None) for name in _POSITIONS)
-    positions = next((number for number in declared if isinstance(number, int) and number > 0), None)
-    if positions is None:
-        return None
-    skipped = 0
-    for module in model.modules():
-        padding: object = getattr(module, "padding_idx", None)
-        if isinstance(padding, int) and isinstance(getattr(module, "position_embeddings", None), torch.nn.Embedding):
-            skipped = padding + 1
-    return positions - skipped
-
-
-@cache
-def model_table() -> dict[str, Any]:
-    """The table of default models and short names."""
-    text = resources.files("llm_perturb").joinpath("data/models.yaml").read_text(encoding="utf-8")
-    table: dict[str, Any] = yaml.safe_load(text)
-    return table
-
-
-def choose_name(name: str | None, target_layers: Sequence[str] = ()) -> str:
-    """The full name of the model to load: the one passed, or the one that the first TARGET_LAYER belongs to.
-
-    A folder comes before a short name and a hub id, as an absolute path.
-
-    Raises:
-        RequestError: a TARGET_LAYER that could be of any model, such as ``lm_head``, and no name.
-    """
-    table = model_table()
-    if name:
-        return _folder(name) or table["short_names"].get(name.lower(), name)
-    family = target_layers[0].split(".")[0] if target_layers else ALL
-    if family == ALL:
-        chosen, why = table["embedded"], "the embedded model"
-    elif family in table["by_target_layer"]:
-        chosen, why = table["by_target_layer"][family], f"TARGET_LAYER begins with '{family}.'"
-    else:
-        known = ", ".join(f"'{family}.'" for family in table["by_target_layer"])
-        raise RequestError(
-            f"TARGET_LAYER '{target_layers[0]}' does not tell which model it is of (it begins with none of {known}); "
-            "name it with --model"
-        )
-    say(f"MODEL: {chosen} (no --model given: {why})")
-    return chosen if chosen == table["embedded"] else _folder(chosen) or chosen
-
-
-def _folder(name: str) -> str | None:
-    return str(Path(name).resolve()) if Path(name).is_dir() else None
-
-
 @library_bars()
 def load(
     name: str | None = None,
@@ -185,7 +121,7 @@ def load(
     source = str(embedded_checkpoint()) if name == model_table()["embedded"] else name
     unreachable = None if Path(source).is_dir() else why_unreachable()
     revision = resolve_revision(source, revision)
-    _say_source(name, source, revision)
+    say_source(name, source, revision)
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     part = "configuration"
     try:
@@ -193,16 +129,16 @@ def load(
         config = AutoConfig.from_pretrained(source, **options)
         if attn_implementation:
             config._attn_implementation = attn_implementation  # also where config.json has an entry of that name
-        method = quantization(config)
+        method = quantization_method(config)
         if method and weights == "streamed":
-            raise RequestError(_not_streamed(source, f"its weights are quantized ({method})"))
+            raise cannot_be_streamed(source, f"its weights are quantized ({method})")
         dequantize(config)
         part = "tokenizer"
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
 
         def before_reading(model: PreTrainedModel, obstacle: str | None) -> bool:
             _check_tokenizer(tokenizer, model, source)
-            return _is_streamed(source, bytes_in_memory(model), obstacle, weights, torch_device)
+            return is_streamed(source, bytes_in_memory(model), obstacle, weights, torch_device)
 
         part = "modules and weights"
         loaded = load_model(source, config, DTYPES[dtype], torch_device, before_reading, options)
@@ -222,7 +158,7 @@ def load(
         "dtype": dtype,
         "n_parameters": sum(parameter.numel() for parameter in named_parameters(model).values()),
         "tied_groups": tied_groups(model),
-        **_heads(model),
+        **attention_sizes(model),
         **({"quantization": method} if method else {}),
         **({"unused_weights": unused} if unused else {}),
     }
@@ -250,16 +186,6 @@ def _network(unreachable: str | None) -> str:
     return f"; {unreachable}, and the cache lacks it or a part of it" if unreachable else ""
 
 
-def _say_source(name: str, source: str, revision: str | None) -> None:
-    if source != name:
-        where = f"the embedded {name}, in {source}"
-    elif Path(source).is_dir():
-        where = f"folder {source}"
-    else:
-        where = f"hub id {name} at revision {getattr(revision, 'resolved', None) or revision or 'main'}"
-    say(f"MODEL: {where}")
-
-
 def _refuse_adapter(source: str, revision: str | None) -> None:
     if find_adapter_config_file(source, revision=revision):
         raise RequestError(
@@ -267,37 +193,6 @@ def _refuse_adapter(source: str, revision: str | None) -> None:
             "weights (peft: merge_and_unload, then save_pretrained) and give that folder; or take adapter_config.json "
             "away, if the model is meant without it"
         )
-
-
-def _not_streamed(source: str, obstacle: str) -> str:
-    return f"the weights of '{source}' cannot be read one layer at a time: {obstacle}; --weights resident"
-
-
-def _is_streamed(source: str, needed: int, obstacle: str | None, weights: Weights, device: torch.device) -> bool:
-    """Whether to leave weights in their files.
-
-    Args:
-        source: hub id or folder.
-        needed: bytes of the weights in memory.
-        obstacle: what stands against leaving them in their files.
-        weights: what was asked for.
-        device: where they are to be.
-
-    Raises:
-        RequestError: they are to be left there and cannot be, or are to be in memory and do not fit.
-    """
-    free = min(free_bytes(torch.device("cpu")), free_bytes(device))  # weights reach a GPU by way of main memory
-    if weights == "streamed" and obstacle:
-        raise RequestError(_not_streamed(source, obstacle))
-    if weights == "streamed" or (weights == "auto" and not obstacle and needed > RESIDENT_SHARE * free):
-        say(f"WEIGHTS: read from the checkpoint layer by layer (--weights {weights})")
-        return True
-    if needed > free:
-        raise RequestError(
-            f"the weights of '{source}' take {needed / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB of memory are free: "
-            "choose a smaller --dtype, or, for a discovery, --weights streamed"
-        )
-    return False
 
 
 def _allowed(source: str, unused: list[str], patterns: Sequence[str]) -> list[str]:
@@ -323,55 +218,3 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel,
             f"the tokenizer of '{source}' has {entries} entries, the model's embedding {rows} rows: they do not belong "
             "together, or the model was not resized when tokens were added"
         )
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that is free where a device's tensors are."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-
-
-def _heads(model: PreTrainedModel) -> dict[str, str | int]:
-    """Model type and sizes of the attention, where the config tells: by them, fused projections are taken apart."""
-    config = model.config.get_text_config()
-    n_heads, width = _entry(config, "num_attention_heads"), _entry(config, "hidden_size")
-    if not n_heads or not width:
-        return {"model_type": config.model_type}
-    return {
-        "model_type": config.model_type,
-        "hidden_size": width,
-        "num_attention_heads": n_heads,
-        "num_key_value_heads": _key_value_heads(config, n_heads),
-        "head_dim": _entry(config, "head_dim") or width // n_heads,
-    }
-
-
-def _key_value_heads(config: PreTrainedConfig, n_heads: int) -> int:
-    """How many heads of keys and values; Falcon and GPT-BigCode say so by flags of their own."""
-    if hasattr(config, "multi_query") and not getattr(config, "new_decoder_architecture", False):
-        return 1 if config.multi_query else n_heads
-    return _entry(config, "num_key_value_heads") or _entry(config, "num_kv_heads") or n_heads
-
-
-def _entry(config: PreTrainedConfig, name: str) -> int | None:
-    """A number of the configuration; None where it has none, or others from layer to layer."""
-    try:
-        return getattr(config, name, None)
-    except AmbiguousGlobalPerLayerAttributeError:
-        return None
-
-
-def check_device(device: str) -> torch.device:
-    """The device that ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps`` means here.
-
-    With several processes, ``auto`` and ``cuda`` give each its own GPU.
-    """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    try:
-        torch_device = torch.device(device)
-        torch.empty(0, device=torch_device)
-    except (RuntimeError, AssertionError):
-        raise RequestError(f"--device {device} is not available on this machine; try --device cpu") from None
-    return torch_device

@@ -1,0 +1,61 @@
+"""Which model is meant: a hub id, a local folder, a short name, a TARGET_LAYER, or nothing."""
+
+from collections.abc import Sequence
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from bridge.exchange.errors import RequestError
+from bridge.exchange.layout import ALL
+from bridge.exchange.printable import say
+
+
+@cache
+def model_table() -> dict[str, Any]:
+    """The table of default models and short names."""
+    text = resources.files("llm_perturb").joinpath("data/models.yaml").read_text(encoding="utf-8")
+    table: dict[str, Any] = yaml.safe_load(text)
+    return table
+
+
+def choose_name(name: str | None, target_layers: Sequence[str] = ()) -> str:
+    """The full name of the model to load: the one passed, or the one that the first TARGET_LAYER belongs to.
+
+    A folder comes before a short name and a hub id, as an absolute path.
+
+    Raises:
+        RequestError: a TARGET_LAYER that could be of any model, such as ``lm_head``, and no name.
+    """
+    table = model_table()
+    if name:
+        return _folder(name) or table["short_names"].get(name.lower(), name)
+    family = target_layers[0].split(".")[0] if target_layers else ALL
+    if family == ALL:
+        chosen, why = table["embedded"], "the embedded model"
+    elif family in table["by_target_layer"]:
+        chosen, why = table["by_target_layer"][family], f"TARGET_LAYER begins with '{family}.'"
+    else:
+        known = ", ".join(f"'{family}.'" for family in table["by_target_layer"])
+        raise RequestError(
+            f"TARGET_LAYER '{target_layers[0]}' does not tell which model it is of (it begins with none of {known}); "
+            "name it with --model"
+        )
+    say(f"MODEL: {chosen} (no --model given: {why})")
+    return chosen if chosen == table["embedded"] else _folder(chosen) or chosen
+
+
+def _folder(name: str) -> str | None:
+    return str(Path(name).resolve()) if Path(name).is_dir() else None
+
+
+def say_source(name: str, source: str, revision: str | None) -> None:
+    """Print where a model is loaded from, so that a folder of the same name as a hub id is noticed."""
+    if source != name:
+        where = f"the embedded {name}, in {source}"
+    elif Path(source).is_dir():
+        where = f"folder {source}"
+    else:
+        where = f"hub id {name} at revision {getattr(revision, 'resolved', None) or revision or 'main'}"
+    say(f"MODEL: {where}")
