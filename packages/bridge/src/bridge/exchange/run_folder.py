@@ -32,6 +32,7 @@ from bridge.exchange.layout import (
 )
 from bridge.exchange.manifest import Manifest, checked
 from bridge.exchange.printable import escaped, say
+from bridge.exchange.scratch import remove_temporary, scratch_folder
 from bridge.exchange.tables import write_bytes, write_json
 
 SCHEMA_VERSION = 1
@@ -100,8 +101,7 @@ class Run:
         (self.folder / RESERVE_FILE).unlink(missing_ok=True)  # room for the manifest where the disk is full
         self.update(status=status, ended=_now(), **entries)
         if status == "complete":
-            for log in self.folder.glob(PROGRESS_FILES):
-                log.unlink()
+            remove_leftovers(self.folder)
         self.release()
 
     def release(self) -> None:
@@ -160,11 +160,28 @@ class Run:
             if damaged or lines[-1]:
                 write_bytes(log, b"".join(line + b"\n" for line in whole))
             if damaged:
-                aside = log.with_name(f"{log.name}.damaged")
+                aside = path_aside(log)
                 write_bytes(aside, b"".join(line + b"\n" for line in damaged))
                 lines_are = f"{len(damaged)} lines of {log} are damaged"
                 self.warn(f"{lines_are}; they are now in {aside.name}, and what they held is measured again")
         return records
+
+
+def path_aside(path: Path) -> Path:
+    """A free path for what is damaged in a file: ``*.damaged``, or ``*.damaged.2`` and so on where there are such."""
+    aside = path.with_name(f"{path.name}.damaged")
+    number = 1
+    while aside.exists():
+        number += 1
+        aside = path.with_name(f"{path.name}.damaged.{number}")
+    return aside
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove from the folder of a complete run what a process that was killed at its very end did not."""
+    for log in folder.glob(PROGRESS_FILES):
+        log.unlink(missing_ok=True)
+    remove_temporary(folder)
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
@@ -204,6 +221,17 @@ def open_run(
     identity = json.loads(json.dumps(identity))  # as it will be read again: tuples are lists
     if fingerprint:
         identity["fingerprint"] = fingerprint.totals
+    entries = {
+        "schema": SCHEMA_VERSION,
+        "kind": kind,
+        "status": "running",
+        "argv": sys.argv,
+        "identity": identity,
+        "ended": None,
+        "host": describe_host(),
+        **(details or {}),
+    }
+    new = False
     if experiment_id is not None:
         if not experiment_id or Path(experiment_id).name != experiment_id or experiment_id in {".", ".."}:
             raise RequestError(
@@ -211,7 +239,9 @@ def open_run(
             )
         folder = output / run_folder_name(kind, experiment_id)
     else:
-        folder = _unfinished(output, kind, identity) or _new_folder(output, kind)
+        unfinished = _unfinished(output, kind, identity)
+        new = unfinished is None
+        folder = unfinished or _new_folder(output, kind, {**entries, "warnings": [], "started": _now()})
     if folder.exists() and not folder.is_dir():
         raise RequestError(f"{folder} is a file; choose another --experiment-id")
     folder.mkdir(exist_ok=True)
@@ -219,24 +249,15 @@ def open_run(
     try:
         manifest = _manifest(folder)
         _check_resumable(folder, manifest, identity, fingerprint)
+        remove_temporary(folder)
     except RequestError:
         lock.release()
         raise
     content: dict[str, Any] = {"warnings": []} if manifest is None else {**manifest}
-    run = Run(folder=folder, manifest=content, resumed=manifest is not None, _lock=lock)
+    run = Run(folder=folder, manifest=content, resumed=manifest is not None and not new, _lock=lock)
     with suppress(OSError):
         (folder / RESERVE_FILE).write_bytes(bytes(_RESERVE))
-    run.update(
-        schema=SCHEMA_VERSION,
-        kind=kind,
-        status="running",
-        argv=sys.argv,
-        identity=identity,
-        started=content.get("started", _now()),
-        ended=None,
-        host=describe_host(),
-        **(details or {}),
-    )
+    run.update(started=content.get("started", _now()), **entries)
     if fingerprint:
         write_fingerprint(folder, fingerprint)
     return run
@@ -310,6 +331,7 @@ def _check_resumable(
             raise RequestError(f"{folder} holds files of something else; choose another --experiment-id")
         return
     if manifest.get("status") == "complete":
+        remove_leftovers(folder)
         raise RequestError(f"{folder} is already complete; choose another --experiment-id, or remove the folder")
     before = manifest.get("identity") or {}
     different = _differences(before, identity)
@@ -340,16 +362,23 @@ def _unfinished(output: Path, kind: str, identity: dict[str, Any]) -> Path | Non
     return None
 
 
-def _new_folder(output: Path, kind: str) -> Path:
+def _new_folder(output: Path, kind: str, manifest: Mapping[str, Any]) -> Path:
+    """A new folder, named by the time; it appears with its manifest, so that a kill leaves none that is no run's."""
     now = time.strftime("%Y%m%d_%H%M%S")
-    for number in range(1, 1000):
-        experiment_id = now if number == 1 else f"{now}_{number}"
-        folder = output / run_folder_name(kind, experiment_id)
-        try:
-            folder.mkdir()
-        except FileExistsError:
-            continue
-        return folder
+    with scratch_folder(output) as scratch:
+        prepared = scratch / "run"
+        prepared.mkdir()
+        write_json(prepared / MANIFEST_FILE, manifest)
+        for number in range(1, 1000):
+            experiment_id = now if number == 1 else f"{now}_{number}"
+            folder = output / run_folder_name(kind, experiment_id)
+            if folder.exists():
+                continue
+            try:
+                return prepared.rename(folder)
+            except OSError:
+                if not folder.exists():  # else another process was faster
+                    raise
     raise RequestError(f"{output} already holds a thousand runs of this second")
 
 
