@@ -1,4 +1,8 @@
-"""The whole path killed again and again: the same command goes on, and ends with the tables of a quiet run."""
+"""Every command killed at random moments: nothing is left of it, and the same command again ends with the same tables.
+
+The moments are drawn from a seed: half of them within the first seconds, half over the whole work. ``KILLS=50`` in the
+environment asks for so many kills of each command instead of the few of every test run.
+"""
 
 import os
 import random
@@ -6,114 +10,167 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 
 import pytest
+from bridge.exchange.layout import TRACEBACK_FILE
+from bridge.exchange.run_folder import is_complete
+from bridge.instrument import process as instrument
+from bridge.instrument.command import launcher
 from conftest import PACKAGES
 from survivors import MARK, marked, survivors
 from tiny_models import save_checkpoint, word_tokenizer
 
 PYTHON = PACKAGES / "critical_weight_analysis" / ".venv" / "bin" / "python"
 BRIDGE = PACKAGES / "bridge" / ".venv" / "bin" / "bridge"
-TABLES = ("measurements.csv", "targets.csv", "correlations.csv", "single_weights.csv")
-FLAGS = ["--layers=2", "--control-layers=2", "--single-weights=8", "--seeds=0"]
+KILLS = int(os.environ.get("KILLS", "2"))
+PER_RUN = 4  # the most that one run meets before it may end
+FIRST_SECONDS = 3.0
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the commands read: a model, a folder of texts, and the output folder of a discovery."""
+
+    model: Path
+    texts: Path
+    discovery: Path
+
+
+def discover(inputs: Inputs) -> list[str]:
+    words = ["--metric", "grad_x_weight", "obd", "--topk", "20", "--eval-limit", "12"]
+    words += ["--model", inputs.model, "--dataset", inputs.texts, "--no-save-plots"]
+    return [PYTHON, PACKAGES / "critical_weight_analysis" / "phase1_runner.py", *words]
+
+
+def perturb(inputs: Inputs, n_processes: int) -> list[str]:
+    """As the bridge starts it."""
+    targets = "gpt_neox.layers.0.mlp.dense_h_to_4h,gpt_neox.layers.1.mlp.dense_4h_to_h"
+    words = ["--target-layer", targets, "--k", "1", "5", "20", "--seeds", "0", "1", "2", "3"]
+    words += ["--model", inputs.model, "--eval-limit", "12"]
+    return [*launcher(instrument.PYTHON, n_processes, "cpu"), *words]
+
+
+def validate(inputs: Inputs, n_processes: int) -> list[str]:
+    words = ["--layers=2", "--control-layers=2", "--single-weights=8", "--seeds=0", f"--num-processes={n_processes}"]
+    return [BRIDGE, "validate", f"--from={inputs.discovery}", *words]
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command that is killed; ``kind`` is what the name of its run folder begins with."""
+
+    kind: str
+    words: Callable[[Inputs], list[str]]
+
+
+COMMANDS = {
+    "discovery": Command("critical_analysis", discover),
+    "perturb": Command("perturb", lambda inputs: perturb(inputs, 1)),
+    "perturb-2": Command("perturb", lambda inputs: perturb(inputs, 2)),
+    "validate": Command("validation", lambda inputs: validate(inputs, 1)),
+    "validate-2": Command("validation", lambda inputs: validate(inputs, 2)),
+}
+
+
+def start(words, environment, output, *more):
+    words = list(map(str, [*words, *more, f"--output={output}"]))
+    if "accelerate.commands.launch" in words:  # it and its processes end with the one that starts them
+        words, tied = instrument.tied(words)
+        environment = environment | {key: value for key, value in tied.items() if key not in os.environ}
+    return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.fixture(scope="module")
-def discovery(tmp_path_factory, offline):
-    """A folder with a discovery of a random model, and the model."""
-    place = tmp_path_factory.mktemp("killed")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("killed")
     texts = (PACKAGES / "llm_perturb/src/llm_perturb/data/eval_texts.txt").read_text()
-    save_checkpoint(place / "model", "neox", n_layers=3, tokenizer=word_tokenizer(texts))
-    words = ["--metric", "grad_x_weight", "obd", "--topk", "20", "--eval-limit", "12", "--output", place / "out"]
-    command = [PYTHON, PACKAGES / "critical_weight_analysis/phase1_runner.py", "--model", place / "model", *words]
-    done = subprocess.run([*command, "--no-save-plots"], env=offline, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return place / "out"
-
-
-def start(output, environment, *more):
-    command = [BRIDGE, "validate", f"--from={output}", *FLAGS, *more]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def kill(process, mark, first):
-    """SIGKILL to ``bridge validate``; to all that it started first, or to none of these; nothing of it may be left."""
-    victims = set(marked(mark)) - {process.pid} if first else set()
-    for pid in [*victims, process.pid]:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-    process.communicate()
-    assert survivors(mark) == {}
+    save_checkpoint(folder / "model", "neox", n_layers=2, tokenizer=word_tokenizer(texts))
+    (folder / "texts").mkdir()
+    (folder / "texts" / "test.txt").write_text(texts)
+    return Inputs(folder / "model", folder / "texts", folder / "critical_analysis")
 
 
 @pytest.fixture(scope="module")
-def quiet(discovery, offline):
-    """Measure without a break in so many processes: the folder, and how many seconds that took."""
+def quiet(inputs, offline):
+    """Run a command without a break, in one process: its run folder, and how many seconds that took."""
 
     @cache
-    def measure(n_processes):
-        began = time.monotonic()
-        name = f"quiet{n_processes}"
-        process = start(discovery, offline, f"--experiment-id={name}", f"--num-processes={n_processes}")
+    def measure(kind):
+        if kind == "validation":
+            measure("critical_analysis")
+        (words,) = [each.words(inputs) for name, each in COMMANDS.items() if each.kind == kind and "-2" not in name]
+        begun = time.monotonic()
+        process = start(words, offline, inputs.discovery.with_name(kind))
         _, err = process.communicate()
         assert process.returncode == 0, err[-2000:]
-        return discovery / f"validation_{name}", time.monotonic() - began
+        (folder,) = inputs.discovery.with_name(kind).iterdir()
+        return folder, time.monotonic() - begun
 
     return measure
 
 
-def moments(draw, n_processes, takes):
-    """When to kill, in seconds: of one process over the whole time, of several while they are being started."""
-    if n_processes == 1:
-        return sorted(draw.uniform(0.2, 1.0) * takes for _ in range(3))
-    return sorted(draw.uniform(0.5, 5.0) for _ in range(2))
+def kill(process, mark, draw):
+    """SIGKILL to the command, or to one of the processes that it started; wait until nothing of it is left."""
+    started = sorted(set(marked(mark)) - {process.pid})
+    victim = draw.choice(started) if started and draw.random() < 0.5 else process.pid
+    try:
+        os.kill(victim, signal.SIGKILL)
+    except ProcessLookupError:
+        process.kill()
+    process.communicate(timeout=60)
+    assert survivors(mark) == {}
 
 
-@pytest.mark.parametrize(("n_processes", "seed"), [(1, 1), (2, 2)])
-def test_kills_at_random_moments_change_no_table(discovery, quiet, offline, tmp_path, n_processes, seed):
-    draw, output, temporary = random.Random(seed), tmp_path / "out", tmp_path / "temporary"
-    expected, takes = quiet(n_processes)
-    shutil.copytree(discovery, output, ignore=shutil.ignore_patterns("validation_*"))
+def contents(folder):
+    """The names of all files, and the tables; the other files hold times."""
+    paths = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.name != TRACEBACK_FILE}
+    tables = {name: path.read_bytes() for name, path in paths.items() if path.suffix in {".csv", ".parquet"}}
+    return paths.keys(), tables
+
+
+@pytest.mark.parametrize("number", range(0, KILLS, PER_RUN))
+@pytest.mark.parametrize("name", COMMANDS)
+def test_killed_at_random_moments_it_goes_on_to_the_same_tables(name, number, inputs, quiet, offline, tmp_path):
+    draw, command = random.Random(f"{name} {number}"), COMMANDS[name]
+    (expected, seconds), words = quiet(command.kind), command.words(inputs)
+    output, temporary, mark = tmp_path / "out", tmp_path / "temporary", str(tmp_path)
     temporary.mkdir()
-    mark = f"{output}-{seed}"
     environment = offline | {MARK: mark, "TMPDIR": str(temporary)}
-    killed = 0
-    for moment in moments(draw, n_processes, takes):
-        process = start(output, environment, f"--num-processes={n_processes}")
+    for kill_number in range(min(PER_RUN, KILLS - number)):
+        moment = draw.uniform(0, FIRST_SECONDS if kill_number % 2 == 0 else seconds)
+        process = start(words, environment, output)
         try:
             process.communicate(timeout=moment)
-            break  # it was faster
         except subprocess.TimeoutExpired:
-            kill(process, mark, first=n_processes == 1 and killed % 2)  # the instrument first, or the bridge alone
-            killed += 1
-    assert killed
-    assert len(list(output.glob("validation_*"))) <= 1
-    if n_processes > 1:
-        kill_launcher(output, environment, n_processes, mark)
-    if not list(output.glob("validation_*/report.html")):
-        process = start(output, environment, f"--num-processes={n_processes}")
-        _, err = process.communicate()
-        assert process.returncode == 0, err[-2000:]
-    (folder,) = output.glob("validation_*")
-    for table in TABLES:
-        assert (folder / table).read_bytes() == (expected / table).read_bytes(), table
-    assert not list(folder.rglob("*.tmp"))
-    assert not list(temporary.glob("torchelastic_*"))  # the folders for logs that the launcher makes of itself
-    again = start(output, offline, "--experiment-id", folder.name.removeprefix("validation_"))
-    assert "is already complete" in again.communicate()[1]
-    assert again.returncode == 2
+            n_lines = sum(len(log.read_bytes().splitlines()) for log in output.rglob("progress-*.jsonl"))
+            n_files = len(list(output.rglob("*")))
+            print(f"killed after {moment:.1f} of {seconds:.1f} s: {n_files} files, {n_lines} measurements")
+            kill(process, mark, draw)
+        if any(map(is_complete, output.glob("*/"))):
+            break
+    # the same command once more; where it was complete when it was killed, it says so and measures nothing again
+    complete = [folder for folder in output.glob("*/") if is_complete(folder)]
+    more = [f"--experiment-id={folder.name.removeprefix(f'{command.kind}_')}" for folder in complete]
+    process = start(words, environment, output, *more)
+    _, err = process.communicate()
+    assert process.returncode == (2 if complete else 0), err[-2000:]
+    assert not complete or "is already complete" in err
+    (folder,) = output.iterdir()
+    assert contents(folder) == contents(expected)
+    assert list(temporary.iterdir()) == []
 
 
-def kill_launcher(output, environment, n_processes, mark):
-    """Kill what starts the processes as soon as it has started them: a failed run, of which nothing is left."""
-    process = start(output, environment, f"--num-processes={n_processes}")
+def test_of_a_killed_launcher_nothing_is_left(inputs, quiet, offline, tmp_path):
+    """Killed as soon as it has started its processes, which then fail: a failed run, that the same command resumes."""
+    quiet("critical_analysis")
+    mark = str(tmp_path)
+    process = start(validate(inputs, 2), offline | {MARK: mark}, tmp_path / "out")
     deadline = time.monotonic() + 120
-    while (
-        len([pid for pid, words in marked(mark).items() if " -u -m bridge.instrument.worker " in words]) < n_processes
-    ):
+    while len([words for words in marked(mark).values() if " -u -m bridge.instrument.worker " in words]) < 2:
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.02)
     (launcher,) = [pid for pid, words in marked(mark).items() if " -m accelerate.commands.launch " in words]
@@ -133,9 +190,10 @@ def kill_launcher(output, environment, n_processes, mark):
         ("cut", "is the file cut off?"),
     ],
 )
-def test_foreign_or_damaged_lists_get_one_line(discovery, offline, tmp_path, damage, complaint):
+def test_foreign_or_damaged_lists_get_one_line(inputs, quiet, offline, tmp_path, damage, complaint):
     output = tmp_path / "out"
-    shutil.copytree(discovery, output, ignore=shutil.ignore_patterns("validation_*"))
+    quiet("critical_analysis")
+    shutil.copytree(inputs.discovery, output)
     for path in output.glob("*/top_20_per_layer_*.csv"):
         header, *rows = path.read_text().splitlines()
         first = rows[0].split(",")
@@ -146,7 +204,7 @@ def test_foreign_or_damaged_lists_get_one_line(discovery, offline, tmp_path, dam
     if damage == "model":  # every list is of one that has other layers
         for path in output.glob("*/*.csv"):
             path.write_text(path.read_text().replace("gpt_neox.layers.1.", "gpt_neox.layers.7."))
-    process = start(output, offline)
+    process = start(validate(replace(inputs, discovery=output), 1), offline, output)
     _, err = process.communicate()
     last = err.strip().splitlines()[-1]
     assert process.returncode == 2, err[-2000:]

@@ -9,8 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+from bridge.exchange import parent_process
 from bridge.exchange.errors import RunError
-from bridge.instrument import parent_process, process
+from bridge.instrument import process
 from survivors import MARK, marked, survivors
 
 SCRIPT = """
@@ -159,10 +160,11 @@ def test_worker_that_comes_too_late_does_nothing(place, ended, which):
 @pytest.mark.parametrize("change", ["parent_process._LIBC = None", ""], ids=["no prctl", "a shell between the two"])
 def test_what_the_kernel_does_not_end_ends_within_seconds(place, change):
     """Without prctl, and where a program stands between that outlives the one that is killed."""
-    body = f"import sys, time\nfrom bridge.instrument import parent_process\n{change}\nancestors.end_with_ancestors()\n"
+    body = f"import sys, time\nfrom bridge.exchange import parent_process\n{change}\n"
+    body += "parent_process.end_with_ancestors()\n"
     (place / "child.py").write_text(body + "print('at work', file=sys.stderr, flush=True)\ntime.sleep(60)\n")
     shell = [] if change else ["/bin/sh", "-c", '"$@"; sleep 0.1', "sh"]
-    code = "import os, subprocess, sys\nfrom bridge.instrument import parent_process\n"
+    code = "import os, subprocess, sys\nfrom bridge.exchange import parent_process\n"
     code += "os.environ[parent_process.VARIABLE] = parent_process.name_of_this()\nsubprocess.run(sys.argv[1:])"
     words = [sys.executable, "-c", code, *shell, sys.executable, str(place / "child.py")]
     with subprocess.Popen(words, stderr=subprocess.PIPE) as process:

@@ -111,6 +111,18 @@ def test_damaged_line_of_the_log_is_set_aside_and_the_others_stay(tmp_path, line
     assert capsys.readouterr().err == ""
 
 
+def test_what_is_damaged_later_does_not_replace_what_was_damaged_before(tmp_path, capsys):
+    run = open_run(tmp_path, "perturb", IDENTITY, "a")
+    log = run.folder / "progress-0.jsonl"
+    for line in (b"first\n", b"second\n", b"third\n"):
+        with log.open("ab") as stream:
+            stream.write(line)
+        assert run.records() == []
+    aside = [log.with_name(f"{log.name}.damaged{number}") for number in ("", ".2", ".3")]
+    assert [path.read_bytes() for path in aside] == [b"first\n", b"second\n", b"third\n"]
+    assert "they are now in progress-0.jsonl.damaged.3, and" in capsys.readouterr().err
+
+
 def full_disk(*_):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -226,6 +238,35 @@ def test_folder_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "perturb_b").write_text("a file")
     with pytest.raises(RequestError, match="perturb_b is a file"):
         open_run(tmp_path, "perturb", IDENTITY, "b")
+
+
+def test_kill_before_the_first_manifest_leaves_no_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "write_json", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        open_run(tmp_path, "perturb", IDENTITY)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_process_was_writing_is_removed_when_its_run_goes_on(tmp_path):
+    first = open_run(tmp_path, "perturb", IDENTITY)
+    (first.folder / "plots" / ".hidden.tmp").mkdir(parents=True)
+    (first.folder / "plots" / ".hidden.tmp" / "0-0").touch()
+    (first.folder / ".table.csv.123.tmp").touch()
+    (first.folder / "table.tmp").touch()
+    release(first)
+    second = open_run(tmp_path, "perturb", IDENTITY)
+    assert second.folder == first.folder
+    names = {path.name for path in second.folder.rglob("*")}
+    assert names == {".lock", ".reserve", "manifest.json", "plots", "table.tmp"}
+
+
+def test_what_a_process_killed_at_its_very_end_left_is_removed_by_the_same_command(tmp_path):
+    folder = complete(tmp_path, name="a")
+    (folder / "progress-0.jsonl").touch()
+    (folder / ".table.csv.123.tmp").touch()
+    with pytest.raises(RequestError, match="is already complete"):
+        open_run(tmp_path, "perturb", IDENTITY, "a")
+    assert {path.name for path in folder.iterdir()} == {".lock", "manifest.json"}
 
 
 def test_kill_before_the_first_manifest_leaves_a_usable_folder(tmp_path):

@@ -4,7 +4,8 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from bridge.instrument import parent_process, process
+from bridge.exchange import parent_process
+from bridge.instrument import process
 from bridge.instrument.worker import exit_code
 
 LAUNCHER = """

@@ -3,6 +3,7 @@ import sys
 import pytest
 from bridge.exchange.command_line import exit_codes, verbosity
 from llm_perturb.evaluation import progress
+from llm_perturb.evaluation.corpus import CorpusOptions, read_texts
 from transformers.utils import logging
 
 
@@ -87,3 +88,20 @@ def test_bars_of_transformers_are_those_of_a_terminal(monkeypatch):
     monkeypatch.setenv(verbosity.TERMINAL, "1")
     with progress.library_bars():
         assert logging.is_progress_bar_enabled() == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("on_terminal", "says", "expected"), [("0", "", False), ("1", "", True), ("1", "quiet", False)]
+)
+def test_bars_of_datasets_are_those_of_a_terminal_and_not_of_a_quiet_command(
+    tmp_path, monkeypatch, capsys, on_terminal, says, expected
+):
+    (tmp_path / "test.csv").write_text("text\na few words\n")
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    monkeypatch.setenv(verbosity.TERMINAL, on_terminal)
+    monkeypatch.setenv(verbosity.VARIABLE, says)
+    assert read_texts(CorpusOptions(dataset=str(tmp_path))).texts == ["a few words"]
+    err = capsys.readouterr().err
+    assert ("Generating test split" in err) == expected
+    assert expected or err == ""

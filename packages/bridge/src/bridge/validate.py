@@ -12,7 +12,7 @@ from bridge.exchange.errors import RequestError, RunError
 from bridge.exchange.existing_runs import find_runs, is_complete, read_manifest
 from bridge.exchange.fingerprint import write_fingerprint
 from bridge.exchange.printable import say
-from bridge.exchange.run_folder import Run, open_run
+from bridge.exchange.run_folder import Run, open_run, remove_leftovers
 from bridge.exchange.tables import MEASUREMENTS, SINGLE_WEIGHTS, TARGETS, atomic_path, read_table, write_table
 from bridge.exchange.validation_run import Validation
 from bridge.instrument import process
@@ -86,7 +86,9 @@ def _measure(ready: Plan, run: Run, parts: list[Path] | None) -> dict[str, str]:
     """
     _prepare(ready, run)
     folder = run.folder.absolute() / layout.run_folder_name(layout.PERTURBATION, _EXPERIMENT_ID)
-    if not is_complete(folder):
+    if is_complete(folder):
+        remove_leftovers(folder)
+    else:
         if parts:
             command, script = _merge_command(ready, parts), process.MERGE
         else:

@@ -5,6 +5,7 @@ Whoever writes or reads one of these names takes it from here, so that a name is
 
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Literal, NamedTuple, cast
 
 from bridge.exchange.errors import RequestError
@@ -88,6 +89,16 @@ def run_folder_name(kind: str, experiment_id: str) -> str:
     'validation_1'
     """
     return f"{kind}_{experiment_id}"
+
+
+def path_aside(path: Path) -> Path:
+    """A free path for what is damaged in a file: ``*.damaged``, or ``*.damaged.2`` and so on where there are such."""
+    aside = path.with_name(f"{path.name}.damaged")
+    number = 1
+    while aside.exists():
+        number += 1
+        aside = path.with_name(f"{path.name}.damaged.{number}")
+    return aside
 
 
 def progress_file(writer: int) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bridge.exchange.layout import PROGRESS_FILES, progress_file
+from bridge.exchange.layout import PROGRESS_FILES, path_aside, progress_file
 from bridge.exchange.tables import write_bytes
 
 
@@ -53,7 +53,7 @@ def read_records(folder: Path, warn: Callable[[str], None]) -> list[dict[str, An
         if damaged or lines[-1]:
             write_bytes(log, b"".join(line + b"\n" for line in whole))
         if damaged:
-            aside = log.with_name(f"{log.name}.damaged")
+            aside = path_aside(log)
             write_bytes(aside, b"".join(line + b"\n" for line in damaged))
             lines_are = f"{len(damaged)} lines of {log} are damaged"
             warn(f"{lines_are}; they are now in {aside.name}, and what they held is measured again")
@@ -63,7 +63,7 @@ def read_records(folder: Path, warn: Callable[[str], None]) -> list[dict[str, An
 def remove_logs(folder: Path) -> None:
     """Remove the logs of all writers, once the run's tables are written."""
     for log in folder.glob(PROGRESS_FILES):
-        log.unlink()
+        log.unlink(missing_ok=True)
 
 
 def _record(line: bytes) -> dict[str, Any] | None:

@@ -25,6 +25,7 @@ from bridge.exchange.manifest import Manifest
 from bridge.exchange.printable import escaped, say
 from bridge.exchange.progress_log import append_record, read_records, remove_logs
 from bridge.exchange.run_lock import lock_folder
+from bridge.exchange.scratch import remove_temporary, scratch_folder
 from bridge.exchange.tables import write_json
 
 _RESERVE = 1 << 16  # bytes, enough for a manifest
@@ -92,7 +93,7 @@ class Run:
         (self.folder / RESERVE_FILE).unlink(missing_ok=True)  # room for the manifest where the disk is full
         self.update(status=status, ended=_now(), **entries)
         if status == "complete":
-            remove_logs(self.folder)
+            remove_leftovers(self.folder)
         self.release()
 
     def release(self) -> None:
@@ -120,6 +121,12 @@ class Run:
     def records(self) -> list[dict[str, Any]]:
         """All finished records, of all writers; damaged ones are set aside with a warning."""
         return read_records(self.folder, self.warn)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove from the folder of a complete run what a process that was killed at its very end did not."""
+    remove_logs(folder)
+    remove_temporary(folder)
 
 
 def open_run(
@@ -150,6 +157,17 @@ def open_run(
     identity = json.loads(json.dumps(identity))  # as it will be read again: tuples are lists
     if fingerprint:
         identity["fingerprint"] = fingerprint.totals
+    entries = {
+        "schema": SCHEMA_VERSION,
+        "kind": kind,
+        "status": "running",
+        "argv": sys.argv,
+        "identity": identity,
+        "ended": None,
+        "host": describe_host(),
+        **(details or {}),
+    }
+    new = False
     if experiment_id is not None:
         if not experiment_id or Path(experiment_id).name != experiment_id or experiment_id in {".", ".."}:
             raise RequestError(
@@ -157,7 +175,9 @@ def open_run(
             )
         folder = output / run_folder_name(kind, experiment_id)
     else:
-        folder = find_unfinished_run(output, kind, identity) or _new_folder(output, kind)
+        unfinished = find_unfinished_run(output, kind, identity)
+        new = unfinished is None
+        folder = unfinished or _new_folder(output, kind, {**entries, "warnings": [], "started": _now()})
     if folder.exists() and not folder.is_dir():
         raise RequestError(f"{folder} is a file; choose another --experiment-id")
     folder.mkdir(exist_ok=True)
@@ -165,24 +185,15 @@ def open_run(
     try:
         manifest = manifest_if_any(folder)
         _check_resumable(folder, manifest, identity, fingerprint)
+        remove_temporary(folder)
     except RequestError:
         lock.release()
         raise
     content: dict[str, Any] = {"warnings": []} if manifest is None else {**manifest}
-    run = Run(folder=folder, manifest=content, resumed=manifest is not None, _lock=lock)
+    run = Run(folder=folder, manifest=content, resumed=manifest is not None and not new, _lock=lock)
     with suppress(OSError):
         (folder / RESERVE_FILE).write_bytes(bytes(_RESERVE))
-    run.update(
-        schema=SCHEMA_VERSION,
-        kind=kind,
-        status="running",
-        argv=sys.argv,
-        identity=identity,
-        started=content.get("started", _now()),
-        ended=None,
-        host=describe_host(),
-        **(details or {}),
-    )
+    run.update(started=content.get("started", _now()), **entries)
     if fingerprint:
         write_fingerprint(folder, fingerprint)
     return run
@@ -196,6 +207,7 @@ def _check_resumable(
             raise RequestError(f"{folder} holds files of something else; choose another --experiment-id")
         return
     if manifest.get("status") == "complete":
+        remove_leftovers(folder)
         raise RequestError(f"{folder} is already complete; choose another --experiment-id, or remove the folder")
     before = manifest.get("identity") or {}
     different = _differences(before, identity)
@@ -218,16 +230,23 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
     return different
 
 
-def _new_folder(output: Path, kind: str) -> Path:
+def _new_folder(output: Path, kind: str, manifest: Mapping[str, Any]) -> Path:
+    """A new folder, named by the time; it appears with its manifest, so that a kill leaves none that is no run's."""
     now = time.strftime("%Y%m%d_%H%M%S")
-    for number in range(1, 1000):
-        experiment_id = now if number == 1 else f"{now}_{number}"
-        folder = output / run_folder_name(kind, experiment_id)
-        try:
-            folder.mkdir()
-        except FileExistsError:
-            continue
-        return folder
+    with scratch_folder(output) as scratch:
+        prepared = scratch / "run"
+        prepared.mkdir()
+        write_json(prepared / MANIFEST_FILE, manifest)
+        for number in range(1, 1000):
+            experiment_id = now if number == 1 else f"{now}_{number}"
+            folder = output / run_folder_name(kind, experiment_id)
+            if folder.exists():
+                continue
+            try:
+                return prepared.rename(folder)
+            except OSError:
+                if not folder.exists():  # else another process was faster
+                    raise
     raise RequestError(f"{output} already holds a thousand runs of this second")
 
 

@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO
 
+from bridge.exchange import parent_process
 from bridge.exchange.command_line.verbosity import TERMINAL
 from bridge.exchange.errors import RequestError, RunError
 from bridge.exchange.run_lock import is_locked
-from bridge.instrument import parent_process
 
 _LLM_PERTURB = Path(__file__).resolve().parents[4] / "llm_perturb"
 _INSTALLED = importlib.util.find_spec("llm_perturb")  # beside this package, where both were installed from wheels

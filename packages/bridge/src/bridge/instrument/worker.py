@@ -14,7 +14,7 @@ import subprocess
 import sys
 
 from bridge.exchange.command_line.verbosity import is_debug, is_verbose
-from bridge.instrument.parent_process import end_with_ancestors
+from bridge.exchange.parent_process import end_with_ancestors
 
 
 def exit_code(error: Exception) -> int | None:

@@ -1,12 +1,12 @@
 """The sections of a report: figures and tables in the order in which they are read."""
 
 import base64
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bridge.exchange import layout
+from bridge.exchange.scratch import scratch_folder
 from bridge.report import effect_figures, effect_tables, placement_figures, score_figures, score_tables
 from bridge.report.evidence import Evidence
 from bridge.report.figure_style import DARK, LIGHT, Theme
@@ -142,8 +142,8 @@ def write_figure(plots: Path, evidence: Evidence, plan: FigurePlan) -> Figure | 
     light = plan.draw(evidence, plots / plan.file, LIGHT)
     if light is None:
         return None
-    with tempfile.TemporaryDirectory() as scratch:
-        dark = Path(scratch) / plan.file
+    with scratch_folder() as scratch:
+        dark = scratch / plan.file
         plan.draw(evidence, dark, DARK)
         return Figure(file=plan.file, caption=plan.caption, light=_data_uri(light), dark=_data_uri(dark))
 

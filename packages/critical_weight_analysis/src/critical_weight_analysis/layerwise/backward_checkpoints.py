@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from bridge.exchange.layout import path_aside
 from llm_perturb.evaluation.processes import Processes
 from safetensors import SafetensorError
 from torch import Tensor
@@ -143,7 +144,7 @@ class Resume:
         return files
 
     def _set_aside(self, path: Path, error: StateError) -> None:
-        aside = path.rename(path.with_name(f"{path.name}.damaged"))
+        aside = path.rename(path_aside(path))
         self._warn(f"{path} cannot be used ({error}); it is now {aside.name}, and what only it held is computed again")
 
     def _gather(self, item: T) -> list[T]:

@@ -4,13 +4,13 @@ On the device where that leaves most of its memory free, else in main memory, el
 """
 
 import shutil
-import tempfile
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
+from bridge.exchange.scratch import make_scratch
 from llm_perturb.evaluation.devices import free_bytes
 from torch import Tensor
 
@@ -56,7 +56,7 @@ class HiddenStates:
         self._kept: dict[Key, Tensor | _File] = {}
         self._folder: Path | None = None
         if self.storage == "file":
-            self._folder = Path(tempfile.mkdtemp(dir=scratch, prefix=".hidden-"))
+            self._folder = make_scratch(scratch)
             weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
 
     def put(self, key: Key, tensor: Tensor) -> None:

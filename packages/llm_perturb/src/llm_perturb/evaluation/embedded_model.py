@@ -2,13 +2,12 @@
 
 import importlib.util
 import os
-import shutil
-import tempfile
 from pathlib import Path
 
 import torch
 from bridge.exchange.errors import RequestError
 from bridge.exchange.printable import say
+from bridge.exchange.scratch import scratch_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llm_perturb.evaluation.revision import hash_files
@@ -27,15 +26,14 @@ def embedded_checkpoint() -> Path:
     if not folder.exists():
         home.mkdir(parents=True, exist_ok=True)
         say(f"converting the embedded model once, into {folder}")
-        temporary = Path(tempfile.mkdtemp(dir=home))
-        try:
-            _convert_gguf(files[0], temporary)
-            temporary.rename(folder)
-        except OSError:
-            if not folder.exists():  # else another process was faster, with the same result
-                raise
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        with scratch_folder(home) as temporary:
+            converted = temporary / "checkpoint"
+            _convert_gguf(files[0], converted)
+            try:
+                converted.rename(folder)
+            except OSError:
+                if not folder.exists():  # else another process was faster, with the same result
+                    raise
     return folder
 
 

@@ -5,14 +5,13 @@ is no defence against somebody who makes two models look alike.
 """
 
 import json
-import tempfile
 from collections.abc import Mapping
 from copy import deepcopy
-from pathlib import Path
 
 import torch
 from bridge.exchange.errors import RunError
 from bridge.exchange.fingerprint import Fingerprint, difference
+from bridge.exchange.scratch import scratch_folder
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -83,9 +82,9 @@ def _without_padding(backend: Tokenizer) -> Tokenizer:
 
 def _saved_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """The hash of each file that a tokenizer is saved in, but for its config, which names paths, and chat templates."""
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder() as folder:
         tokenizer.save_pretrained(folder)
-        files = sorted(path for path in Path(folder).iterdir() if path.is_file())
+        files = sorted(path for path in folder.iterdir() if path.is_file())
         return {
             path.name: xxh3_128_hexdigest(path.read_bytes())
             for path in files

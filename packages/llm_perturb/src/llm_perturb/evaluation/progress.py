@@ -111,12 +111,18 @@ def shows_bars() -> bool:
 
 @contextmanager
 def library_bars() -> Iterator[None]:
-    """While open, transformers and the hub's library show their bars only where this module shows its own."""
-    silence = logging.is_progress_bar_enabled() and not shows_bars()
-    if silence:
-        logging.disable_progress_bar()
+    """While open, transformers, datasets and the hub's library show their bars only where this module shows its own.
+
+    To be opened after datasets was imported, where it is: the import is slow, and few runs need it.
+    """
+    libraries: list[Any] = [logging]
+    if "datasets" in sys.modules:
+        libraries.append(sys.modules["datasets.utils"])
+    silenced = [library for library in libraries if library.is_progress_bar_enabled() and not shows_bars()]
+    for library in silenced:
+        library.disable_progress_bar()
     try:
         yield
     finally:
-        if silence:
-            logging.enable_progress_bar()
+        for library in silenced:
+            library.enable_progress_bar()

@@ -1,6 +1,5 @@
 """The texts that a request names: the shipped passages, a local file, a data set of the hub or of a folder."""
 
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
@@ -8,9 +7,11 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from bridge.exchange.errors import RequestError
+from bridge.exchange.scratch import scratch_folder
 
 from llm_perturb.evaluation.corpus_options import CorpusOptions
 from llm_perturb.evaluation.hub import why_unreachable
+from llm_perturb.evaluation.progress import library_bars
 from llm_perturb.evaluation.text_files import Number, check_column, kind_of, read_column, read_lines
 
 Message: TypeAlias = dict[str, str]  # of a chat: role and content
@@ -138,8 +139,8 @@ def _read_dataset(options: CorpusOptions) -> list[object]:
     if not Path(name).is_dir() and kind_of(Path(name)):
         raise RequestError(f"--dataset {name}: no such file")
     unreachable = None if Path(name).is_dir() else why_unreachable()
-    with tempfile.TemporaryDirectory() as temporary:
-        cache = temporary if Path(name).is_dir() else None
+    with library_bars(), scratch_folder() as temporary:
+        cache = str(temporary) if Path(name).is_dir() else None
         try:
             builder = load_dataset_builder(name, options.dataset_config, cache_dir=cache)
             # the words NA and null of a CSV are text

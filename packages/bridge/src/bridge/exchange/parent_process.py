@@ -38,7 +38,7 @@ def end_with_ancestors() -> None:
     ancestors = [name for name in ancestors if name]
     if _LIBC is not None:
         _LIBC.prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
-    if not all(map(_lives, ancestors)):  # it ended before the kernel was asked
+    if not all(map(lives, ancestors)):  # it ended before the kernel was asked
         raise SystemExit("the process that started this one has ended")
     os.environ[VARIABLE] = ";".join([*ancestors, name_of_this()])
     threading.Thread(target=_watch, args=(ancestors,), daemon=True).start()
@@ -67,12 +67,13 @@ def _from_ps(pid: int) -> tuple[str, str]:
     return state[:1], start.strip()
 
 
-def _lives(name: str) -> bool:
+def lives(name: str) -> bool:
+    """Whether a process of this machine still runs, named as by ``name_of_this``."""
     pid, _, start = name.partition(":")
     return started(int(pid)) == start
 
 
 def _watch(ancestors: list[str]) -> None:
-    while all(map(_lives, ancestors)):
+    while all(map(lives, ancestors)):
         time.sleep(_SECONDS)
     os.kill(os.getpid(), signal.SIGKILL)
