@@ -13,6 +13,7 @@ from bridge.analysis.single_weights import weight_effects
 from bridge.analysis.targets import is_restricted
 from bridge.analysis.top_against_random import top_against_random
 from bridge.exchange.discovery_run import open_discovery
+from bridge.exchange.errors import RequestError
 from bridge.exchange.tables import CORRELATIONS, MEASUREMENTS, TARGETS, read_table, write_table
 from bridge.exchange.validation_run import Validation
 from discovery_folder import make_discovery
@@ -246,14 +247,50 @@ def test_the_table_of_a_validation_is_written_to_its_folder(tmp_path):
     pd.testing.assert_frame_equal(read_table(folder / "correlations.csv", CORRELATIONS), table, check_dtype=False)
 
 
+def losses_of(measurements, n_texts=7):
+    """Measurements of each layer's top set, the same with losses on each text, the effects (L, T) and tokens (T,)."""
+    tops = measurements[measurements["selection"].str.startswith("top_") & (measurements["target_layer"] != "ALL")]
+    n_tokens = np.arange(10, 10 + n_texts)
+    spread = np.random.default_rng(0).exponential(size=(len(tops), n_texts))
+    effects = tops["delta_nll"].to_numpy()[:, None] * spread * n_tokens
+    keys = tops[["target_layer", "selection", "perturbation", "k", "seed"]]
+    losses = keys.loc[keys.index.repeat(n_texts)].reset_index(drop=True)
+    losses["sequence"] = list(range(n_texts)) * len(tops)
+    losses["n_tokens"] = n_tokens.tolist() * len(tops)
+    return tops, losses.assign(baseline_nats=2.0, perturbed_nats=2.0 + effects.ravel()), effects, n_tokens
+
+
+def test_the_losses_of_a_validation_give_the_interval_over_texts(tmp_path):
+    metrics = ("grad_x_weight", "magnitude")
+    discovery = open_discovery(make_discovery(tmp_path, metrics=metrics))
+    measurements = synthetic.measurements(n=8, metrics=metrics)
+    tops, losses, effects, n_tokens = losses_of(measurements)
+    folder = tmp_path / "validation_1"
+    (folder / "perturb_measure").mkdir(parents=True)
+    write_table(folder / "measurements.csv", measurements, MEASUREMENTS)
+    write_table(folder / "targets.csv", synthetic.targets(8, 0).assign(n_layers=9), TARGETS)
+    path = folder / "perturb_measure" / "sequence_losses.parquet"
+    losses.assign(kl_nats=0.0).to_parquet(path)
+    options = {"metrics": list(metrics), "k": [100], "perturbations": ["zero"], "target_layers": ["any", "ALL"]}
+    validation = Validation(folder, {"identity": {"options": options}}, discovery)
+    table = write_correlations(validation).set_index("metric")
+    for metric in metrics:
+        own = (tops["selection"] == f"top_{metric}").to_numpy()
+        expected = rho_over_texts(tops["score_sum"].to_numpy()[own], effects[own], n_tokens.astype(float))
+        assert table.loc[metric, ["texts_low", "texts_high"]].tolist() == pytest.approx(expected[1:], rel=1e-9)
+    losses.drop(columns="k").to_parquet(path)
+    with pytest.raises(RequestError, match=r"sequence_losses\.parquet is damaged: .*\bk\b.*; remove it, or measure"):
+        write_correlations(validation)
+    path.write_bytes(b"PAR1 not really")
+    with pytest.raises(RequestError, match=r"sequence_losses\.parquet is damaged: "):
+        write_correlations(validation)
+    path.unlink()
+    assert write_correlations(validation)["texts_low"].isna().all()
+
+
 def test_where_all_layers_were_measured_rho_has_an_interval_over_texts():
     measurements = synthetic.measurements(n=8, metrics=("obd",), seeds=(), with_all=False)
-    tops = measurements[measurements["selection"] == "top_obd"]
-    n_tokens = np.arange(10.0, 17)
-    effects = tops["delta_nll"].to_numpy()[:, None] * np.random.default_rng(0).exponential(size=(8, 7)) * n_tokens
-    keys = tops[["target_layer", "selection", "perturbation", "k", "seed"]]
-    losses = keys.loc[keys.index.repeat(7)].assign(sequence=list(range(7)) * 8, n_tokens=n_tokens.tolist() * 8)
-    losses = losses.assign(baseline_nats=2.0, perturbed_nats=2.0 + effects.ravel())
+    tops, losses, effects, n_tokens = losses_of(measurements)
     every = synthetic.targets(8, 0).assign(n_layers=8)
     row = correlate(measurements, targets=every, losses=losses, n_resamples=9).iloc[0]
     _, low, high = rho_over_texts(tops["score_sum"].to_numpy(), effects, n_tokens)

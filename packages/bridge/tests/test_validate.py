@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -433,6 +434,18 @@ def test_the_primary_analysis_is_the_first_of_the_request(output, python):
     )
     primary = plan(request).options["primary"]
     assert primary == {"unit": "layers", "metric": "grad_x_weight", "perturbation": "sign_flip", "k": 2}
+
+
+def test_the_primary_analysis_may_be_named(output, python):
+    request = options(output, python, metrics=["grad_x_weight", "magnitude"], k=[2, 1])
+    named = plan(replace(request, primary="magnitude"))
+    assert named.options["primary"] == {"unit": "layers", "metric": "magnitude", "perturbation": "zero", "k": 2}
+    assert named.identity["options"]["primary"] != plan(request).identity["options"]["primary"]
+    refusal = r"^--primary magnitude is none of the metrics that are compared: grad_x_weight$"
+    with pytest.raises(RequestError, match=refusal):
+        plan(replace(request, primary="magnitude", metrics=["grad_x_weight"]))
+    with pytest.raises(RequestError, match=r"--primary magnitud is none .* \(did you mean 'magnitude'\?\): grad_x"):
+        plan(replace(request, primary="magnitud"))
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import synthetic
 from bridge.report.caveats import caveats
+from bridge.report.score_tables import correlations
 from bridge.report.sentences import answer, setup_items, summary_lines
 from bridge.report.verdict_sentences import exploratory, verdict_on_layers
 
@@ -47,6 +48,17 @@ def test_absence_is_claimed_by_equivalence_alone(example):
     assert ": there is no agreement beyond ±0.20, within which the interval lies" in narrow
     for ends in ({"within_low": -0.21, "within_high": 0.1}, {"within_low": -0.1, "within_high": 0.21}):
         assert "no agreement is shown" in verdict_on_layers(changed(example, **near_zero, **ends))
+
+
+def test_where_every_layer_was_measured_the_interval_is_over_texts(example):
+    census = changed(example, spearman=0.8, texts_low=0.7, texts_high=0.9, ci_low=0.1)
+    assert "grad_x_weight 0.80 [0.70,\u00a00.90] over other texts of the same kind (within kinds" in verdict_on_layers(
+        census
+    )
+    (table,) = correlations(census)
+    assert [row[4].endswith("*") for row in table.rows] == [True, False]
+    assert table.rows[0][4] == "0.80 [0.70,\u00a00.90]*"
+    assert "where every layer was measured (*) over other texts of the same kind" in table.notes[0]
 
 
 def test_fewer_than_six_layers_show_nothing():

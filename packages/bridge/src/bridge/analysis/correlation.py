@@ -106,6 +106,7 @@ def write_correlations(validation: Validation, seed: int = 0) -> pd.DataFrame:
         validation.sampled(),
         baseline,
         primary_analysis(validation.options, baseline),
+        losses=validation.sequence_losses(),
         single_weights=validation.single_weights(),
     )
     write_table(validation.folder / layout.CORRELATIONS_FILE, table, CORRELATIONS)

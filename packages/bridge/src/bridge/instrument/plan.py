@@ -16,7 +16,7 @@ from bridge.exchange import baseline_file, layout
 from bridge.exchange.command_line.flag_table import FilePath
 from bridge.exchange.command_line.perturbation_numbers import PERTURBATION_OF, check_seeds, numbers_set
 from bridge.exchange.discovery_run import Discovery, choose_discovery
-from bridge.exchange.errors import RequestError
+from bridge.exchange.errors import RequestError, did_you_mean
 from bridge.exchange.layout import ALL, Shard, parse_shard
 from bridge.exchange.run_folder import check_output
 from bridge.instrument import command, process
@@ -37,6 +37,8 @@ class ValidationOptions(EvaluationTexts):
         all_layers: measure every layer instead; slower, but nothing has to be estimated.
         draw_seed: of the draw of layers and of single weights.
         metrics: whose top weights are perturbed; by default all metrics of the run.
+        primary: whose agreement is the primary analysis, at the first k and under the first perturbation; all else is
+            exploratory. By default the first of the metrics that is not the baseline.
         k: how many weights of a layer are perturbed; by default the smallest K of the run.
         perturbations: what is done to the weights.
         seeds: of the random controls, one draw each.
@@ -66,6 +68,7 @@ class ValidationOptions(EvaluationTexts):
     all_layers: bool = False
     draw_seed: int = 0
     metrics: list[str] | None = None
+    primary: str | None = None
     k: list[int] | None = None
     perturbations: list[Perturbation] = field(default_factory=lambda: ["zero"])
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
@@ -152,6 +155,7 @@ def plan(options: ValidationOptions) -> Plan:
     discovery = choose_discovery(options.from_)
     not_compared = baseline_file.check_same(options.baseline, discovery) if options.baseline else []
     metrics = discovery.metrics(options.metrics)
+    _check_primary(options.primary, metrics)
     discovery.stability()  # the report needs it: what is wrong with it is said before anything is measured
     ks, weights_files = _sets(discovery, metrics, options)
     _check_numbers(options)
@@ -220,7 +224,7 @@ def _chosen(
     if options.global_set:
         chosen["target_layers"].append(ALL)  # all matrices of the model: the top-K there is the global one
     # k in the order of the request: its first is that of the primary analysis, named here before anything is measured
-    primary = primary_analysis(chosen | {"k": options.k or ks}, discovery.baseline_metric)
+    primary = primary_analysis(chosen | {"k": options.k or ks}, discovery.baseline_metric, options.primary)
     return {"primary": primary._asdict(), **chosen}
 
 
@@ -288,6 +292,14 @@ def _hashes(discovery: Discovery, metrics: list[str], weights_files: dict[str, P
 
 def _hash(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _check_primary(metric: str | None, metrics: list[str]) -> None:
+    if metric is not None and metric not in metrics:
+        compared = ", ".join(metrics)
+        raise RequestError(
+            f"--primary {metric} is none of the metrics that are compared{did_you_mean(metric, metrics)}: {compared}"
+        )
 
 
 def _check_numbers(options: ValidationOptions) -> None:

@@ -50,11 +50,14 @@ def rho_with_p(row: pd.Series) -> str:
     """A rank correlation with its interval and the p-value that a claim goes by.
 
     ``0.90 [0.74, 0.97], p = 0.0002``; over layers of several kinds ``0.90 [0.74, 0.97] (within kinds of matrix 0.85
-    [0.70, 0.94], p = 0.0004)``. Every p-value but that of the primary analysis is adjusted, and called so.
+    [0.70, 0.94], p = 0.0004)``. Every p-value but that of the primary analysis is adjusted, and called so. Where every
+    layer was measured the interval is that over texts, and called so.
     """
     name = "p" if row["primary"] else "adjusted p"
     p = "" if pd.isna(row["p_adjusted"]) else f", {name} = {p_value(row['p_adjusted'])}"
     over_all = rho(row["spearman"], row["ci_low"], row["ci_high"])
+    if pd.notna(row["texts_low"]):
+        over_all = f"{rho(row['spearman'], row['texts_low'], row['texts_high'])} over other texts of the same kind"
     if row["n_kinds"] == 1:
         return f"{over_all}{p}"
     if pd.isna(row["within_rho"]):

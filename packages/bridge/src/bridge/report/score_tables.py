@@ -11,6 +11,7 @@ from bridge.report.phrases import rho_above_baseline, weight_name
 from bridge.report.text_table import TextTable
 
 N_WEIGHTS_SHOWN = 10
+OVER_TEXTS = "*"  # marks an interval over texts
 
 
 def correlations(evidence: Evidence) -> list[TextTable]:
@@ -23,22 +24,26 @@ def correlations(evidence: Evidence) -> list[TextTable]:
     columns += ["Would have been shown", f"ρ minus {baseline}'s", "Above", "τ-b", "Weighted τ", "RBO"]
     columns += ["Precision (chance)"]
     n_exploratory = int(evidence.exploratory["p_adjusted"].notna().sum())
-    explanation = (
-        "ρ and its 95 % bootstrap interval over units; within kinds: ρ given the kind of matrix and the depth, which "
-        "the claim goes by; p by permutation (within kinds), two-sided; that of the primary analysis is its own, all "
-        f"others are adjusted as one false-discovery family of {n_exploratory} (Benjamini–Hochberg); would have been "
-        f"shown: the smallest ρ that 80 % of such studies show; ρ minus {baseline}'s over the same units; above: other "
-        "metrics that this one is shown to be above, all pairs of a setting compared together (Holm); RBO: rank-biased "
-        "overlap, persistence 0.9; precision: share of the units predicted highest that are among as many of largest "
-        "effect, and what chance gives; both averaged over ties."
-    )
+    explanation = [
+        "ρ and its 95 % bootstrap interval over units, or where every layer was measured "
+        f"({OVER_TEXTS}) over other texts of the same kind",
+        "within kinds: ρ given the kind of matrix and the depth, which the claim goes by",
+        "p by permutation (within kinds), two-sided; that of the primary analysis is its own, all others are adjusted "
+        f"as one false-discovery family of {n_exploratory} (Benjamini–Hochberg)",
+        "would have been shown: the smallest ρ that 80 % of such studies show",
+        f"ρ minus {baseline}'s over the same units",
+        "above: other metrics that this one is shown to be above, all pairs of a setting compared together (Holm)",
+        "RBO: rank-biased overlap, persistence 0.9",
+        "precision: share of the units predicted highest that are among as many of largest effect, and what chance "
+        "gives; both averaged over ties",
+    ]
     return [
         TextTable(
             title="Agreement of score and effect",
             columns=columns,
             rows=[_correlation_cells(row) for _, row in _primary_first(table).iterrows()],
             n_text=3,
-            notes=[explanation, *_notes(table)],
+            notes=[f"{'; '.join(explanation)}.", *_notes(table)],
         )
     ]
 
@@ -56,7 +61,7 @@ def _correlation_cells(row: pd.Series) -> list[str]:
         row["metric"],
         f"{row['perturbation']}, k = {row['k']}",
         count(row["n"]),
-        rho(row["spearman"], row["ci_low"], row["ci_high"]),
+        _rho_of_measured(row),
         rho(row["within_rho"], row["within_low"], row["within_high"]),
         p_value(row["p_adjusted"]),
         str(shown),
@@ -68,6 +73,13 @@ def _correlation_cells(row: pd.Series) -> list[str]:
         coefficient(row["rbo"]),
         _precision(row),
     ]
+
+
+def _rho_of_measured(row: pd.Series) -> str:
+    """Rho over the measured units; where these are all layers, with its interval over texts."""
+    if pd.notna(row["texts_low"]):
+        return f"{rho(row['spearman'], row['texts_low'], row['texts_high'])}{OVER_TEXTS}"
+    return rho(row["spearman"], row["ci_low"], row["ci_high"])
 
 
 def _unit(row: pd.Series) -> str:
