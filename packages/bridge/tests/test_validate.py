@@ -475,7 +475,7 @@ def test_single_weights_are_chosen_written_measured_and_correlated(tmp_path, out
     n = len(pd.read_csv(folder / "measurements.csv"))
     assert f"{n} measurements (8 targets x 4 sets of weights, 12 single weights) on 90" in capsys.readouterr().err
     assert len(lines) == 7
-    assert "Over 12 single weights, " in lines[6]
+    assert "Over all weights of the model, estimated from 12 single weights, " in lines[6]
     assert " ".join(lines[6].split()) in (folder / "report.md").read_text().replace("\\", "")
     identity = read_manifest(folder)["identity"]
     assert identity["options"]["single_weights"] == 12
@@ -486,7 +486,7 @@ def test_single_weights_are_chosen_written_measured_and_correlated(tmp_path, out
 def test_single_weights_and_the_whole_model_without_layers(output, python):
     lines = validate.validate(options(output, python, layers=0, control_layers=0, single_weights=5))
     assert lines[4] == "No single layer was measured."
-    assert "Over 5 single weights" in lines[6]
+    assert "estimated from 5 single weights" in lines[6]
     assert not any("restricted" in note for note in pd.read_csv(output / "validation_v" / "correlations.csv")["note"])
 
 
@@ -504,7 +504,7 @@ def test_single_weights_alone(tmp_path, output, python, mode):
     assert not any(word.startswith(("--target-layer", "--weights-csv")) for word in starts(tmp_path)[0]["argv"])
     correlations = pd.read_csv(folder / "correlations.csv")
     assert set(correlations["unit"]) == {"weights"} and correlations["spearman"].notna().all()
-    assert any("Over 8 single weights" in line for line in lines)
+    assert any("estimated from 8 single weights" in line for line in lines)
     for report in ("report.html", "report.md"):
         assert "nan" not in re.sub(r"base64,[^\"]*", "", (folder / report).read_text()).split()
     assert html.write_report(choose_validation([str(folder)])) == lines[1:]

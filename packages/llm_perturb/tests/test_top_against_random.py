@@ -177,7 +177,7 @@ def test_few_texts_have_no_interval(differences):
 
 
 def naive_interval(top, drawn, n_tokens):
-    """Both variances written out: texts left out one at a time, draws by their sample variance, their skewness twice."""
+    """Both variances written out: texts left out one at a time, draws by their variance, their skewness twice."""
     n, n_draws, total = len(n_tokens), len(drawn), sum(n_tokens)
 
     def difference(left_out=None):
