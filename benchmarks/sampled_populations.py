@@ -93,7 +93,7 @@ def study(world: World, compared: Sequence[str], seed: int) -> Study:
     estimates, design = {}, {}
     for metric in NAMES:
         score = chosen[layout.score_column(metric)].to_numpy()
-        points = pd.DataFrame({"score": score, "effect": effect, "inclusion": chosen["inclusion"]})
+        points = pd.DataFrame({"score_sum": score, "delta_nll": effect, "inclusion": chosen["inclusion"]})
         estimates[metric] = estimate_population(points)
         design[metric] = spearman_rho(score, effect)
     return Study(estimates, design)
@@ -151,7 +151,7 @@ def layers_table(studies: int, n_layers: int = 210, n_kinds: int = 7, rho: float
             drawn = draw_layers(score[others], [str(kind) for kind in kinds[others]], n_drawn, rng)
             chosen = np.append(order[:n_top], others[drawn.chosen])
             inclusion = np.append(np.ones(n_top), drawn.inclusion)
-            points = pd.DataFrame({"score": score[chosen], "effect": effect[chosen], "inclusion": inclusion})
+            points = pd.DataFrame({"score_sum": score[chosen], "delta_nll": effect[chosen], "inclusion": inclusion})
             estimate = estimate_population(points)
             true = spearman_rho(score, effect)
             errors.append(estimate.population_rho - true)

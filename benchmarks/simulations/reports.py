@@ -24,7 +24,7 @@ NULL_WORLDS = (
 NULL_CASES = (
     *product(NULL_WORLDS, (4, 10), (2,)),
     *product(NULL_WORLDS, (20, 40), (1, 2, 8)),
-    *product(NULL_WORLDS[1:2], (211,), (2, 8)),
+    *product(NULL_WORLDS, (211,), (2, 8)),
     *product((World(one_kind=True),), (4, 6, 10, 20), (1, 8)),
 )
 # what is claimed, and the words of the sentences that claim it
@@ -38,7 +38,9 @@ WORDS = {
 }
 
 
-def sentences(scores: np.ndarray, effects: np.ndarray, layers: np.ndarray) -> str:
+def sentences(
+    scores: np.ndarray, effects: np.ndarray, layers: np.ndarray, inclusion: np.ndarray | float = np.nan
+) -> str:
     """What a report says of the agreement of these metrics over these layers.
 
     The last metric is magnitude, the first one the primary analysis.
@@ -46,7 +48,8 @@ def sentences(scores: np.ndarray, effects: np.ndarray, layers: np.ndarray) -> st
     Args:
         scores: log scores, (M, all layers).
         effects: delta_nll, (M, all layers).
-        layers: positions of those that are measured.
+        layers: positions of those that are measured, (n,).
+        inclusion: the probability of each of these, (n,).
     """
     metrics = [f"metric_{number}" for number in range(len(scores) - 1)] + ["magnitude"]
     columns = {"perturbation": "zero", "k": 100, "seed": pd.NA, "ci_low": np.nan, "ci_high": np.nan}
@@ -57,14 +60,17 @@ def sentences(scores: np.ndarray, effects: np.ndarray, layers: np.ndarray) -> st
         for metric, x, y in zip(metrics, scores, effects, strict=True)
     ]
     table = pd.concat(parts, ignore_index=True).astype({"seed": "Int64"})
+    targets = pd.DataFrame(
+        {"target_layer": NAMES[layers], "inclusion": inclusion, "role": "control", "n_layers": N_LAYERS}
+    )
     primary = Primary("layers", metrics[0], "zero", 100)
     evidence = Evidence(
         validation_manifest={},
         discovery_manifest={"metrics": {"magnitude": {"baseline": True}}},
         discovery_folder=Path(),
         measurements=table,
-        targets=pd.DataFrame(),
-        correlations=correlate(table, primary=primary, n_resamples=N_RESAMPLES),
+        targets=targets,
+        correlations=correlate(table, targets=targets, primary=primary, n_resamples=N_RESAMPLES),
         top_weights={},
         summaries={},
     )
@@ -93,23 +99,59 @@ def rates_of(
 
 @claim(
     "layers, metrics",
-    fast={"cases": ((NULL_WORLDS[1], 20, 2), (NULL_WORLDS[2], 20, 2))},
-    cost=50,
+    fast={"cases": ((NULL_WORLDS[1], 20, 2), (NULL_WORLDS[2], 20, 2)), "share": 0.2},
+    cost=10,
 )
-def noise(replications: int, cases: tuple = NULL_CASES) -> Iterator[Rate]:
+def noise(replications: int, cases: tuple = NULL_CASES, share: float = 1) -> Iterator[Rate]:
     """A report on scores of noise claims nothing.
 
     Of 211 layers (7 kinds of matrix at 30 depths, and an embedding) some are measured by 1 to 8 metrics. Own kinds,
     same kinds: 45 % of the variance of score and effect lies between kinds, in ways that have nothing to do with each
     other or in the same way; depth: 15 % lie between depths, independently (rough) or as a random walk (smooth).
     Infinite: so many of the losses overflow, and tie.
-    200 reports a cell.
+    1,000 reports a cell.
     """
     for world, n, n_metrics in cases:
-        texts = said(world, n, n_metrics, replications, "noise")
+        texts = said(world, n, n_metrics, round(share * replications), "noise")
         claims = ["better than chance", "the wrong way round"]
         claims += ["above magnitude", "below magnitude", "best"] if n_metrics > 1 else []
         yield from rates_of(texts, str(world), f"{n}, {n_metrics}", claims, FALSE)
+
+
+@claim("certain + drawn", fast={"cases": (("a score that follows both", 0.0, 5, 35),)}, cost=20)
+def certain_layers(
+    replications: int,
+    cases: tuple = tuple(
+        (chosen_by, rho, *numbers)
+        for chosen_by, rho, numbers in product(
+            ("its own score", "a score that follows both"), (0.0, 0.5), ((0, 40), (5, 15), (5, 35), (20, 20), (40, 40))
+        )
+    ),
+) -> Iterator[Rate]:
+    """A report on scores of noise claims nothing of the model where the highest layers were certain.
+
+    Some layers are the highest by a score, the others are drawn; each is weighted by the inverse of its probability.
+    The score that chooses is that of the metric itself, or another one that follows both it and the effect: among the
+    highest by that one, the two are related where they are not in the model. 211 layers of kinds that differ in ways
+    of their own, with a smooth course over depth; rho 0.5 within kinds beside it, for the power. 500 reports a cell.
+    """
+    for chosen_by, rho, n_certain, n_drawn in cases:
+        rng = generator("certain layers", chosen_by, rho, n_certain, n_drawn)
+        texts = []
+        for _ in range(replications):
+            scores, effects = World(rho=rho, alike="own kinds", depth="smooth").draw(rng)
+            chooser = scores[0]
+            if chosen_by != "its own score":
+                chooser = scores[0] + effects[0] + 0.7 * rng.normal(size=N_LAYERS)
+            order = np.argsort(-chooser)
+            others = np.sort(order[n_certain:])
+            drawn = draw_layers(chooser[others], list(KINDS[others]), n_drawn, rng)
+            inclusion = np.append(np.ones(n_certain), drawn.inclusion)
+            layers = np.append(order[:n_certain], others[drawn.chosen])
+            texts.append(sentences(scores, effects, layers, inclusion))
+        claims = ["better than chance", "the wrong way round"] if rho == 0 else ["better than chance"]
+        world, setting = f"rho {rho:g}, certain by {chosen_by}", f"{n_certain} + {n_drawn}"
+        yield from rates_of(texts, world, setting, claims, FALSE if rho == 0 else ANY)
 
 
 @claim("layers, metrics", fast={"cases": ((0.5, 40, 2),)}, cost=50)

@@ -31,9 +31,9 @@ def points(n, seed, ties=False):
     return (np.round(x), np.round(y)) if ties else (x, y)
 
 
-def evidence_of(table: pd.DataFrame, sampled=None, chosen=None, **changes) -> Evidence:
+def evidence_of(table: pd.DataFrame, sampled=None, chosen=None, single_weights=None, **changes) -> Evidence:
     """All that a report of these measurements is made from; ``chosen``: the table TARGETS."""
-    chosen = targets(12, 4) if chosen is None else chosen
+    chosen = targets(12, 12) if chosen is None else chosen
     metrics = table["selection"][table["selection"].str.startswith("top_")].str.removeprefix("top_").unique()
     parts = {
         "validation_manifest": manifest("validation"),
@@ -43,7 +43,9 @@ def evidence_of(table: pd.DataFrame, sampled=None, chosen=None, **changes) -> Ev
         "summaries": {metric: summary() for metric in metrics},
     }
     if "correlations" not in changes:
-        parts["correlations"] = correlate(table, targets=chosen, sampled=sampled, primary=primary_of(table))
+        primary = primary_of(table)
+        tables = {"targets": chosen, "sampled": sampled, "single_weights": single_weights}
+        parts["correlations"] = correlate(table, primary=primary, **tables)
     parts["comparisons"] = comparisons(table)
     return Evidence(measurements=table, targets=chosen, sampled=sampled, **(parts | changes))
 
@@ -79,7 +81,7 @@ def comparisons(table: pd.DataFrame) -> pd.DataFrame:
 def evidence_of_two_perturbations() -> tuple[Evidence, dict[str, Evidence]]:
     """Four layers at two k and eight weights, all zeroed and then with their signs flipped; and each of these alone."""
     metrics, both = ("grad_x_weight", "magnitude"), ("zero", "sign_flip")
-    weights, chosen = sampled(8, metrics), targets(4, 1)
+    weights, chosen = sampled(8, metrics), targets(4, 4)
 
     def of(table: pd.DataFrame) -> Evidence:
         rows = correlate(table, targets=chosen, sampled=weights, primary=primary_of(table), n_resamples=200)
@@ -89,12 +91,14 @@ def evidence_of_two_perturbations() -> tuple[Evidence, dict[str, Evidence]]:
     return of(table), {each: of(table[table["perturbation"] == each]) for each in both}
 
 
-def evidence(n=12, n_control=4, metrics=("grad_x_weight", "magnitude"), sampled=None, **choices) -> Evidence:
-    """All that a report of a made-up validation of ``n`` layers, ``n_control`` of them controls, is made from."""
+def evidence(
+    n=12, n_control=None, metrics=("grad_x_weight", "magnitude"), sampled=None, single_weights=None, **choices
+) -> Evidence:
+    """All that a report of a made-up validation of ``n`` layers is made from; ``n_control`` of them, or all, drawn."""
     table = measurements(n=n, metrics=metrics, **choices)
     if sampled is not None:
         table = with_single_weights(table, sampled)
-    return evidence_of(table, sampled, targets(n, n_control))
+    return evidence_of(table, sampled, targets(n, n if n_control is None else n_control), single_weights)
 
 
 def layer_names(n: int = 30) -> list[str]:

@@ -2,7 +2,18 @@ import numpy as np
 import pandas as pd
 import pytest
 import reference
-from bridge.analysis.claims import Verdict, adjusted_p_values, claim, claim_of_row, detectable_rho
+from bridge.analysis.claims import (
+    MEASURED,
+    POPULATION,
+    WITHIN_KINDS,
+    Verdict,
+    adjusted_p_values,
+    basis_of_claim,
+    claim,
+    claim_of_row,
+    detectable_rho,
+    is_weighted,
+)
 from scipy import stats
 
 
@@ -51,7 +62,9 @@ def test_all_but_the_primary_p_value_are_one_family():
 def row(**changes):
     values = {"primary": 1, "n": 30, "n_kinds": 5, "n_fitted": 8, "n_tests": 1, "p_adjusted": 0.01}
     values |= {"spearman": 0.9, "ci_low": 0.8, "ci_high": 0.95, "within_rho": -0.5, "within_low": -0.7}
-    return pd.Series(values | {"within_high": -0.2} | changes)
+    values |= {"within_high": -0.2, "n_effective": 30.0, "population_rho": -0.4}
+    values |= {"population_low": -0.1, "population_high": 0.1}
+    return pd.Series(values | changes)
 
 
 def test_a_row_is_judged_within_kinds_where_there_are_several():
@@ -62,6 +75,19 @@ def test_a_row_is_judged_within_kinds_where_there_are_several():
     assert claim_of_row(within).verdict is Verdict.ABSENT
     assert claim_of_row(row(p_adjusted=0.5, within_low=-0.1, within_high=0.1, n_kinds=1)).verdict is Verdict.NOT_SHOWN
     assert claim_of_row(row(p_adjusted=0.5, within_low=np.nan)).verdict is Verdict.NOT_SHOWN
+
+
+def test_units_of_different_probabilities_are_judged_by_the_estimate_for_all():
+    assert [is_weighted(row(n_effective=n)) for n in (20.0, 30 * (1 - 1e-12), 30.0, np.nan)] == [True] + [False] * 3
+    assert basis_of_claim(row(n_effective=20.0)) is WITHIN_KINDS
+    assert basis_of_claim(row(n_kinds=1)) is MEASURED
+    weighted = row(n_kinds=1, n_effective=20.0)
+    assert basis_of_claim(weighted) is POPULATION
+    assert claim_of_row(weighted) == (Verdict.WRONG_WAY, detectable_rho(20, 8), np.nan)
+    assert claim_of_row(row(n_kinds=1, n_effective=20.0, p_adjusted=0.5)).verdict is Verdict.ABSENT
+    few = claim_of_row(row(n_kinds=1, n_effective=5.9, p_adjusted=1e-6))
+    assert few.verdict is Verdict.NOT_SHOWN and np.isnan(few.detectable)
+    assert claim_of_row(row(n_effective=20.0)).detectable == detectable_rho(20, 8)
 
 
 def test_an_exploratory_row_takes_half_the_p_value_of_the_primary_one():

@@ -6,13 +6,18 @@ import pytest
 import reference
 import synthetic
 from bridge.analysis.ablation_curves import ablation_curves
+from bridge.analysis.components import decoder_part
 from bridge.analysis.correlation import correlate, write_correlations
+from bridge.analysis.metric_comparison import compare_metrics
 from bridge.analysis.primary_analysis import Primary
 from bridge.analysis.rho_over_texts import rho_over_texts
 from bridge.analysis.single_weights import weight_effects
 from bridge.analysis.targets import is_restricted
 from bridge.analysis.top_against_random import top_against_random
+from bridge.analysis.weighted_rho import effective_number, rho_interval, weighted_rho
+from bridge.analysis.within_kinds import kind_and_depth
 from bridge.exchange.discovery_run import open_discovery
+from bridge.exchange.errors import RequestError
 from bridge.exchange.tables import CORRELATIONS, MEASUREMENTS, TARGETS, read_table, write_table
 from bridge.exchange.validation_run import Validation
 from discovery_folder import make_discovery
@@ -246,14 +251,95 @@ def test_the_table_of_a_validation_is_written_to_its_folder(tmp_path):
     pd.testing.assert_frame_equal(read_table(folder / "correlations.csv", CORRELATIONS), table, check_dtype=False)
 
 
+def losses_of(measurements, n_texts=7):
+    """Measurements of each layer's top set, the same with losses on each text, the effects (L, T) and tokens (T,)."""
+    tops = measurements[measurements["selection"].str.startswith("top_") & (measurements["target_layer"] != "ALL")]
+    n_tokens = np.arange(10, 10 + n_texts)
+    spread = np.random.default_rng(0).exponential(size=(len(tops), n_texts))
+    effects = tops["delta_nll"].to_numpy()[:, None] * spread * n_tokens
+    keys = tops[["target_layer", "selection", "perturbation", "k", "seed"]]
+    losses = keys.loc[keys.index.repeat(n_texts)].reset_index(drop=True)
+    losses["sequence"] = list(range(n_texts)) * len(tops)
+    losses["n_tokens"] = n_tokens.tolist() * len(tops)
+    return tops, losses.assign(baseline_nats=2.0, perturbed_nats=2.0 + effects.ravel()), effects, n_tokens
+
+
+def test_units_of_different_probabilities_count_by_them():
+    """Against the same functions with weights written out: p by shuffles within kinds, and the differences."""
+    measurements, targets = synthetic.measurements(n=30, with_all=False), synthetic.targets(30, 25)
+    table = correlate(measurements, targets=targets, n_resamples=99).set_index("metric")
+    inclusion = targets.set_index("target_layer")["inclusion"]
+    rhos = {}
+    for metric in synthetic.METRICS:
+        tops = measurements[measurements["selection"] == f"top_{metric}"].sort_values("target_layer")
+        layers = tops["target_layer"]
+        parts = [decoder_part(layer) for layer in layers]
+        weights = 1 / inclusion[layers].to_numpy()
+        covariates = kind_and_depth([part.component for part in parts], [part.depth for part in parts])
+        x, y = tops["score_sum"].to_numpy(), tops["delta_nll"].to_numpy()
+        rhos[metric] = weighted_rho(x, y, weights, covariates)
+        interval = rho_interval(rhos[metric], weights)
+        row = table.loc[metric]
+        assert row[["within_rho", "within_low", "within_high"]].tolist() == pytest.approx(
+            [rhos[metric].rho, *interval[1:3]]
+        )
+        assert abs(row["within_rho"] - weighted_rho(x, y, covariates=covariates).rho) > 1e-3
+        assert row["n_effective"] == pytest.approx(effective_number(weights))
+    for pair in compare_metrics(rhos, weights):
+        if pair.second == "magnitude" or pair.first == "magnitude":
+            other = pair.first if pair.second == "magnitude" else pair.second
+            sign = 1 if other == pair.first else -1
+            assert table.loc[other, "above_magnitude"] == pytest.approx(sign * pair.difference)
+            ends = sorted([sign * pair.low, sign * pair.high])
+            assert table.loc[other, ["above_low", "above_high"]].tolist() == pytest.approx(ends)
+
+
+def test_single_weights_are_judged_by_the_p_value_for_all_of_the_model():
+    weights = synthetic.sampled(40)
+    measurements = synthetic.with_single_weights(synthetic.measurements(n=8), weights)
+    single = weights.assign(inclusion=np.linspace(0.02, 1, 40))
+    rows = correlate(measurements, sampled=weights, single_weights=single, n_resamples=99)
+    rows = rows[rows["unit"] == "weights"]
+    p_values = correlate(measurements, sampled=weights, n_resamples=99).query("unit == 'layers'")["within_p"]
+    family = reference.benjamini_hochberg([*p_values, *rows["population_p"]])
+    assert rows["p_adjusted"].tolist() == pytest.approx(family[3:])
+    without = correlate(measurements, sampled=weights, n_resamples=99)
+    assert without[without["unit"] == "weights"]["p_adjusted"].tolist() == pytest.approx(
+        reference.benjamini_hochberg([*p_values, *without[without["unit"] == "weights"]["p_value"]])[3:]
+    )
+
+
+def test_the_losses_of_a_validation_give_the_interval_over_texts(tmp_path):
+    metrics = ("grad_x_weight", "magnitude")
+    discovery = open_discovery(make_discovery(tmp_path, metrics=metrics))
+    measurements = synthetic.measurements(n=8, metrics=metrics)
+    tops, losses, effects, n_tokens = losses_of(measurements)
+    folder = tmp_path / "validation_1"
+    (folder / "perturb_measure").mkdir(parents=True)
+    write_table(folder / "measurements.csv", measurements, MEASUREMENTS)
+    write_table(folder / "targets.csv", synthetic.targets(8, 0).assign(n_layers=9), TARGETS)
+    path = folder / "perturb_measure" / "sequence_losses.parquet"
+    losses.assign(kl_nats=0.0).to_parquet(path)
+    options = {"metrics": list(metrics), "k": [100], "perturbations": ["zero"], "target_layers": ["any", "ALL"]}
+    validation = Validation(folder, {"identity": {"options": options}}, discovery)
+    table = write_correlations(validation).set_index("metric")
+    for metric in metrics:
+        own = (tops["selection"] == f"top_{metric}").to_numpy()
+        expected = rho_over_texts(tops["score_sum"].to_numpy()[own], effects[own], n_tokens.astype(float))
+        assert table.loc[metric, ["texts_low", "texts_high"]].tolist() == pytest.approx(expected[1:], rel=1e-9)
+    losses.drop(columns="k").to_parquet(path)
+    with pytest.raises(RequestError, match=r"sequence_losses\.parquet is damaged: .*\bk\b.*; remove it, or measure"):
+        write_correlations(validation)
+    path.write_bytes(b"PAR1 not really")
+    with pytest.raises(RequestError, match=r"sequence_losses\.parquet is damaged: "):
+        write_correlations(validation)
+    path.unlink()
+    assert write_correlations(validation)["texts_low"].isna().all()
+
+
 def test_where_all_layers_were_measured_rho_has_an_interval_over_texts():
     measurements = synthetic.measurements(n=8, metrics=("obd",), seeds=(), with_all=False)
-    tops = measurements[measurements["selection"] == "top_obd"]
-    n_tokens = np.arange(10.0, 17)
-    effects = tops["delta_nll"].to_numpy()[:, None] * np.random.default_rng(0).exponential(size=(8, 7)) * n_tokens
-    keys = tops[["target_layer", "selection", "perturbation", "k", "seed"]]
-    losses = keys.loc[keys.index.repeat(7)].assign(sequence=list(range(7)) * 8, n_tokens=n_tokens.tolist() * 8)
-    losses = losses.assign(baseline_nats=2.0, perturbed_nats=2.0 + effects.ravel())
+    tops, losses, effects, n_tokens = losses_of(measurements)
     every = synthetic.targets(8, 0).assign(n_layers=8)
     row = correlate(measurements, targets=every, losses=losses, n_resamples=9).iloc[0]
     _, low, high = rho_over_texts(tops["score_sum"].to_numpy(), effects, n_tokens)

@@ -12,7 +12,7 @@ from scipy import stats
 
 
 def frame(score, effect, inclusion) -> pd.DataFrame:
-    return pd.DataFrame({"score": score, "effect": effect, "inclusion": inclusion}, dtype=float)
+    return pd.DataFrame({"score_sum": score, "delta_nll": effect, "inclusion": inclusion}, dtype=float)
 
 
 def test_of_a_census_the_estimate_is_the_figure_itself_and_nothing_is_uncertain():

@@ -25,6 +25,11 @@ def test_the_first_of_everything_or_what_the_manifest_says(changes, primary):
     assert primary_analysis(OPTIONS | changes, "magnitude") == primary
 
 
+def test_a_metric_that_was_named_takes_the_first_of_all_else():
+    assert primary_analysis(OPTIONS, "magnitude", "wanda") == Primary("layers", "wanda", "scale", 100)
+    assert primary_analysis(OPTIONS, "magnitude", "magnitude").metric == "magnitude"
+
+
 def test_a_row_is_the_primary_one_whatever_the_number_of_its_perturbation():
     primary = Primary("layers", "obd", "scale", 100)
     assert primary.is_row("layers", "obd", "scale(0.5)", 100)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -436,6 +437,18 @@ def test_the_primary_analysis_is_the_first_of_the_request(output, python):
     assert primary == {"unit": "layers", "metric": "grad_x_weight", "perturbation": "sign_flip", "k": 2}
 
 
+def test_the_primary_analysis_may_be_named(output, python):
+    request = options(output, python, metrics=["grad_x_weight", "magnitude"], k=[2, 1])
+    named = plan(replace(request, primary="magnitude"))
+    assert named.options["primary"] == {"unit": "layers", "metric": "magnitude", "perturbation": "zero", "k": 2}
+    assert named.identity["options"]["primary"] != plan(request).identity["options"]["primary"]
+    refusal = r"^--primary magnitude is none of the metrics that are compared: grad_x_weight$"
+    with pytest.raises(RequestError, match=refusal):
+        plan(replace(request, primary="magnitude", metrics=["grad_x_weight"]))
+    with pytest.raises(RequestError, match=r"--primary magnitud is none .* \(did you mean 'magnitude'\?\): grad_x"):
+        plan(replace(request, primary="magnitud"))
+
+
 @pytest.mark.slow
 def test_single_weights_are_chosen_written_measured_and_correlated(tmp_path, output, python, capsys):
     lines = validate.validate(options(output, python, single_weights=12, metrics=["magnitude"]))
@@ -463,7 +476,7 @@ def test_single_weights_are_chosen_written_measured_and_correlated(tmp_path, out
     n = len(pd.read_csv(folder / "measurements.csv"))
     assert f"{n} measurements (8 targets x 4 sets of weights, 12 single weights) on 90" in capsys.readouterr().err
     assert len(lines) == 7
-    assert "Over 12 single weights, " in lines[6]
+    assert "Over all weights of the model, estimated from 12 single weights, " in lines[6]
     assert " ".join(lines[6].split()) in (folder / "report.md").read_text().replace("\\", "")
     identity = read_manifest(folder)["identity"]
     assert identity["options"]["single_weights"] == 12
@@ -474,7 +487,7 @@ def test_single_weights_are_chosen_written_measured_and_correlated(tmp_path, out
 def test_single_weights_and_the_whole_model_without_layers(output, python):
     lines = validate.validate(options(output, python, layers=0, control_layers=0, single_weights=5))
     assert lines[4] == "No single layer was measured."
-    assert "Over 5 single weights" in lines[6]
+    assert "estimated from 5 single weights" in lines[6]
     assert not any("restricted" in note for note in pd.read_csv(output / "validation_v" / "correlations.csv")["note"])
 
 
@@ -492,7 +505,7 @@ def test_single_weights_alone(tmp_path, output, python, mode):
     assert not any(word.startswith(("--target-layer", "--weights-csv")) for word in starts(tmp_path)[0]["argv"])
     correlations = pd.read_csv(folder / "correlations.csv")
     assert set(correlations["unit"]) == {"weights"} and correlations["spearman"].notna().all()
-    assert any("Over 8 single weights" in line for line in lines)
+    assert any("estimated from 8 single weights" in line for line in lines)
     for report in ("report.html", "report.md"):
         assert "nan" not in re.sub(r"base64,[^\"]*", "", (folder / report).read_text()).split()
     assert html.write_report(choose_validation([str(folder)])) == lines[1:]

@@ -3,9 +3,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import synthetic
+from bridge.analysis.claims import MEASURED, POPULATION, WITHIN_KINDS
 from bridge.report.caveats import caveats
+from bridge.report.phrases import rho_of
+from bridge.report.score_tables import correlations, estimates_for_all
 from bridge.report.sentences import answer, setup_items, summary_lines
-from bridge.report.verdict_sentences import exploratory, verdict_on_layers
+from bridge.report.verdict_sentences import (
+    agreement_of_layers,
+    agreement_of_single_weights,
+    exploratory,
+    verdict_on_layers,
+)
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +55,62 @@ def test_absence_is_claimed_by_equivalence_alone(example):
     assert ": there is no agreement beyond ±0.20, within which the interval lies" in narrow
     for ends in ({"within_low": -0.21, "within_high": 0.1}, {"within_low": -0.1, "within_high": 0.21}):
         assert "no agreement is shown" in verdict_on_layers(changed(example, **near_zero, **ends))
+
+
+def test_where_every_layer_was_measured_the_interval_is_over_texts(example):
+    census = changed(example, spearman=0.8, texts_low=0.7, texts_high=0.9, ci_low=0.1)
+    assert "grad_x_weight 0.80 [0.70,\u00a00.90] over other texts of the same kind (within kinds" in verdict_on_layers(
+        census
+    )
+    (table,) = correlations(census)
+    assert [row[4].endswith("*") for row in table.rows] == [True, False]
+    assert table.rows[0][4] == "0.80 [0.70,\u00a00.90]*"
+    assert "where every layer was measured (*) over other texts of the same kind" in table.notes[0]
+
+
+def test_of_single_weights_the_estimate_for_all_stands_first_and_the_designs_last():
+    weights = synthetic.sampled()
+    single = weights.assign(inclusion=np.linspace(0.02, 1, 40), rank=range(1, 41), score=0.0)
+    example = synthetic.evidence(sampled=weights, single_weights=single)
+    rows = example.weight_correlations.set_index("metric")
+    sentence = agreement_of_single_weights(example)[0]
+    start = "Over all weights of the model, estimated from 40 single weights, Spearman's rho between score and size of "
+    assert sentence.startswith(f"{start}the effect: grad_x_weight ")
+    first, design = sentence.split("; over the 40 weights that were drawn, in which high scores are frequent: ")
+    for metric in ("grad_x_weight", "magnitude"):
+        population, measured = (rho_of(rows.loc[metric], basis) for basis in (POPULATION, MEASURED))
+        assert f"{metric} {population}, adjusted p = " in first and measured not in first
+        assert f"{metric} {measured}" in design
+    assert rows.loc["grad_x_weight", "p_adjusted"] < 0.025
+    assert ": grad_x_weight ranks the weights better than chance" in first
+    assert design.endswith("].")
+
+
+def test_where_layers_were_certain_the_sentence_is_of_all_layers():
+    example = synthetic.evidence(n_control=10)
+    row = example.primary
+    sentence = verdict_on_layers(example)
+    assert (row["n"], row["n_effective"]) == (12, pytest.approx(100**2 / (2 + 98**2 / 10)))
+    assert (
+        f"over all 100 layers, estimated from 12 of them: grad_x_weight {rho_of(row, POPULATION)} (within" in sentence
+    )
+    assert f"within kinds of matrix {rho_of(row, WITHIN_KINDS)}, p = " in sentence
+    measured = "; over the 12 layers that were chosen, in which high scores are frequent: grad_x_weight "
+    measured += f"{rho_of(row, MEASURED)} and magnitude "
+    assert measured in sentence
+    assert measured in agreement_of_layers(example)
+    assert "in which high scores" not in verdict_on_layers(synthetic.evidence())
+
+
+def test_the_table_of_estimates_names_overlap_and_calibration(with_weights):
+    (table,) = estimates_for_all(with_weights)
+    assert [row[:2] for row in table.rows] == [["layers", metric] for metric in ("grad_x_weight", "obd", "magnitude")]
+    row = with_weights.correlations.iloc[0]
+    assert table.rows[0][3:6] == ["12", "12.0", rho_of(row, POPULATION)]
+    assert table.rows[0][6].endswith(" (0.10)")
+    assert table.rows[0][7].startswith(f"{row['population_ratio']:.1f}")
+    assert table.rows[2][7] == "–"  # magnitude is no number of nats
+    assert "calibration: total effect" in table.notes[0]
 
 
 def test_fewer_than_six_layers_show_nothing():

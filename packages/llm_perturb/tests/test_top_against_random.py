@@ -12,6 +12,7 @@ from llm_perturb.top_against_random import (
     difference_interval,
     draws_needed,
     rank_p_value,
+    shrunk_spread,
     smallest_p_value,
 )
 from scipy import optimize, stats
@@ -176,7 +177,7 @@ def test_few_texts_have_no_interval(differences):
 
 
 def naive_interval(top, drawn, n_tokens):
-    """Both variances written out: texts left out one at a time, draws by their sample variance."""
+    """Both variances written out: texts left out one at a time, draws by their variance, their skewness twice."""
     n, n_draws, total = len(n_tokens), len(drawn), sum(n_tokens)
 
     def difference(left_out=None):
@@ -193,14 +194,21 @@ def naive_interval(top, drawn, n_tokens):
     freedom = [total**2 / sum(t * t for t in n_tokens) - 1, n_draws - 1]
     variance = sum(parts)
     dof = variance**2 / sum(part**2 / f for part, f in zip(parts, freedom, strict=True))
-    skewness = sum(v**3 for v in texts + draws) / variance**1.5
     q = stats.t.ppf(0.975, dof)
+    between = n_draws * parts[1]  # s_B²
+    third = sum((e - value) ** 3 for e in effects) * n_draws / (n_draws - 1) / max(1, n_draws - 2)
+    shrunk = (n_draws * third - 5 * 1.5 * between**1.5) / (n_draws + 5) / n_draws**2
+    ends = [[], []]
+    for moment in (sum(v**3 for v in draws), shrunk):
+        skewness = (sum(v**3 for v in texts) + moment) / variance**1.5
 
-    def g(t):
-        return t + skewness * t * t / 3 + skewness**2 * t**3 / 27 + skewness / 6
+        def g(t, skewness=skewness):
+            return t + skewness * t * t / 3 + skewness**2 * t**3 / 27 + skewness / 6
 
-    upper, lower = (optimize.brentq(lambda t, x=x: g(t) - x, -1e4, 1e4, xtol=1e-13) for x in (q, -q))
-    return value - max(q, upper) * math.sqrt(variance), value - min(-q, lower) * math.sqrt(variance)
+        upper, lower = (optimize.brentq(lambda t, x=x: g(t) - x, -1e4, 1e4, xtol=1e-13) for x in (q, -q))
+        ends[0].append(value - max(q, upper) * math.sqrt(variance))
+        ends[1].append(value - min(-q, lower) * math.sqrt(variance))
+    return min(ends[0]), max(ends[1])
 
 
 @pytest.mark.parametrize("n_draws", [2, 3, 5])
@@ -220,9 +228,22 @@ def test_draws_that_all_do_the_same_leave_the_interval_of_the_texts(differences)
 
 
 def test_texts_that_all_show_the_same_leave_the_interval_of_the_draws():
+    """By t on the side of more damage; further out on the other, where few draws may have missed much damage."""
     low, high = difference_interval(5.0 * TOKENS[None], np.outer([1.0, 2, 3], TOKENS), TOKENS)
     half = stats.t.ppf(0.975, 2) * 1 / math.sqrt(3)
-    assert (low, high) == pytest.approx((3 - half, 3 + half), rel=1e-9)
+    assert high == pytest.approx(3 + half, rel=1e-9)
+    assert low < 3 - 1.5 * half
+
+
+def test_the_skewness_of_few_draws_is_shrunk_towards_that_of_damage():
+    few, many = (np.concatenate([[2.0], np.full(n - 1, -2.0 / (n - 1))]) for n in (3, 3000))
+    spread = shrunk_spread(few)
+    assert spread.variance == pytest.approx(few.var(ddof=1) / 3)
+    assert spread.dof == 2
+    third = 3 * (few**3).sum() / 2
+    assert spread.third == pytest.approx((3 * third - 7.5 * few.var(ddof=1) ** 1.5) / 8 / 9)
+    assert shrunk_spread(many).third * 3000**2 == pytest.approx((many**3).mean(), rel=0.01)
+    assert shrunk_spread(np.array([-1.0, 1])).third == pytest.approx(-7.5 * 2**1.5 / 7 / 4)
 
 
 def test_one_draw_has_no_interval(differences):

@@ -27,8 +27,6 @@ from bridge.instrument.plan import Plan, plan
 from bridge.instrument.validation_options import ValidationOptions
 from bridge.report import html
 
-_EXPERIMENT_ID = "measure"  # of the instrument's run folder, which lies in the validation's
-
 
 class TargetsFailedError(RunError):
     """Some targets could not be measured; ``lines`` are those of the report on the others."""
@@ -85,7 +83,7 @@ def _measure(ready: Plan, run: Run, parts: list[Path] | None) -> dict[str, str]:
         The targets that failed, with their errors; the measurements are those of the others.
     """
     _prepare(ready, run)
-    folder = run.folder.absolute() / layout.run_folder_name(layout.PERTURBATION, _EXPERIMENT_ID)
+    folder = run.folder.absolute() / layout.run_folder_name(layout.PERTURBATION, layout.MEASUREMENT_ID)
     if is_complete(folder):
         remove_leftovers(folder)
     else:
@@ -93,7 +91,7 @@ def _measure(ready: Plan, run: Run, parts: list[Path] | None) -> dict[str, str]:
             command, script = _merge_command(ready, parts), process.MERGE
         else:
             command, script = _measure_command(ready, run), process.SCRIPT
-        command += [f"--output={folder.parent}", f"--experiment-id={_EXPERIMENT_ID}"]
+        command += [f"--output={folder.parent}", f"--experiment-id={layout.MEASUREMENT_ID}"]
         run.update(instrument=command)
         try:
             process.measure(
@@ -183,13 +181,13 @@ def _measure_shard(ready: Plan, options: ValidationOptions) -> list[str]:
     identity = ready.identity | {"shard": options.shard}
     run = open_run(ready.output, layout.PARTIAL_VALIDATION, identity, name, _discovery_folder(ready))
     log = run.folder / layout.PERTURB_LOG
-    shard_folder = layout.run_folder_name(layout.SHARD, shard.experiment_id(_EXPERIMENT_ID))
+    shard_folder = layout.run_folder_name(layout.SHARD, shard.experiment_id(layout.MEASUREMENT_ID))
     folder = run.folder.absolute() / shard_folder
     with run.recorded():
         _prepare(ready, run)
         if not is_complete(folder):
             command = _measure_command(ready, run)
-            command += [f"--shard={shard}", f"--output={folder.parent}", f"--experiment-id={_EXPERIMENT_ID}"]
+            command += [f"--shard={shard}", f"--output={folder.parent}", f"--experiment-id={layout.MEASUREMENT_ID}"]
             run.update(instrument=command)
             check = BaselineCheck(ready, folder, run.warn)
             process.measure(command, cwd=run.folder, log=log, folder=folder, watch=check)

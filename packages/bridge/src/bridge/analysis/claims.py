@@ -78,18 +78,45 @@ def claim(
     return Claim(Verdict.NOT_SHOWN, detectable)
 
 
-def claim_of_row(row: pd.Series) -> Claim:
-    """What a row of CORRELATIONS shows; every sentence and table of a report that claims something asks here.
+class Basis(NamedTuple):
+    """The columns of CORRELATIONS that a claim goes by."""
 
-    Where layers are of several kinds, chance is a shuffle within kinds: what counts is rho given kind and depth.
+    rho: str
+    low: str
+    high: str
+    p_value: str
+
+
+WITHIN_KINDS = Basis("within_rho", "within_low", "within_high", "within_p")
+POPULATION = Basis("population_rho", "population_low", "population_high", "population_p")
+MEASURED = Basis("spearman", "ci_low", "ci_high", "p_value")
+
+
+def is_weighted(row: pd.Series) -> bool:
+    """Whether the units of a row of CORRELATIONS were drawn with different probabilities, each counting 1/pi times."""
+    return bool(row["n_effective"] < row["n"] * (1 - 1e-9))
+
+
+def basis_of_claim(row: pd.Series) -> Basis:
+    """Which figures of a row of CORRELATIONS a claim goes by.
+
+    Where layers are of several kinds, chance is a shuffle within kinds: what counts is rho given kind and depth. Else,
+    where units were drawn with different probabilities, what counts is the estimate for all of them: rho over the
+    measured ones is a figure of the choice.
     """
-    counts = row["n_kinds"] > 1
-    rho, low, high = ("within_rho", "within_low", "within_high") if counts else ("spearman", "ci_low", "ci_high")
-    interval = None if pd.isna(row[low]) else (float(row[low]), float(row[high]))
+    if row["n_kinds"] > 1:
+        return WITHIN_KINDS
+    return POPULATION if is_weighted(row) else MEASURED
+
+
+def claim_of_row(row: pd.Series) -> Claim:
+    """What a row of CORRELATIONS shows; every sentence and table of a report that claims something asks here."""
+    basis = basis_of_claim(row)
+    interval = None if pd.isna(row[basis.low]) else (float(row[basis.low]), float(row[basis.high]))
     return claim(
-        rho=float(row[rho]),
+        rho=float(row[basis.rho]),
         p_adjusted=float(row["p_adjusted"]),
-        n_units=int(row["n"]),
+        n_units=float(row["n_effective"]) if is_weighted(row) else int(row["n"]),
         n_fitted=int(row["n_fitted"]),
         n_tests=max(1, int(row["n_tests"])),
         interval=interval,

@@ -11,11 +11,11 @@ import numpy as np
 import pandas as pd
 
 from bridge.analysis.bootstrap import N_RESAMPLES
-from bridge.analysis.claims import adjusted_p_values
+from bridge.analysis.claims import adjusted_p_values, basis_of_claim
 from bridge.analysis.measured_sets import text_effects
 from bridge.analysis.metric_comparison import Difference, compare_metrics, standing
-from bridge.analysis.population_estimates import with_population_estimates
-from bridge.analysis.predicted_and_measured import LAYERS, Comparison, comparisons
+from bridge.analysis.population_estimates import estimate_population
+from bridge.analysis.predicted_and_measured import LAYERS, Comparison, comparisons, unequal_weights
 from bridge.analysis.primary_analysis import Primary, primary_analysis
 from bridge.analysis.rank_agreement import agreement
 from bridge.analysis.rho_over_texts import rho_over_texts
@@ -49,10 +49,13 @@ def correlate(
     well lower the loss.
 
     Over layers of several kinds of matrix ``within_rho`` is the agreement given kind and depth, ``within_p`` its
-    p-value by shuffles within kinds. ``p_adjusted`` is that p-value (without kinds, ``p_value``), adjusted for the
-    whole table as one family (Benjamini & Hochberg 1995); the primary analysis stands outside it and keeps its own.
-    ``above_magnitude`` is rho (given kind and depth) minus that of the baseline metric over the same units;
-    ``above``, ``below`` and ``not_told_apart`` name the other metrics by what all pairs, compared together, show.
+    p-value by shuffles within kinds. Units that were chosen with different probabilities (single weights; layers, where
+    some were certain) count 1 / inclusion times there, in the ``population_`` columns and where metrics are compared;
+    the other columns are of the measured units as they are. ``p_adjusted`` is the p-value that a claim goes by
+    (``claims.basis_of_claim``), adjusted for the whole table as one family (Benjamini & Hochberg 1995); the primary
+    analysis stands outside it and keeps its own. ``above_magnitude`` is rho (given kind and depth) minus that of the
+    baseline metric over the same units; ``above``, ``below`` and ``not_told_apart`` name the other metrics by what all
+    pairs, compared together, show.
 
     >>> import bridge
     >>> validation = bridge.load_validation("outputs")
@@ -62,7 +65,8 @@ def correlate(
     Args:
         measurements: a table of MEASUREMENTS.
         seed: of the bootstrap and the permutations.
-        targets: a table of TARGETS; where they restrict the range, the note says so.
+        targets: a table of TARGETS, with the probability of each layer; where they restrict the range, the note says
+            so.
         sampled: a table of SAMPLED_WEIGHTS; without it there are no rows of the unit weights.
         baseline: the metric that every other must beat.
         primary: the analysis that was named before anything was measured; without one all rows are exploratory.
@@ -76,7 +80,7 @@ def correlate(
     """
     restricted = targets is not None and is_restricted(targets)
     all_measured = targets is not None and len(targets) > 0 and bool((targets["n_layers"] <= len(targets)).all())
-    compared = list(comparisons(measurements, sampled))
+    compared = list(comparisons(measurements, sampled, targets, single_weights))
     rows = []
     for comparison in compared:
         row = _row(comparison, seed, n_resamples)
@@ -92,8 +96,7 @@ def correlate(
         differences = _differences([compared[at] for at in together])
         for at in together:
             rows[at] |= _standing(differences, compared[at].metric, baseline)
-    table = _with_adjusted_p(pd.DataFrame(rows, columns=list(CORRELATIONS.columns)))
-    return with_population_estimates(table, measurements, targets, sampled, single_weights)
+    return _with_adjusted_p(pd.DataFrame(rows, columns=list(CORRELATIONS.columns)))
 
 
 def write_correlations(validation: Validation, seed: int = 0) -> pd.DataFrame:
@@ -106,6 +109,7 @@ def write_correlations(validation: Validation, seed: int = 0) -> pd.DataFrame:
         validation.sampled(),
         baseline,
         primary_analysis(validation.options, baseline),
+        losses=validation.sequence_losses(),
         single_weights=validation.single_weights(),
     )
     write_table(validation.folder / layout.CORRELATIONS_FILE, table, CORRELATIONS)
@@ -134,12 +138,13 @@ def _row(comparison: Comparison, seed: int, n_resamples: int) -> dict[str, Any]:
         "n_fitted": 1,
     }
     row |= result._asdict()
+    row |= estimate_population(comparison.scored)._asdict()
     notes = [result.note, comparison.note]
     kinds = comparison.kinds
     if kinds is not None and not np.isnan(result.spearman):
         x, y = comparison.scored["score_sum"].to_numpy(), comparison.scored["delta_nll"].to_numpy()
         rng = _generator(seed, f"within kinds/{comparison.purpose}")
-        within = within_kinds(x, y, kinds, comparison.depths, rng, n_resamples=n_resamples)
+        within = within_kinds(x, y, kinds, comparison.depths, rng, comparison.weights, n_resamples)
         row |= {"n_kinds": len(set(kinds)), "n_fitted": within.result.n_fitted, "within_p": within.p_value}
         row |= {"within_rho": within.result.rho}
         row |= {"within_low": within.interval.low, "within_high": within.interval.high}
@@ -172,6 +177,7 @@ def _differences(compared: Sequence[Comparison]) -> list[Difference]:
     if len(shared) == 0:
         return []
     rhos: dict[str, WeightedRho] = {}
+    weights = unequal_weights(compared[0].scored.loc[shared, "inclusion"])
     for comparison in compared:
         points = comparison.scored.loc[shared]
         covariates = None
@@ -180,8 +186,8 @@ def _differences(compared: Sequence[Comparison]) -> list[Difference]:
             kinds, depths = comparison.kinds, comparison.depths
             covariates = kind_and_depth([kinds[i] for i in at], [depths[i] for i in at])
         x, y = points["score_sum"].to_numpy(), points["delta_nll"].to_numpy()
-        rhos[comparison.metric] = weighted_rho(x, y, covariates=covariates)
-    return compare_metrics(rhos)
+        rhos[comparison.metric] = weighted_rho(x, y, weights, covariates)
+    return compare_metrics(rhos, weights)
 
 
 def _standing(differences: Sequence[Difference], metric: str, baseline: str) -> dict[str, Any]:
@@ -202,7 +208,7 @@ def _standing(differences: Sequence[Difference], metric: str, baseline: str) -> 
 
 def _with_adjusted_p(table: pd.DataFrame) -> pd.DataFrame:
     """``p_adjusted`` over the whole table, and how many p-values its family has."""
-    p_values = table["p_value"].where(table["n_kinds"] == 1, table["within_p"]).to_numpy(float)
+    p_values = np.array([row[basis_of_claim(row).p_value] for _, row in table.iterrows()], dtype=float)
     primary = table["primary"].to_numpy(bool)
     table["p_adjusted"] = adjusted_p_values(p_values, primary)
     n_exploratory = int((~np.isnan(p_values) & ~primary).sum())

@@ -30,7 +30,8 @@ class Comparison:
         metric: whose scores predict.
         perturbation: what was done to the weights.
         k: how many weights were perturbed; of an ablation curve the largest number.
-        points: one row a unit, with the columns ``score_sum`` (prediction) and ``delta_nll`` (effect).
+        points: one row a unit, with the columns ``score_sum`` (prediction), ``delta_nll`` (effect) and ``inclusion``
+            (the probability with which the unit was chosen to be measured; NaN where that is not known).
         note: what the points are, or empty.
     """
 
@@ -63,6 +64,11 @@ class Comparison:
         return points.assign(delta_nll=points["delta_nll"].where(np.isfinite(points["delta_nll"]), np.inf))
 
     @cached_property
+    def weights(self) -> np.ndarray | None:
+        """1 / inclusion of each scored unit; see ``unequal_weights``."""
+        return unequal_weights(self.scored["inclusion"])
+
+    @cached_property
     def kinds(self) -> list[str] | None:
         """The kind of matrix of each scored unit; None for single weights, and where all layers are of one kind."""
         if self.unit == WEIGHTS:
@@ -76,26 +82,46 @@ class Comparison:
         return [decoder_part(str(layer)).depth for layer in self.scored.index]
 
 
-def comparisons(measurements: pd.DataFrame, sampled: pd.DataFrame | None) -> Iterator[Comparison]:
+def unequal_weights(inclusion: pd.Series) -> np.ndarray | None:
+    """1 / inclusion, (n,); None where all units are equally probable, or some probability is not known."""
+    if inclusion.isna().any() or inclusion.nunique() <= 1:
+        return None
+    weights: np.ndarray = 1 / inclusion.to_numpy(float)
+    return weights
+
+
+def comparisons(
+    measurements: pd.DataFrame,
+    sampled: pd.DataFrame | None,
+    targets: pd.DataFrame | None = None,
+    single_weights: pd.DataFrame | None = None,
+) -> Iterator[Comparison]:
     """All comparisons of prediction and effect that the measurements allow.
 
     Args:
         measurements: a table of MEASUREMENTS.
         sampled: a table of SAMPLED_WEIGHTS; without it there are none of the unit weights.
+        targets: a table of TARGETS, which holds the inclusion probability of the layers.
+        single_weights: a table of SINGLE_WEIGHTS, which holds that of single weights.
     """
     tops = top_sets(measurements)
+    of_layers = pd.Series(dtype=float)
+    if targets is not None:
+        of_layers = targets.drop_duplicates("target_layer").set_index("target_layer")["inclusion"].astype(float)
     for key, sets in tops.groupby(SETTING, sort=False):
         metric, perturbation, k = cast(tuple[str, str, int], key)
         ordered = single_layers(sets).sort_values(["target_layer", "seed"], kind="stable")
         points = ordered.groupby("target_layer")[["score_sum", "delta_nll"]].mean()
+        points["inclusion"] = of_layers.reindex(points.index)
         yield Comparison(unit=LAYERS, metric=metric, perturbation=perturbation, k=int(k), points=points)
-    effects = weight_effects(measurements, sampled)
+    effects = _with_inclusion(weight_effects(measurements, sampled), single_weights)
     if sampled is not None and len(effects):
         for perturbation in effects["perturbation"].unique():
             rows = rows_where(effects, perturbation=perturbation)
             rows = rows.sort_values(layout.WEIGHT_KEY, kind="stable").set_index(layout.WEIGHT_KEY)
             for metric in layout.metrics_of_columns(sampled.columns):
-                points = pd.DataFrame({"score_sum": rows[layout.score_column(metric)], "delta_nll": rows["size"]})
+                columns = {"score_sum": rows[layout.score_column(metric)], "delta_nll": rows["size"]}
+                points = pd.DataFrame(columns | {"inclusion": rows["inclusion"]})
                 yield Comparison(unit=WEIGHTS, metric=metric, perturbation=perturbation, k=1, points=points)
     for key, sets in tops.groupby(["metric", "perturbation"], sort=False):
         metric, perturbation = cast(tuple[str, str], key)
@@ -107,6 +133,14 @@ def comparisons(measurements: pd.DataFrame, sampled: pd.DataFrame | None) -> Ite
                 metric=metric,
                 perturbation=perturbation,
                 k=int(sets["k"].max()),
-                points=points.sort_index(),
+                points=points.sort_index().assign(inclusion=of_layers),
                 note=f"mean height of the curve over log k, k = {', '.join(map(str, ks))}",
             )
+
+
+def _with_inclusion(effects: pd.DataFrame, single_weights: pd.DataFrame | None) -> pd.DataFrame:
+    """The effects of single weights, and the probability with which each was drawn where the table says so."""
+    if single_weights is None or effects.empty:
+        return effects.assign(inclusion=np.nan)
+    inclusion = single_weights[[*layout.WEIGHT_KEY, "inclusion"]].astype({"row": "Int64", "col": "Int64"})
+    return effects.merge(inclusion, on=layout.WEIGHT_KEY, how="left")

@@ -29,7 +29,7 @@ class Primary(NamedTuple):
         return (unit, metric, perturbation.split("(")[0], k) == self
 
 
-def primary_analysis(options: Mapping[str, Any], baseline: str) -> Primary:
+def primary_analysis(options: Mapping[str, Any], baseline: str, metric: str | None = None) -> Primary:
     """The primary analysis of a validation: that of its manifest, or what follows from the order of its options.
 
     The first metric that is not the baseline, the first k, the first perturbation, over layers; over single weights
@@ -42,13 +42,14 @@ def primary_analysis(options: Mapping[str, Any], baseline: str) -> Primary:
     Args:
         options: of the validation, as its manifest holds them.
         baseline: the metric that every other must beat.
+        metric: whose scores predict, if it was named.
     """
     if "primary" in options:
         return Primary(**options["primary"])
     metrics, has_layers = options["metrics"], bool(set(options["target_layers"]) - {ALL})
     return Primary(
         unit="layers" if has_layers else "weights",
-        metric=next((metric for metric in metrics if metric != baseline), metrics[0]),
+        metric=metric or next((name for name in metrics if name != baseline), metrics[0]),
         perturbation=options["perturbations"][0],
         k=options["k"][0] if has_layers else 1,
     )

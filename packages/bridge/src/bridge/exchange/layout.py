@@ -45,6 +45,7 @@ CORRELATIONS_FILE = "correlations.csv"
 REPORT_HTML = "report.html"
 REPORT_MD = "report.md"
 PERTURB_LOG = "perturb.log"
+MEASUREMENT_ID = "measure"  # of the instrument's run folder, which lies in the validation's
 
 # Files of a comparison of models
 COMPARED_MODELS_FILE = "comparison.csv"

@@ -13,6 +13,7 @@ from bridge.exchange.discovery_run import Discovery, one_folder, open_discovery,
 from bridge.exchange.errors import RequestError
 from bridge.exchange.existing_runs import find_runs, read_manifest
 from bridge.exchange.printable import say
+from bridge.exchange.sequence_losses import read_sequence_losses
 from bridge.exchange.tables import COMPARISONS, CORRELATIONS, MEASUREMENTS, SINGLE_WEIGHTS, TARGETS, read_table
 
 
@@ -58,6 +59,12 @@ class Validation:
         if not path.exists():
             return pd.DataFrame(columns=list(COMPARISONS.columns))
         return read_table(path, COMPARISONS)
+
+    def sequence_losses(self) -> pd.DataFrame | None:
+        """The losses of every measurement on each sequence; None where the instrument's folder is not kept."""
+        measured = self.folder / layout.run_folder_name(layout.PERTURBATION, layout.MEASUREMENT_ID)
+        path = measured / layout.SEQUENCE_LOSSES_FILE
+        return read_sequence_losses(path) if path.exists() else None
 
     def single_weights(self) -> pd.DataFrame | None:
         """The weights that were perturbed alone: table SINGLE_WEIGHTS; None if none were."""

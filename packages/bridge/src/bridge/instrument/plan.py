@@ -12,7 +12,7 @@ from bridge.analysis.single_weights import choose_weights
 from bridge.analysis.targets import choose_targets
 from bridge.exchange import baseline_file, layout
 from bridge.exchange.discovery_run import Discovery, choose_discovery
-from bridge.exchange.errors import RequestError
+from bridge.exchange.errors import RequestError, did_you_mean
 from bridge.exchange.layout import ALL, Shard, parse_shard
 from bridge.exchange.run_folder import check_output
 from bridge.instrument import command, process
@@ -83,6 +83,7 @@ def plan(options: ValidationOptions) -> Plan:
     discovery = choose_discovery(options.from_)
     not_compared = baseline_file.check_same(options.baseline, discovery) if options.baseline else []
     metrics = discovery.metrics(options.metrics)
+    _check_primary(options.primary, metrics)
     discovery.stability()  # the report needs it: what is wrong with it is said before anything is measured
     ks, weights_files = _sets(discovery, metrics, options)
     options.check_ranges()
@@ -151,7 +152,7 @@ def _chosen(
     if options.global_set:
         chosen["target_layers"].append(ALL)  # all matrices of the model: the top-K there is the global one
     # k in the order of the request: its first is that of the primary analysis, named here before anything is measured
-    primary = primary_analysis(chosen | {"k": options.k or ks}, discovery.baseline_metric)
+    primary = primary_analysis(chosen | {"k": options.k or ks}, discovery.baseline_metric, options.primary)
     return {"primary": primary._asdict(), **chosen}
 
 
@@ -209,6 +210,14 @@ def _hashes(discovery: Discovery, metrics: list[str], weights_files: dict[str, P
 
 def _hash(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _check_primary(metric: str | None, metrics: list[str]) -> None:
+    if metric is not None and metric not in metrics:
+        compared = ", ".join(metrics)
+        raise RequestError(
+            f"--primary {metric} is none of the metrics that are compared{did_you_mean(metric, metrics)}: {compared}"
+        )
 
 
 def _smallest_file(discovery: Discovery, metric: str, available: list[int], k: int) -> Path:

@@ -25,6 +25,8 @@ class ValidationOptions(EvaluationTexts):
         all_layers: measure every layer instead; slower, but nothing has to be estimated.
         draw_seed: of the draw of layers and of single weights.
         metrics: whose top weights are perturbed; by default all metrics of the run.
+        primary: whose agreement is the primary analysis, at the first k and under the first perturbation; all else is
+            exploratory. By default the first of the metrics that is not the baseline.
         k: how many weights of a layer are perturbed; by default the smallest K of the run.
         perturbations: what is done to the weights.
         seeds: of the random controls, one draw each.
@@ -54,6 +56,7 @@ class ValidationOptions(EvaluationTexts):
     all_layers: bool = False
     draw_seed: int = 0
     metrics: list[str] | None = None
+    primary: str | None = None
     k: list[int] | None = None
     perturbations: list[Perturbation] = field(default_factory=lambda: ["zero"])
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])

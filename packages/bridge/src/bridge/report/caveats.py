@@ -30,21 +30,6 @@ def caveats(evidence: Evidence) -> list[str]:
     ]
 
 
-def _all_weights(evidence: Evidence) -> list[str]:
-    """Rho over all weights of the model, estimated from the sample."""
-    figures = []
-    rows = evidence.weight_correlations.dropna(subset=["population_rho"])
-    numbers = rows[["population_rho", "population_low", "population_high"]].to_numpy(float)
-    for metric, (rho, low, high) in zip(rows["metric"], numbers, strict=True):
-        interval = f" [{low:.2f}, {high:.2f}]" if np.isfinite([low, high]).all() else ""
-        figures.append(f"{metric} {rho:.2f}{interval}")
-    if not figures:
-        return []
-    return [
-        f"Over all weights of the model, each drawn one weighted by 1 / its probability, rho is {', '.join(figures)}."
-    ]
-
-
 def _choice_of_units(evidence: Evidence) -> list[str]:
     """Which layers and weights were chosen, and what that does to the agreement."""
     sentences = []
@@ -55,7 +40,6 @@ def _choice_of_units(evidence: Evidence) -> list[str]:
             f"The {plural(int(n_weights), 'single weight')} were drawn {covered}: the highest scores are far more "
             "frequent than in the model, and rho over them is a figure of this design."
         )
-        sentences += _all_weights(evidence)
     n_layers = evidence.layer_effects["target_layer"].nunique()
     if 0 < n_layers < MIN_UNITS:
         layers = plural(n_layers, "layer")

@@ -14,9 +14,10 @@ SCORE_OF_A_SET = ("Score of a set", "the scores of its weights added.")
 CONTROL = ("Control", "as many random weights of the same target, outside every top set; one draw a seed.")
 AGREEMENT = (
     "Agreement",
-    "Spearman's ρ between score and effect over layers, interval by bootstrap over layers; and ρ within kinds of "
-    "matrix, given kind and depth, p by shuffles within kinds. Claims go by the latter where there are several kinds, "
-    "because layers of one kind are alike for reasons of their own. Fewer than 6 layers show nothing.",
+    "Spearman's ρ between score and effect over layers, interval by bootstrap over layers, or where all were measured "
+    "over texts (jackknife); and ρ within kinds of matrix, given kind and depth, p by shuffles within kinds. Claims go "
+    "by the latter where there are several kinds, because layers of one kind are alike for reasons of their own. Fewer "
+    "than 6 layers show nothing.",
 )
 SINGLE_WEIGHTS = (
     "Single weights",

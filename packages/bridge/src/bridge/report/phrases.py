@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+from bridge.analysis.claims import MEASURED, POPULATION, WITHIN_KINDS, Basis, is_weighted
+from bridge.analysis.predicted_and_measured import WEIGHTS
 from bridge.report.evidence import Evidence
 from bridge.report.number_format import measured, p_value, plural, rho
 
@@ -50,17 +52,38 @@ def rho_with_p(row: pd.Series) -> str:
     """A rank correlation with its interval and the p-value that a claim goes by.
 
     ``0.90 [0.74, 0.97], p = 0.0002``; over layers of several kinds ``0.90 [0.74, 0.97] (within kinds of matrix 0.85
-    [0.70, 0.94], p = 0.0004)``. Every p-value but that of the primary analysis is adjusted, and called so.
+    [0.70, 0.94], p = 0.0004)``. Every p-value but that of the primary analysis is adjusted, and called so. Where units
+    were chosen with different probabilities it is the estimate for all of them; where every layer was measured, the
+    interval is that over texts, and called so.
     """
     name = "p" if row["primary"] else "adjusted p"
     p = "" if pd.isna(row["p_adjusted"]) else f", {name} = {p_value(row['p_adjusted'])}"
-    over_all = rho(row["spearman"], row["ci_low"], row["ci_high"])
+    if is_weighted(row):
+        over_all = rho_of(row, POPULATION)
+    elif pd.notna(row["texts_low"]):
+        over_all = f"{rho(row['spearman'], row['texts_low'], row['texts_high'])} over other texts of the same kind"
+    else:
+        over_all = rho_of(row, MEASURED)
     if row["n_kinds"] == 1:
         return f"{over_all}{p}"
     if pd.isna(row["within_rho"]):
         return f"{over_all} (none within kinds of matrix)"
-    within = rho(row["within_rho"], row["within_low"], row["within_high"])
-    return f"{over_all} (within kinds of matrix {within}{p})"
+    return f"{over_all} (within kinds of matrix {rho_of(row, WITHIN_KINDS)}{p})"
+
+
+def rho_of(row: pd.Series, basis: Basis) -> str:
+    """One of the rank correlations in a row of CORRELATIONS, with its interval."""
+    return rho(row[basis.rho], row[basis.low], row[basis.high])
+
+
+def over_measured(rows: Sequence[pd.Series]) -> str:
+    """What rho is over the measured units as they were chosen, for metrics whose rho is given for all units."""
+    shown = [row for row in rows if is_weighted(row)]
+    if not shown:
+        return ""
+    units = "weights that were drawn" if shown[0]["unit"] == WEIGHTS else "layers that were chosen"
+    rhos = listed([f"{row['metric']} {rho_of(row, MEASURED)}" for row in shown])
+    return f"; over the {shown[0]['n']:,} {units}, in which high scores are frequent: {rhos}"
 
 
 def top_minus_random(row: pd.Series) -> str:

@@ -52,7 +52,7 @@ SECTIONS = (
             caption="Each point is a layer: the summed score of its perturbed weights against the measured change "
             "of loss, with its 95 % interval. On the dashed line both are equal.",
         ),
-        tables=[score_tables.correlations],
+        tables=[score_tables.correlations, score_tables.estimates_for_all],
     ),
     SectionPlan(
         title="Single weights",

@@ -6,43 +6,59 @@ What may be said is decided by ``bridge.analysis.claims`` alone; here it is put 
 import numpy as np
 import pandas as pd
 
-from bridge.analysis.claims import Claim, Verdict, claim_of_row
+from bridge.analysis.claims import Claim, Verdict, claim_of_row, is_weighted
 from bridge.analysis.measured_sets import first_row
 from bridge.analysis.metric_comparison import standing_of_row
 from bridge.analysis.predicted_and_measured import CURVES, WEIGHTS
 from bridge.report.evidence import Evidence
 from bridge.report.number_format import coefficient, plural
-from bridge.report.phrases import listed, rho_above_baseline, rho_with_p, setting_words
+from bridge.report.phrases import listed, over_measured, rho_above_baseline, rho_with_p, setting_words
 
 MAX_LISTED = 6
 
 
 def agreement_of_layers(evidence: Evidence) -> str:
     """The rank correlation of score and effect over layers, next to that of the baseline metric."""
-    metric, baseline = evidence.metric, evidence.baseline
-    own = first_row(evidence.layer_correlations, metric=metric)
-    if own is None:
-        return "No rank agreement was computed: no top weights of single layers were perturbed."
-    if pd.isna(own["spearman"]):
-        return f"Spearman's rho for {metric}: none ({own['note']})."
-    n_layers = plural(int(own["n"]), "layer")
-    sentence = f"Spearman's rho between score and effect over {n_layers}: {metric} {rho_with_p(own)}"
-    if metric == baseline:
-        return f"{sentence}."
-    other = first_row(evidence.layer_correlations, metric=baseline)
-    if other is None:
-        return f"{sentence}; {baseline} was not measured."
-    other_rho = "none" if pd.isna(other["spearman"]) else rho_with_p(other)
-    return f"{sentence}; {baseline} {other_rho}."
+    row = first_row(evidence.layer_correlations, metric=evidence.metric)
+    return f"{_layers(evidence)}{over_measured(_with_baseline(evidence, row))}."
 
 
 def verdict_on_layers(evidence: Evidence) -> str:
     """The agreement over layers, and what it shows."""
-    sentence = _prefix(evidence, "layers") + agreement_of_layers(evidence).rstrip(".")
+    sentence = _prefix(evidence, "layers") + _layers(evidence)
     row = first_row(evidence.layer_correlations, metric=evidence.metric)
     if row is None or pd.isna(row["spearman"]):
         return f"{sentence}."
-    return f"{sentence}: {_shown(row, 'the score orders the layers', 'layers')}{_compared(row, evidence.baseline)}."
+    shown = f"{_shown(row, 'the score orders the layers', 'layers')}{_compared(row, evidence.baseline)}"
+    return f"{sentence}: {shown}{over_measured(_with_baseline(evidence, row))}."
+
+
+def _layers(evidence: Evidence) -> str:
+    """The rank correlation over layers and that of the baseline metric, without a full stop."""
+    metric, baseline = evidence.metric, evidence.baseline
+    own = first_row(evidence.layer_correlations, metric=metric)
+    if own is None:
+        return "No rank agreement was computed: no top weights of single layers were perturbed"
+    if pd.isna(own["spearman"]):
+        return f"Spearman's rho for {metric}: none ({own['note']})"
+    over = plural(int(own["n"]), "layer")
+    if is_weighted(own):
+        over = f"all {plural(int(evidence.targets['n_layers'].max()), 'layer')}, estimated from {own['n']} of them"
+    sentence = f"Spearman's rho between score and effect over {over}: {metric} {rho_with_p(own)}"
+    if metric == baseline:
+        return sentence
+    other = first_row(evidence.layer_correlations, metric=baseline)
+    if other is None:
+        return f"{sentence}; {baseline} was not measured"
+    other_rho = "none" if pd.isna(other["spearman"]) else rho_with_p(other)
+    return f"{sentence}; {baseline} {other_rho}"
+
+
+def _with_baseline(evidence: Evidence, row: pd.Series | None) -> list[pd.Series]:
+    """A row of the layers that has a rho, and that of the baseline metric if it has one."""
+    other = first_row(evidence.layer_correlations, metric=evidence.baseline)
+    rows = [row] if evidence.metric == evidence.baseline else [row, other]
+    return [each for each in rows if each is not None and pd.notna(each["spearman"])]
 
 
 def agreement_of_single_weights(evidence: Evidence) -> list[str]:
@@ -56,14 +72,19 @@ def agreement_of_single_weights(evidence: Evidence) -> list[str]:
         return [f"Over {n_weights} no metric has a rank correlation ({rows.iloc[0]['note']})."]
     metric = evidence.metric if evidence.metric in ranked else next(iter(ranked))
     row = ranked[metric]
-    sentence = f"{_prefix(evidence, WEIGHTS)}Over {n_weights}, Spearman's rho between score and size of the "
-    sentence += f"effect: {metric} {rho_with_p(row)}"
+    over = f"all weights of the model, estimated from {n_weights}" if is_weighted(row) else n_weights
+    sentence = f"{_prefix(evidence, WEIGHTS)}Over {over}, Spearman's rho between score and size of the effect: "
+    sentence += f"{metric} {rho_with_p(row)}"
     others = [other for other in ranked if other != metric]
+    shown_rows = [row]
     if others:
-        other = evidence.baseline if evidence.baseline in others else others[0]
-        sentence += f"; {other} {rho_with_p(ranked[other])}"
+        other = ranked[evidence.baseline if evidence.baseline in others else others[0]]
+        shown_rows.append(other)
+        sentence += f"; {other['metric']} {rho_with_p(other)}"
     sentence += f": {_shown(row, f'{metric} ranks the weights', 'weights')}{_compared(row, evidence.baseline)}"
-    return [f"{sentence}." if others else f"{sentence}; no other metric has a rho on them."]
+    if not others:
+        sentence += "; no other metric has a rho on them"
+    return [f"{sentence}{over_measured(shown_rows)}."]
 
 
 def exploratory(evidence: Evidence) -> list[str]:
