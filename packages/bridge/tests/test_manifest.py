@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from bridge.exchange.discovery_run import open_discovery
 from bridge.exchange.errors import RequestError
-from bridge.exchange.manifest import Manifest, checked
+from bridge.exchange.file_content import checked
+from bridge.exchange.manifest import Manifest
 from bridge.exchange.run_folder import find_runs, read_manifest
 from discovery_folder import make_discovery
 

@@ -19,9 +19,10 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from bridge.exchange.errors import RequestError
+from bridge.exchange.file_content import checked
 from bridge.exchange.fingerprint import Fingerprint, difference, recorded_fingerprint, write_fingerprint
 from bridge.exchange.host import describe_host
-from bridge.exchange.json_file import read_json
+from bridge.exchange.json_file import parse_json, read_json
 from bridge.exchange.layout import (
     LOCK_FILE,
     MANIFEST_FILE,
@@ -30,7 +31,7 @@ from bridge.exchange.layout import (
     progress_file,
     run_folder_name,
 )
-from bridge.exchange.manifest import Manifest, checked
+from bridge.exchange.manifest import Manifest
 from bridge.exchange.printable import escaped, say
 from bridge.exchange.tables import write_bytes, write_json
 
@@ -172,8 +173,11 @@ def _record(line: bytes) -> dict[str, Any] | None:
     checksum, _, text = line.partition(b" ")
     if checksum != b"%08x" % zlib.crc32(text):
         return None
-    record: dict[str, Any] = json.loads(text)
-    return record
+    try:
+        record = parse_json(text)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
 
 
 def open_run(
