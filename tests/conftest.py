@@ -4,11 +4,25 @@ from importlib import resources
 from pathlib import Path
 
 import pytest
+from finished_runs import make_runs
+from hypothesis import HealthCheck, settings
 from tiny_models import save_checkpoint, word_tokenizer
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ROOT / "packages"
 HUB_MODELS = {"gpt2": "gpt2", "EleutherAI/pythia-410m": "neox", "EleutherAI/pythia-2.8b": "neox"}
+
+FUZZ = os.environ.get("HYPOTHESIS_PROFILE") == "fuzz"  # what nox -s fuzz sets
+
+
+def examples(n: int) -> settings:
+    """Settings for a test by hypothesis: the same ``n`` examples each time; with nox -s fuzz 100 n, others each time."""
+    return settings(
+        max_examples=100 * n if FUZZ else n,
+        derandomize=not FUZZ,
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+    )
 
 
 def fill_hub_cache(home: Path) -> None:
@@ -30,6 +44,14 @@ def offline(tmp_path_factory):
     environment = {key: value for key, value in os.environ.items() if key not in {"TARGET_LAYER", "PYTHONPATH"}}
     quiet = {"PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     return environment | {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1"} | quiet
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A model, texts, and in the folder ``out`` a run of every kind; nothing of it is changed."""
+    folder = tmp_path_factory.mktemp("finished")
+    make_runs(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -39,8 +39,14 @@ def test_same_setup_and_the_same_loss_up_to_rounding(tmp_path, discovery, nll):
         ({"corpus_sha256": "e" * 64}, "corpus_sha256 is eeee.* there and cccc"),
         ({"nll": 3.5 * (1 + 2e-4)}, "nll is 3.5007.* there and 3.5 in"),
         ({"nll": math.nan}, "nll is nan there"),
-        ({"nll": "3.5"}, "has nll '3.5', which is not a number"),
-        ({"corpus_sha256": None, "nll": None}, "lacks corpus_sha256, nll; expected a baseline.json of run_baseline.py"),
+        ({"nll": "3.5"}, r"baseline\.json is damaged: Expected `float`, got `str` - at `\$\.nll`; expected a baseline"),
+        ({"model": ["tiny"]}, r"Expected `str`, got `array` - at `\$\.model`"),
+        ({"n_tokens": 1.5}, r"Expected `int`, got `float` - at `\$\.n_tokens`"),
+        ({"parameters_xxh3": 7}, r"Expected `str`, got `int` - at `\$\.parameters_xxh3`"),
+        (
+            {"corpus_sha256": None},
+            "missing required field `corpus_sha256`; expected a baseline.json of run_baseline.py",
+        ),
     ],
 )
 def test_difference_is_named(tmp_path, discovery, changes, message):
@@ -53,7 +59,14 @@ def test_all_differences_are_named(tmp_path, discovery):
         check_same(write(tmp_path, dtype="float16", nll=1.0), discovery)
 
 
-@pytest.mark.parametrize(("text", "message"), [("[1, 2]", "lacks model"), ("{", "is damaged")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1, 2]", "Expected `object`, got `array`"),
+        ("{", "is damaged"),
+        ('{"nll": 1, "nll": 2}', "the key 'nll' twice"),
+    ],
+)
 def test_file_that_is_no_baseline(tmp_path, discovery, text, message):
     (tmp_path / "baseline.json").write_text(text)
     with pytest.raises(RequestError, match=message):

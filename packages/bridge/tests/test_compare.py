@@ -9,6 +9,8 @@ from bridge.exchange.existing_runs import read_manifest
 from discovery_folder import make_discovery
 
 METRIC = "grad_x_weight"
+BASELINE = {"model": "tiny", "revision": None, "dtype": "float32", "corpus_sha256": "c" * 64}
+BASELINE |= {"nll": 3.0, "ppl": 20.1, "n_tokens": 5}
 
 
 def write_run(parent, name, metrics=(METRIC,), **changes):
@@ -17,7 +19,7 @@ def write_run(parent, name, metrics=(METRIC,), **changes):
     manifest = synthetic.manifest(model=f"org/{name}") | changes
     manifest["identity"]["options"]["metric"] = list(metrics)
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    (folder / "baseline.json").write_text(json.dumps({"nll": 3.0, "ppl": 20.1, "n_tokens": 5}))
+    (folder / "baseline.json").write_text(json.dumps(BASELINE))
     for metric in metrics:
         synthetic.top_weights().to_csv(folder / f"top_100_weights_{metric}.csv", index=False)
         synthetic.summary().to_csv(folder / f"layer_summary_{metric}.csv", index=False)

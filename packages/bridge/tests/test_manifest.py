@@ -6,7 +6,8 @@ import pytest
 from bridge.exchange.discovery_run import open_discovery
 from bridge.exchange.errors import RequestError
 from bridge.exchange.existing_runs import find_runs, read_manifest
-from bridge.exchange.manifest import Manifest, checked
+from bridge.exchange.file_content import checked
+from bridge.exchange.manifest import Manifest
 from discovery_folder import make_discovery
 
 

@@ -6,7 +6,15 @@ from bridge.exchange.errors import RequestError
 from bridge.exchange.fingerprint import Fingerprint, write_fingerprint
 from critical_weight_analysis import baseline
 
-FOUND = {"model": "gpt2", "revision": "abc", "dtype": "float32", "corpus_sha256": "1f", "nll": 3.0, "ppl": 20.1}
+FOUND = {
+    "model": "gpt2",
+    "revision": "abc",
+    "dtype": "float32",
+    "corpus_sha256": "1f",
+    "nll": 3.0,
+    "n_tokens": 7,
+    "ppl": 20.1,
+}
 
 
 def test_reads_what_was_written(tmp_path):
@@ -20,10 +28,13 @@ def test_reads_what_was_written(tmp_path):
     [
         (None, "cannot be read: No such file"),
         ("{", "is damaged"),
-        ("[]", "lacks model, revision, dtype, corpus_sha256, nll"),
-        (json.dumps({k: v for k, v in FOUND.items() if k != "nll"}), "lacks nll; expected a baseline.json"),
-        (json.dumps(FOUND | {"nll": "3.0"}), "has nll '3.0', which is not a number"),
-        (json.dumps(FOUND | {"nll": None}), "has nll None, which is not a number"),
+        ("[]", "Expected `object`, got `array`; expected a baseline.json of run_baseline"),
+        (
+            json.dumps({k: v for k, v in FOUND.items() if k != "nll"}),
+            "missing required field `nll`; expected a baseline.json",
+        ),
+        (json.dumps(FOUND | {"nll": "3.0"}), r"Expected `float`, got `str` - at `\$\.nll`"),
+        (json.dumps(FOUND | {"nll": None}), r"Expected `float`, got `null` - at `\$\.nll`"),
     ],
 )
 def test_what_is_no_baseline_is_refused(tmp_path, text, message):
@@ -47,7 +58,7 @@ def test_loss_may_differ_by_rounding_only():
 
 
 def test_setup_is_compared_before_there_is_a_loss():
-    setup = {key: value for key, value in FOUND.items() if key not in {"nll", "ppl"}}
+    setup = {key: value for key, value in FOUND.items() if key not in {"nll", "n_tokens", "ppl"}}
     baseline.check_same(FOUND, setup, "b.json")
     with pytest.raises(RequestError, match="has dtype float32, this run has bfloat16"):
         baseline.check_same(FOUND, setup | {"dtype": "bfloat16"}, "b.json")

@@ -59,7 +59,7 @@ def test_strings_and_numbers_of_json_are_as_written(tmp_path):
     ("content", "complaint"),
     [
         ('{"text": true}', "text 1 of .* is no text but a value of type bool"),
-        ('{"text": "a", "text": "b"}', "a key occurs twice"),
+        ('{"text": "a", "text": "b"}', "line 1: it has the key 'text' twice"),
         ('{"text": "a"}\n{"text": ', "line 2: Expecting value"),
         ('"a"', "row 1 is no object"),
         ('{"text": "\\ud800"}', "half of a surrogate pair at character 0"),

@@ -138,7 +138,7 @@ def test_a_score_that_is_not_finite_is_refused(neox, tmp_path, score):
 
 def test_a_row_that_is_no_number_is_refused(neox, tmp_path):
     path = write(tmp_path, [row_of(neox, QKV, 0, 0, 1.0, row="first")])
-    with pytest.raises(RequestError, match="column row should be a number, not 'first'"):
+    with pytest.raises(RequestError, match="column row should be a whole number of 64 bits, not 'first'"):
         read_weight_list(path, named_parameters(neox))
 
 

@@ -7,8 +7,10 @@ from typing import Any
 
 from bridge.exchange.discovery_run import Discovery
 from bridge.exchange.errors import RequestError
+from bridge.exchange.file_content import checked
 from bridge.exchange.fingerprint import MISSING, Fingerprint, difference, recorded_fingerprint
 from bridge.exchange.json_file import read_json
+from bridge.exchange.manifest import Baseline
 
 TOLERANCE = 1e-4  # relative; another device or batch size changes the loss by less
 SAME = ("model", "revision", "dtype", "corpus_sha256")
@@ -65,21 +67,11 @@ def read(path: str) -> dict[str, Any]:
     """The content of a ``baseline.json``.
 
     Raises:
-        RequestError: no such file, or not a baseline.
+        RequestError: no such file, or not a baseline; the message names what is missing or of another type.
     """
     try:
-        content = read_json(Path(path))
+        return dict(checked(read_json(Path(path)), Baseline, Path(path), "expected a baseline.json of run_baseline.py"))
     except FileNotFoundError:
         raise RequestError(f"--baseline {path} cannot be read: No such file or directory") from None
     except RequestError as error:
         raise RequestError(f"--baseline {error}") from None
-    required = (*SAME, "nll")
-    missing = [key for key in required if key not in content] if isinstance(content, dict) else required
-    if missing or not isinstance(content, dict):
-        raise RequestError(f"--baseline {path} lacks {', '.join(missing)}; expected a baseline.json of run_baseline.py")
-    if isinstance(content["nll"], bool) or not isinstance(content["nll"], (int, float)):
-        raise RequestError(f"--baseline {path} has nll {content['nll']!r}, which is not a number")
-    for key in SAME:
-        if not isinstance(content[key], str | None):
-            raise RequestError(f"--baseline {path} has {key} {content[key]!r}, and expected is a text")
-    return content

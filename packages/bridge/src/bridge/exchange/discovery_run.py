@@ -14,10 +14,11 @@ import pandas as pd
 from bridge.exchange import layout
 from bridge.exchange.errors import RequestError, did_you_mean
 from bridge.exchange.existing_runs import find_runs, read_manifest
+from bridge.exchange.file_content import checked
 from bridge.exchange.fingerprint import Fingerprint, recorded_fingerprint
 from bridge.exchange.json_file import read_json
 from bridge.exchange.layout import WEIGHT_KEY, Scope
-from bridge.exchange.manifest import CorpusInfo, DiscoveryManifest, ModelInfo, checked
+from bridge.exchange.manifest import Baseline, CorpusInfo, DiscoveryManifest, ModelInfo
 from bridge.exchange.metric_definitions import MetricDefinitions, read_metric_definitions
 from bridge.exchange.printable import say
 from bridge.exchange.tables import LAYER_SUMMARY, SAMPLED_WEIGHTS, STABILITY, TOP_WEIGHTS, Table, read_table
@@ -56,16 +57,19 @@ class Discovery:
         return self.metric_definitions.baseline
 
     @cached_property
-    def baseline(self) -> dict[str, Any]:
+    def baseline(self) -> Baseline:
         """The content of ``baseline.json``: the loss and perplexity before any perturbation."""
         path = self.folder / layout.BASELINE_FILE
         try:
-            baseline = cast(dict[str, Any], read_json(path))
-            if all(math.isfinite(baseline[key]) for key in ("nll", "ppl", "n_tokens")):
-                return baseline
-        except (OSError, RequestError, KeyError, TypeError):
-            pass
-        raise RequestError(f"{path} is missing or damaged: expected the run's baseline; run the discovery again")
+            baseline = checked(read_json(path), Baseline, path)
+        except FileNotFoundError:
+            raise RequestError(f"{path} is missing; run the discovery again") from None
+        except RequestError as error:
+            raise RequestError(f"{error}; run the discovery again") from None
+        for name in ("nll", "ppl"):
+            if not math.isfinite(baseline[name]):
+                raise RequestError(f"{path} is damaged: {name} is not a finite number; run the discovery again")
+        return baseline
 
     @property
     def fingerprint(self) -> Fingerprint | None:

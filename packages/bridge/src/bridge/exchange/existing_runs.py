@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from bridge.exchange.errors import RequestError
+from bridge.exchange.file_content import checked
 from bridge.exchange.json_file import read_json
 from bridge.exchange.layout import MANIFEST_FILE, run_folder_name
-from bridge.exchange.manifest import Manifest, checked
+from bridge.exchange.manifest import Manifest
 from bridge.exchange.printable import say
 
 SCHEMA_VERSION = 1

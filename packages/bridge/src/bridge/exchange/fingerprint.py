@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 
 from bridge.exchange.errors import RequestError
+from bridge.exchange.file_content import damaged
 from bridge.exchange.json_file import read_json
 from bridge.exchange.layout import FINGERPRINT_FILE
 from bridge.exchange.tables import write_json
@@ -54,12 +55,12 @@ def read_fingerprint(folder: Path) -> Fingerprint | None:
         RequestError: the file is damaged.
     """
     path = folder / FINGERPRINT_FILE
-    if not path.is_file():
-        return None
     try:
         return msgspec.convert(read_json(path, _REMEDY), Fingerprint)
-    except ValueError as error:  # msgspec.ValidationError is one
-        raise RequestError(f"{path} is damaged: {error}; {_REMEDY}") from None
+    except FileNotFoundError:
+        return None
+    except msgspec.ValidationError as error:
+        raise RequestError(damaged(path, error, _REMEDY)) from None
 
 
 def recorded_fingerprint(content: Mapping[str, object], folder: Path) -> Fingerprint | None:

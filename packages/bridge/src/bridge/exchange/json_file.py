@@ -5,9 +5,12 @@ integers of any length. Here both are refused, as are files that are no text, di
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from bridge.exchange.errors import RequestError
+from bridge.exchange.file_content import damaged, read_bytes
 
 _INT64 = 2**63
 
@@ -24,23 +27,38 @@ def read_json(path: Path, remedy: str = "") -> object:
         RequestError: it cannot be read, or is not JSON.
     """
     try:
-        return parse_json(path.read_bytes())
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise RequestError(f"{path} cannot be read: {error.strerror}") from None
+        return parse_json(read_bytes(path))
     except ValueError as error:
-        raise RequestError(f"{path} is damaged: {error}{_then(remedy)}") from None
+        raise RequestError(damaged(path, error, remedy)) from None
 
 
-def parse_json(text: bytes) -> object:
-    """The value of a JSON text.
+def int64(digits: str) -> int:
+    """An integer that fits into 64 bits.
 
     Raises:
-        ValueError: it is not UTF-8 or not JSON, is nested too deeply, or has a key twice or an integer beyond 64 bits.
+        ValueError: it does not.
     """
+    if len(digits) > 20 or not -_INT64 <= int(digits) < _INT64:
+        raise ValueError(f"expected an integer of 64 bits, not {digits[:30]}")
+    return int(digits)
+
+
+def parse_json(
+    text: bytes | str, *, integer: Callable[[str], object] = int64, fraction: Callable[[str], object] = float
+) -> Any:  # noqa: ANN401 - any JSON value
+    """The value of a JSON text.
+
+    Args:
+        text: UTF-8 if bytes.
+        integer: what becomes of the digits of an integer.
+        fraction: what becomes of the digits of any other number.
+
+    Raises:
+        ValueError: it is not UTF-8 or not JSON, is nested too deeply, or has a key twice; or ``integer`` raises it.
+    """
+    decoded = text.decode("utf-8") if isinstance(text, bytes) else text
     try:
-        return json.loads(text.decode("utf-8"), object_pairs_hook=_object, parse_int=_integer)
+        return json.loads(decoded, object_pairs_hook=_object, parse_int=integer, parse_float=fraction)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
@@ -52,13 +70,3 @@ def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
             raise ValueError(f"it has the key {key[:80]!a} twice")
         content[key] = value
     return content
-
-
-def _integer(digits: str) -> int:
-    if len(digits) > 20 or not -_INT64 <= int(digits) < _INT64:
-        raise ValueError(f"expected an integer of 64 bits, not {digits[:30]}")
-    return int(digits)
-
-
-def _then(remedy: str) -> str:
-    return f"; {remedy}" if remedy else ""

@@ -1,4 +1,4 @@
-"""The types of ``manifest.json``: what the manifest of a run must say, checked where it is read.
+"""The types of ``manifest.json`` and ``baseline.json``: what these files must say, checked where they are read.
 
 A manifest stays the dictionary that the file holds: a run that is resumed writes it back, and what a later version
 added must survive that. The types say which entries the packages rely on. All others are tolerated; of those that are
@@ -6,13 +6,7 @@ named here, ``NotRequired`` ones (and all of a class with ``total=False``) may b
 versions.
 """
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, NotRequired, TypedDict, TypeVar, cast
-
-import msgspec
-
-from bridge.exchange.errors import RequestError
+from typing import Any, NotRequired, TypedDict
 
 
 class ModelInfo(TypedDict):
@@ -140,27 +134,16 @@ class ValidationManifest(RunState):
     discovery_relative: NotRequired[str]  # as seen from the folder that the validation lies in
 
 
-ManifestType = TypeVar("ManifestType", bound=Mapping[str, Any])
+class Baseline(TypedDict):
+    """The loss and perplexity of a model before any perturbation, and what they were measured on."""
 
-
-def checked(content: object, expected: type[ManifestType], path: Path) -> ManifestType:
-    """``content`` itself, once it has the entries and types that ``expected`` names.
-
-    Args:
-        content: what a JSON file holds.
-        expected: one of the types of this module.
-        path: the file, for the message.
-
-    Raises:
-        RequestError: an entry is missing or of another type; the message names the file, the entry and what was
-            expected there.
-
-    >>> checked({"status": 1}, Manifest, Path("run/manifest.json"))
-    Traceback (most recent call last):
-    bridge.exchange.errors.RequestError: run/manifest.json is damaged: Expected `str`, got `int` - at `$.status`
-    """
-    try:
-        msgspec.convert(content, expected)
-    except msgspec.ValidationError as error:
-        raise RequestError(f"{path} is damaged: {error}") from None
-    return cast(ManifestType, content)
+    model: str
+    revision: str | None
+    dtype: str | None
+    corpus_sha256: str
+    nll: float
+    ppl: float
+    n_tokens: int
+    n_sequences: NotRequired[int]
+    parameters_xxh3: NotRequired[str]
+    tokenizer_xxh3: NotRequired[str]

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bridge.exchange.json_file import parse_json
 from bridge.exchange.layout import PROGRESS_FILES, path_aside, progress_file
 from bridge.exchange.tables import write_bytes
 
@@ -71,5 +72,8 @@ def _record(line: bytes) -> dict[str, Any] | None:
     checksum, _, text = line.partition(b" ")
     if checksum != b"%08x" % zlib.crc32(text):
         return None
-    record: dict[str, Any] = json.loads(text)
-    return record
+    try:
+        record = parse_json(text)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None

@@ -147,6 +147,8 @@ STABILITY = Table(
 )
 
 _EMPTY = {"", "NA", "nan", "NaN"}
+_INT64 = 2**63
+_EXPECTED = {"float": "a number", "int": "a whole number of 64 bits", "int?": "a whole number of 64 bits, or empty"}
 
 
 @contextmanager
@@ -266,7 +268,7 @@ def _parse(texts: list[str], kind: str, cell: Callable[[int], str]) -> pd.Series
         try:
             values.append(_number(text, kind))
         except ValueError:
-            raise RequestError(f"{cell(row)} should be a number, not '{text}'") from None
+            raise RequestError(f"{cell(row)} should be {_EXPECTED[kind]}, not '{text[:80]}'") from None
     return pd.Series(values, dtype={"int": "int64", "int?": "Int64", "float": "float64"}[kind])
 
 
@@ -285,12 +287,15 @@ def _number(text: str, kind: str) -> float | int | None:
     if kind == "int?" and text in _EMPTY:
         return None
     try:
-        return int(text)
+        number = int(text)
     except ValueError:
-        number = float(text)  # a spreadsheet, or pandas where a value is missing, writes 3 as 3.0
-        if not number.is_integer():
+        fraction = float(text)  # a spreadsheet, or pandas where a value is missing, writes 3 as 3.0
+        if not fraction.is_integer():
             raise ValueError(text) from None
-        return int(number)
+        number = int(fraction)
+    if not -_INT64 <= number < _INT64:
+        raise ValueError(text)
+    return number
 
 
 def _guess(texts: list[str], cell: Callable[[int], str]) -> pd.Series:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
+from bridge.exchange.json_file import parse_json
 from bridge.exchange.tables import atomic_path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -105,7 +106,7 @@ def read_state(path: Path) -> tuple[dict[str, Any], State]:
         text = metadata["header"]
         if metadata["sha256"] != _checksum(text, tensors):
             raise StateError("its content does not match its checksum")
-        header = json.loads(text)
+        header = parse_json(text)
         if not isinstance(header, dict):
             raise StateError("its header is no object")
         return header, tensors

@@ -1,10 +1,11 @@
 """Why a model cannot be loaded, in one line: the innermost reason, and the file or the field that it comes from."""
 
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from bridge.exchange.errors import RequestError, innermost
+from bridge.exchange.file_content import read_bytes
+from bridge.exchange.json_file import parse_json
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _READ_BY_TRANSFORMERS = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
@@ -50,8 +51,8 @@ def _fields_with(file: Path, value: object) -> list[str]:
     if not file.name.endswith("config.json"):
         return []
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = _parsed(file)
+    except (OSError, RequestError, ValueError):
         return []
     return [".".join(path) for path, leaf in _leaves(content) if leaf == value and type(leaf) is type(value)]
 
@@ -72,15 +73,23 @@ def _small_files(source: str) -> list[Path]:
 
 def _damage(file: Path) -> str | None:
     """What is wrong with a file at first sight."""
-    with file.open("rb") as stream:
-        start = stream.read(len(LFS_POINTER))
+    try:
+        with file.open("rb") as stream:
+            start = stream.read(len(LFS_POINTER))
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
     if not start:
         return "is empty"
     if start == LFS_POINTER:
         return "is a git-lfs pointer, not the file itself: fetch it with git lfs pull"
     if file.suffix == ".json":
         try:
-            json.loads(file.read_text(encoding="utf-8"))
+            _parsed(file)
         except ValueError as error:
             return f"is no valid JSON: {error}"
     return None
+
+
+def _parsed(file: Path) -> object:
+    """What a JSON file of a model holds; integers there are of any size, such as a ``model_max_length`` of 10^30."""
+    return parse_json(read_bytes(file), integer=int)

@@ -4,20 +4,38 @@ from collections.abc import Sequence
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
-import yaml
 from bridge.exchange.errors import RequestError
+from bridge.exchange.file_content import checked
 from bridge.exchange.layout import ALL
 from bridge.exchange.printable import say
+from bridge.exchange.yaml_file import read_yaml
+
+
+class ModelTable(TypedDict):
+    """The table of default models and short names.
+
+    Attributes:
+        embedded: the name of the embedded model.
+        by_target_layer: the default model by the first part of a TARGET_LAYER.
+        short_names: the full name of a model by its short one.
+    """
+
+    embedded: str
+    by_target_layer: dict[str, str]
+    short_names: dict[str, str]
 
 
 @cache
-def model_table() -> dict[str, Any]:
-    """The table of default models and short names."""
-    text = resources.files("llm_perturb").joinpath("data/models.yaml").read_text(encoding="utf-8")
-    table: dict[str, Any] = yaml.safe_load(text)
-    return table
+def model_table() -> ModelTable:
+    """The table of default models and short names, ``models.yaml``.
+
+    Raises:
+        RequestError: it is damaged.
+    """
+    with resources.as_file(resources.files("llm_perturb").joinpath("data/models.yaml")) as path:
+        return checked(read_yaml(path), ModelTable, path)
 
 
 def choose_name(name: str | None, target_layers: Sequence[str] = ()) -> str:

@@ -7,15 +7,16 @@ mark is no part of it. Of a compressed file (``.gz``) the ending before counts; 
 import csv
 import gzip
 import io
-import json
 import sys
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bridge.exchange.errors import RequestError
+from bridge.exchange.json_file import parse_json
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def _read_tsv(path: Path, column: str) -> list[object]:
 def _read_json(path: Path, column: str) -> list[object]:
     """A list of objects, or one object a line."""
     text = _decoded(path)
-    parse = json.JSONDecoder(parse_int=Number, parse_float=Number, object_pairs_hook=_object).decode
+    parse = partial(parse_json, integer=Number, fraction=Number)
     if text.lstrip().startswith("["):
         rows = parse(text)
     else:
@@ -152,14 +153,6 @@ def _row_of_line(parse: Callable[[str], Any], line: str, number: int) -> Any:  #
         return parse(line)
     except ValueError as error:
         raise ValueError(f"line {number}: {error}") from None
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, none of whose keys occurs twice."""
-    members = dict(pairs)
-    if len(members) < len(pairs):
-        raise ValueError(f"a key occurs twice in an object with the keys {', '.join(members)}")
-    return members
 
 
 def _read_parquet(path: Path, column: str) -> list[object]:

@@ -17,7 +17,6 @@ from importlib import metadata
 from pathlib import Path
 
 import fire
-import yaml
 
 from bridge.exchange.command_line.exit_codes import one_line_errors
 from bridge.exchange.command_line.flag_table import (
@@ -32,7 +31,9 @@ from bridge.exchange.command_line.flag_table import (
 from bridge.exchange.command_line.help_page import page_of_command, page_of_commands
 from bridge.exchange.command_line.verbosity import Verbosity
 from bridge.exchange.errors import RequestError, did_you_mean
+from bridge.exchange.file_content import read_bytes
 from bridge.exchange.printable import escaped_logs, say
+from bridge.exchange.yaml_file import parse_yaml
 
 __all__ = ["Command", "FilePath", "parse", "run"]
 
@@ -129,19 +130,18 @@ def _gather_config(table: Mapping[str, Flag], file: str) -> dict[str, list[str]]
 
 def _config_words(path: Path) -> list[str]:
     """The file's lines as flags. Every value stays the text that is written there; ``null`` leaves a flag out."""
-    if not path.is_file():
-        raise RequestError("no such file")
     try:
-        # BaseLoader guesses no types: SafeLoader would read the revision 2024_01_01 as a number
-        table = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RequestError(f"cannot be read as YAML: {error}") from None
+        table = parse_yaml(read_bytes(path)) or {}
+    except FileNotFoundError:
+        raise RequestError("no such file") from None
+    except ValueError as error:
+        raise RequestError(f"cannot be read as flags: {error}") from None
     if not isinstance(table, dict):
         raise RequestError("expected lines of the form 'flag: value'")
     words = []
     for key, value in table.items():
         values = (value if isinstance(value, list) else [value]) or [""]
-        if not isinstance(key, str) or not all(isinstance(v, str) for v in values):
+        if not all(isinstance(v, str) for v in values):
             raise RequestError(f"expected one value or a flat list for '{key}'")
         words += [f"--{key}={v}" for v in values if v not in {"null", "~"}]
     return words
