@@ -1,7 +1,8 @@
 """Every command killed at random moments: nothing is left of it, and the same command again ends with the same tables.
 
-The moments are drawn from a seed: half of them within the first seconds, half over the whole work. ``KILLS=50`` in the
-environment asks for so many kills of each command instead of the few of every test run.
+The moments are drawn from a seed: half of them within the first seconds, half from the moment on at which the run
+folder is opened. ``KILLS=50`` in the environment asks for so many kills of each command instead of the few of every
+test run.
 """
 
 import os
@@ -84,6 +85,13 @@ def start(words, environment, output, *more):
     return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+def wait_until_opened(process, output):
+    """Wait until the process has written a manifest into the output folder, or ended."""
+    begun = time.time()
+    while process.poll() is None and not any(path.stat().st_mtime > begun for path in output.glob("*/manifest.json")):
+        time.sleep(0.02)
+
+
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("killed")
@@ -96,15 +104,16 @@ def inputs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def quiet(inputs, offline):
-    """Run a command without a break, in one process: its run folder, and how many seconds that took."""
+    """Run a command without a break, in one process: its run folder, and how many seconds it worked there."""
 
     @cache
     def measure(kind):
         if kind == "validation":
             measure("critical_analysis")
         (words,) = [each.words(inputs) for name, each in COMMANDS.items() if each.kind == kind and "-2" not in name]
-        begun = time.monotonic()
         process = start(words, offline, inputs.discovery.with_name(kind))
+        wait_until_opened(process, inputs.discovery.with_name(kind))
+        begun = time.monotonic()
         _, err = process.communicate()
         assert process.returncode == 0, err[-2000:]
         (folder,) = inputs.discovery.with_name(kind).iterdir()
@@ -141,14 +150,18 @@ def test_killed_at_random_moments_it_goes_on_to_the_same_tables(name, number, in
     temporary.mkdir()
     environment = offline | {MARK: mark, "TMPDIR": str(temporary)}
     for kill_number in range(min(PER_RUN, KILLS - number)):
-        moment = draw.uniform(0, FIRST_SECONDS if kill_number % 2 == 0 else seconds)
+        early = kill_number % 2 == 0
         process = start(words, environment, output)
+        if not early:
+            wait_until_opened(process, output)
+        moment = draw.uniform(0, FIRST_SECONDS if early else seconds)
         try:
             process.communicate(timeout=moment)
         except subprocess.TimeoutExpired:
             n_lines = sum(len(log.read_bytes().splitlines()) for log in output.rglob("progress-*.jsonl"))
             n_files = len(list(output.rglob("*")))
-            print(f"killed after {moment:.1f} of {seconds:.1f} s: {n_files} files, {n_lines} measurements")
+            since = "the start" if early else f"the opening, of {seconds:.1f}"
+            print(f"killed {moment:.2f} s after {since}: {n_files} files, {n_lines} measurements")
             kill(process, mark, draw)
         if any(map(is_complete, output.glob("*/"))):
             break

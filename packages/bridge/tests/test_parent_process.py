@@ -121,6 +121,40 @@ def test_killed_launcher_takes_its_workers_along_and_is_a_failed_run(place, numb
     assert survivors(os.environ[MARK]) == {}
 
 
+@pytest.mark.slow
+@proc
+def test_without_the_bridge_too_the_processes_end_with_their_launcher(place, monkeypatch):
+    code = "from bridge.exchange.command_line.exit_codes import start\nstart('sleeping')"
+    (place / "sleeping.py").write_text(
+        "import sys, time\ndef main():\n    print('at work', flush=True)\n    time.sleep(60)"
+    )
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    words = [sys.executable, str(place / "accelerate" / "commands" / "launch.py"), "--num_processes", "2", "-c", code]
+    with subprocess.Popen(words, stdout=subprocess.PIPE) as launcher:
+        assert [launcher.stdout.readline() for _ in range(2)] == [b"at work\n"] * 2
+        launcher.kill()
+    assert survivors(os.environ[MARK]) == {}
+
+
+@proc
+def test_a_command_that_no_launcher_started_outlives_the_shell(place):
+    """With nohup it goes on after a logout; also a launcher that a person starts through the worker."""
+    (place / "script.py").write_text("from bridge.exchange.command_line.exit_codes import start\nstart('waiting')")
+    (place / "waiting.py").write_text("import sys\ndef main():\n    print('at work', flush=True)\n    sys.stdin.read()")
+    words = [sys.executable, "-m", "bridge.instrument.worker", str(place / "script.py")]
+    shell = ["/bin/sh", "-c", 'exec 3<&0; "$@" <&3 & exec 3<&-; wait', "sh", *words]
+    reader, writer = os.pipe()
+    with subprocess.Popen(shell, stdin=reader, stdout=subprocess.PIPE) as process:
+        os.close(reader)
+        assert process.stdout.readline() == b"at work\n"
+        process.kill()
+        process.wait()
+        time.sleep(0.2)
+        assert len(marked(os.environ[MARK])) == 1
+        os.close(writer)
+    assert survivors(os.environ[MARK]) == {}
+
+
 @pytest.fixture
 def ended() -> subprocess.Popen:
     """A process that has ended, and that nobody has asked how yet."""

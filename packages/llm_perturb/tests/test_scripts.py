@@ -1,4 +1,8 @@
 import importlib.util
+import os
+import socket
+import subprocess
+import sys
 import typing
 from pathlib import Path
 
@@ -124,3 +128,18 @@ def test_a_shape_of_the_table_others_rely_on():
     assert list(MEASUREMENTS.columns)[:7] == [
         "target_layer", "parameter", "selection", "perturbation", "k", "seed", "n_weights"
     ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_through_the_worker_a_wrong_request_under_the_launcher_is_one_line_too(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = ["accelerate.commands.launch", "--config_file", "configs/accelerate_config.yaml"]
+    launch += ["--main_process_port", str(port), "scripts/run_topk_perturb.py", "--unknown", "1"]
+    words = [sys.executable, "-m", "bridge.instrument.worker", "-m", *launch]
+    environment = os.environ | {"TMPDIR": str(tmp_path)}  # for the launcher's folder of logs
+    done = subprocess.run(words, cwd=PACKAGE, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("run_topk_perturb.py: error: unknown flag '--unknown'")

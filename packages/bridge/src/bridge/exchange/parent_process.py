@@ -44,6 +44,14 @@ def end_with_ancestors() -> None:
     threading.Thread(target=_watch, args=(ancestors,), daemon=True).start()
 
 
+def end_with_launcher() -> None:
+    """Have this process end with the launcher of several processes that started it, if one did; in the main thread."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and VARIABLE not in os.environ:
+        launcher = os.getppid()
+        os.environ[VARIABLE] = f"{launcher}:{started(launcher)}"
+        end_with_ancestors()
+
+
 def started(pid: int) -> str | None:
     """The start time of a process as the system writes it; None if it has ended, even if nobody has waited for it."""
     state, start = _from_proc(pid) if sys.platform == "linux" else _from_ps(pid)

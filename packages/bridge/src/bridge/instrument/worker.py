@@ -1,4 +1,4 @@
-"""Run a script or a module in a process that ends when one of its ancestors does.
+"""Run a script or a module in a process that ends when one of its ancestors does, if these are named to it.
 
 python -m bridge.instrument.worker SCRIPT FLAGS
 python -m bridge.instrument.worker -m MODULE FLAGS
@@ -14,7 +14,7 @@ import subprocess
 import sys
 
 from bridge.exchange.command_line.verbosity import is_debug, is_verbose
-from bridge.exchange.parent_process import end_with_ancestors
+from bridge.exchange.parent_process import VARIABLE, end_with_ancestors
 
 
 def exit_code(error: Exception) -> int | None:
@@ -43,7 +43,8 @@ def _run_module(name: str) -> None:
 
 
 if __name__ == "__main__":
-    end_with_ancestors()
+    if VARIABLE in os.environ:  # else a person started it
+        end_with_ancestors()
     del sys.argv[0]
     if sys.argv[0] == "-m":
         del sys.argv[0]

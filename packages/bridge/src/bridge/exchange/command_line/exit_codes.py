@@ -28,6 +28,7 @@ from pathlib import Path
 from bridge.exchange.command_line.verbosity import is_debug
 from bridge.exchange.errors import RequestError, RunError, innermost
 from bridge.exchange.layout import TRACEBACK_FILE
+from bridge.exchange.parent_process import end_with_launcher
 from bridge.exchange.printable import say
 
 _SECONDS_FOR_THE_FIRST = 10.0  # in which the launcher ends the other processes when the first one has ended
@@ -38,9 +39,11 @@ before_last_line: list[Callable[[], None]] = []  # called before an error is pri
 def start(module: str) -> None:
     """Import ``module``, which may take seconds, and run its ``main``; Ctrl-C ends the process at any time.
 
-    While libraries are imported, Ctrl-C is no exception: some of them turn it into an ImportError.
+    One of several processes ends with their launcher, however that ends. While libraries are imported, Ctrl-C is no
+    exception: some of them turn it into an ImportError.
     """
     before = signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    end_with_launcher()
     with one_line_errors(Path(sys.argv[0]).name):
         main = import_module(module).main
         signal.signal(signal.SIGINT, before)
