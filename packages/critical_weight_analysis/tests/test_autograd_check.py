@@ -3,7 +3,6 @@
 import itertools
 import re
 
-import odd_models
 import pytest
 import torch
 from bridge.exchange.errors import RequestError
@@ -16,12 +15,12 @@ from critical_weight_analysis.layerwise.parameter_uses import Recorder
 from critical_weight_analysis.layerwise.pass_settings import Settings
 from critical_weight_analysis.layerwise.probe import Refusal, probe
 from critical_weight_analysis.whole_model import WholeModelEngine
-from decoders import DECODERS, build_decoder
 from llm_perturb.evaluation import models
 from reference import naive_sensitivities
 from test_layerwise_engine import ALL, assert_same_sums, matrices
-from tiny_models import shared_key_values, word_tokenizer
-from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from tiny_models import odd_models, save_model
+from tiny_models.checkpoints import save_family
+from tiny_models.further_families import DECODERS, build_decoder, shared_key_values
 
 
 def measured(engine, model, sequences, batch_size=3):
@@ -128,7 +127,7 @@ def test_a_stateful_model_is_caught_though_each_batch_is_right(tiny_model, seque
 @pytest.mark.parametrize("needs", [{"grad"}, set()])
 def test_a_model_that_is_not_causal_is_refused(needs):
     with pytest.raises(RequestError, match="later tokens change this model's predictions of earlier ones"):
-        engine_for(odd_models.bidirectional(), needs=frozenset(needs))
+        engine_for(odd_models.bert(), needs=frozenset(needs))
 
 
 def test_a_model_that_computes_something_else_each_time_is_refused():
@@ -167,27 +166,22 @@ def test_rounding_is_no_obstacle(tiny_model, dtype):
         assert engine_for(tiny_model(name, dtype)).name == LAYERWISE
 
 
-def save(model, folder):
-    model.save_pretrained(folder)
-    word_tokenizer("a few words").save_pretrained(folder)
-
-
 def test_streamed_weights_that_must_be_held_are_refused_with_the_reason(tmp_path):
-    save(shared_key_values(), tmp_path)
+    save_model(shared_key_values(), tmp_path)
     loaded = models.load(str(tmp_path), weights="streamed")
     with pytest.raises(RequestError, match="--weights resident: it is run as a whole, because .* takes more than the"):
         engine_for(loaded.model, Settings(checkpoint=loaded.checkpoint))
 
 
 def test_streamed_weights_of_a_model_that_is_not_causal_are_refused(tmp_path):
-    save(odd_models.bidirectional(), tmp_path)
+    save_model(odd_models.bert(), tmp_path)
     loaded = models.load(str(tmp_path), weights="streamed")
     with pytest.raises(RequestError, match="later tokens change"):
         engine_for(loaded.model, Settings(checkpoint=loaded.checkpoint))
 
 
 def test_the_proof_of_streamed_weights_holds_no_more_than_a_layer(tiny_model, tmp_path, monkeypatch):
-    save(tiny_model("llama", torch.float32), tmp_path)
+    save_model(tiny_model("llama", torch.float32), tmp_path)
     loaded = models.load(str(tmp_path), weights="streamed")
     structure_of_model = probe(loaded.model, loaded.checkpoint)
     absent = {name: parameter.data_ptr() for name, parameter in loaded.model.named_parameters()}
@@ -209,26 +203,10 @@ def test_the_proof_of_streamed_weights_holds_no_more_than_a_layer(tiny_model, tm
     assert {name: p.data_ptr() for name, p in loaded.model.named_parameters()} == absent
 
 
-SIZES = {
-    "vocab_size": 50, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
-    "head_dim": 4, "intermediate_size": 12, "max_position_embeddings": 16,
-}  # fmt: skip
-MIXTURES = {
-    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=3)),
-    "qwen3_moe": lambda: Qwen3MoeForCausalLM(
-        Qwen3MoeConfig(**SIZES, num_experts=3, num_experts_per_tok=2, moe_intermediate_size=6)
-    ),
-}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
 def test_mixtures_of_experts_in_float64(name, sequences, tmp_path):
-    torch.manual_seed(0)
-    model = MIXTURES[name]()
-    for parameter in model.parameters():
-        parameter.data.add_(0.2 * torch.randn_like(parameter))
-    save(model, tmp_path)
+    save_family(tmp_path, name, torch.float32)
     model = models.load(str(tmp_path), dtype="float64").model
     for engine in (engine_for(model), WholeModelEngine()):
         assert_right(engine, model, sequences, rtol=1e-5, of_largest=2e-6)

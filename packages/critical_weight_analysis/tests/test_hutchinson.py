@@ -5,11 +5,11 @@ from bridge.exchange.errors import RunError
 from critical_weight_analysis import hutchinson
 from critical_weight_analysis.discovery import discover, engine_for
 from critical_weight_analysis.hutchinson import hessian_diagonal, rademacher
-from decoders import DECODERS, build_decoder
 from engines import WHOLE_MODEL
 from llm_perturb.evaluation.parameters import in_scope
 from reference import naive_hessian_diagonal, naive_hessian_product, naive_top
 from scipy.linalg import hadamard
+from tiny_models.further_families import DECODERS, build_decoder
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 

@@ -5,9 +5,9 @@ import torch
 from bridge.exchange.command_line.verbosity import TERMINAL
 from bridge.exchange.errors import RequestError, RunError
 from critical_weight_analysis.layerwise.pass_settings import Settings
-from decoders import DECODERS, build_decoder
 from engines import LAYERWISE
 from reference import finite_difference, naive_sensitivities
+from tiny_models.further_families import DECODERS, build_decoder
 
 ALL = frozenset({"grad", "fisher", "curvature"})
 

@@ -9,7 +9,6 @@ from contextlib import redirect_stdout
 from dataclasses import fields
 from pathlib import Path
 
-import odd_models
 import pandas as pd
 import pytest
 import torch
@@ -28,7 +27,8 @@ from llm_perturb.evaluation import models
 from llm_perturb.evaluation.perplexity import sequence_losses
 from reference import naive_score, naive_sensitivities, naive_top
 from safetensors.torch import load_file, save_file
-from tiny_models import build, shared_key_values
+from tiny_models import build, odd_models
+from tiny_models.further_families import shared_key_values
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -234,7 +234,7 @@ def test_a_model_that_cannot_be_run_layer_by_layer_is_measured_whole_and_the_log
 
 
 def test_a_model_that_is_not_causal_is_refused(tmp_path, texts, capsys):
-    save(odd_models.bidirectional().float(), tmp_path / "model")
+    save(odd_models.bert().float(), tmp_path / "model")
     assert phase1(*flags(tmp_path / "model", texts, tmp_path / "out")) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
     assert "later tokens change this model's predictions of earlier ones" in line

@@ -13,21 +13,17 @@ from engines import LAYERWISE as LAYERWISE_ENGINE
 from llm_perturb.evaluation import models, resident_or_streamed
 from llm_perturb.evaluation.parameters import in_scope
 from safetensors.torch import load_file, save_file
-from tiny_models import build, word_tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM, RoFormerConfig, RoFormerForCausalLM
+from tiny_models import build, save_model
+from tiny_models.checkpoints import save_family
+from transformers import RoFormerConfig, RoFormerForCausalLM
 
 NEEDS = frozenset({"grad", "fisher", "curvature"})
-
-
-def save(model, folder, **options):
-    model.save_pretrained(folder, **options)
-    word_tokenizer("a few words").save_pretrained(folder)
 
 
 @pytest.fixture(params=["gpt2", "neox", "llama"])
 def folder(request, tmp_path):
     """A checkpoint in bfloat16, of several files."""
-    save(build(request.param, torch.bfloat16), tmp_path / "model", max_shard_size="5KB")
+    save_model(build(request.param, torch.bfloat16), tmp_path / "model", max_shard_size="5KB")
     assert len(list((tmp_path / "model").glob("*.safetensors"))) > 1
     return tmp_path / "model"
 
@@ -81,21 +77,10 @@ def test_tables_are_the_same(folder, sequences):
     assert all(one.equals(other) for one, other in zip(*both, strict=True))
 
 
-EXPERTS = {
-    "mixtral": {"num_local_experts": 3, "num_experts_per_tok": 2},
-    "qwen3_moe": {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "head_dim": 4},
-}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("family", sorted(EXPERTS))
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 def test_experts_that_are_stored_one_by_one_give_the_same_tables(family, tmp_path, sequences):
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        family, vocab_size=50, hidden_size=16, intermediate_size=20, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=16, tie_word_embeddings=False, **EXPERTS[family],
-    )  # fmt: skip
-    save(AutoModelForCausalLM.from_config(config), tmp_path)
+    save_family(tmp_path, family, torch.float32)
     assert "model.layers.0.mlp.experts.down_proj" not in load_file(tmp_path / "model.safetensors")
     both = [tables(tmp_path, sequences, weights, ["grad_x_weight", "obd"]) for weights in ("resident", "streamed")]
     assert any("experts.down_proj" in name for name in both[0][0]["parameter"])
@@ -130,7 +115,7 @@ def test_values_are_there_while_the_calls_are_watched(folder):
 
 def test_tensors_without_the_base_models_name(tmp_path, sequences):
     """As in the checkpoint of gpt2 itself: h.0.attn..., and no head, which is tied."""
-    save(build("gpt2"), tmp_path)
+    save_model(build("gpt2"), tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     stripped = {name.removeprefix("transformer."): t for name, t in tensors.items() if name != "lm_head.weight"}
     save_file(stripped, tmp_path / "model.safetensors", {"format": "pt"})
@@ -147,7 +132,7 @@ def test_tensors_without_the_base_models_name(tmp_path, sequences):
 
 
 def test_checkpoint_that_cannot_be_streamed_is_refused(tmp_path):
-    save(build("llama"), tmp_path)
+    save_model(build("llama"), tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["model.layers.0.mlp.up_proj.weight"] = torch.zeros(3, 3)
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
@@ -173,7 +158,7 @@ def test_a_table_that_is_read_without_gradients_is_there(tmp_path):
         vocab_size=50, embedding_size=8, hidden_size=8, num_hidden_layers=2, num_attention_heads=2,
         intermediate_size=20, max_position_embeddings=16, is_decoder=True,
     )  # fmt: skip
-    save(RoFormerForCausalLM(config).eval(), tmp_path)
+    save_model(RoFormerForCausalLM(config).eval(), tmp_path)
     resident, streamed = (models.load(str(tmp_path), weights=weights) for weights in ("resident", "streamed"))
     assert "roformer.encoder.embed_positions.weight" in dict(resident.model.named_parameters())
     for loaded in (resident, streamed):

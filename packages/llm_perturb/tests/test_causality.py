@@ -13,23 +13,12 @@ from llm_perturb.evaluation.corpus import CorpusOptions
 from llm_perturb.evaluation.perplexity import check_padding, sequence_losses
 from llm_perturb.perturbation_options import PerturbationOptions
 from llm_perturb.perturbation_run import measure_perturbations
-from tiny_models import build, byte_tokenizer, save_checkpoint, word_tokenizer
+from tiny_models import build, byte_tokenizer, save_checkpoint
+from tiny_models.checkpoints import save_family
+from tiny_models.odd_models import bert
 from torch import nn
-from transformers import BertConfig, BertLMHeadModel, MixtralConfig, MixtralForCausalLM
 
 NOT_CAUSAL = "later tokens change this model's predictions of earlier ones: it is not a causal language model"
-
-
-def bert(is_decoder, vocabulary=50):
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=vocabulary, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=20,
-        max_position_embeddings=64, is_decoder=is_decoder,
-    )  # fmt: skip
-    model = BertLMHeadModel(config).double().eval().requires_grad_(False)
-    for parameter in model.parameters():
-        parameter.add_(0.3 * torch.randn_like(parameter))
-    return model
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
@@ -164,15 +153,7 @@ def test_a_kernel_that_is_not_there_can_be_replaced(asked, tmp_path):
 
 
 def test_a_mixture_of_experts_in_float64(sequences, tmp_path):
-    torch.manual_seed(0)
-    model = MixtralForCausalLM(
-        MixtralConfig(
-            vocab_size=50, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-            intermediate_size=12, num_local_experts=3, max_position_embeddings=16,
-        )
-    )  # fmt: skip
-    model.save_pretrained(tmp_path)
-    word_tokenizer("a few words").save_pretrained(tmp_path)
+    save_family(tmp_path, "mixtral", torch.float32)
     narrow, wide = (models.load(str(tmp_path), dtype=dtype, device="cpu").model for dtype in ("float32", "float64"))
     losses = sequence_losses(wide, sequences)
     torch.testing.assert_close(losses, sequence_losses(narrow, sequences), rtol=1e-5, atol=0)

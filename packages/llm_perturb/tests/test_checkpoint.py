@@ -8,8 +8,8 @@ import torch
 from bridge.exchange.errors import RequestError
 from llm_perturb.evaluation import models, resident_or_streamed
 from safetensors.torch import load_file, save_file
-from saved_models import FAMILIES, save
 from tiny_models import random_sequences
+from tiny_models.checkpoints import FAMILIES, save_family
 
 WAYS = ["resident", "streamed"]
 
@@ -38,7 +38,7 @@ def loaded_losses(folder, weights):
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_both_ways_give_the_losses_of_the_model_that_was_saved(family, tmp_path):
-    truth = losses(save(tmp_path, family, max_shard_size="20KB"))
+    truth = losses(save_family(tmp_path, family, max_shard_size="20KB"))
     assert len(list(tmp_path.glob("*.safetensors"))) > 1 or family == "gpt2"
     for weights in WAYS:
         assert torch.equal(loaded_losses(tmp_path, weights), truth), weights
@@ -46,14 +46,14 @@ def test_both_ways_give_the_losses_of_the_model_that_was_saved(family, tmp_path)
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "llama_tied"])
 def test_the_facts_do_not_tell_the_ways_apart(family, tmp_path):
-    save(tmp_path, family)
+    save_family(tmp_path, family)
     resident, streamed = (models.load(str(tmp_path), device="cpu", weights=way) for way in WAYS)
     assert streamed.metadata == resident.metadata
     assert [name for name, _ in streamed.model.named_parameters()] == [n for n, _ in resident.model.named_parameters()]
 
 
 def test_merged_experts_are_there_alone_and_go_again(tmp_path):
-    truth = dict(save(tmp_path, "qwen3_moe").named_parameters())
+    truth = dict(save_family(tmp_path, "qwen3_moe").named_parameters())
     loaded = models.load(str(tmp_path), dtype="float64", device="cpu", weights="streamed")
     name, other = "model.layers.1.mlp.experts.gate_up_proj", "model.layers.1.mlp.experts.down_proj"
     with loaded.checkpoint.present([name]):
@@ -63,7 +63,7 @@ def test_merged_experts_are_there_alone_and_go_again(tmp_path):
 
 
 def test_one_of_the_parameters_that_a_stored_tensor_is_split_into(tmp_path):
-    truth = dict(save(tmp_path, "hrm_text").named_parameters())
+    truth = dict(save_family(tmp_path, "hrm_text").named_parameters())
     assert any("gate_up_proj" in key for key in load_file(tmp_path / "model.safetensors"))
     loaded = models.load(str(tmp_path), dtype="float64", device="cpu", weights="streamed")
     gate, up = (next(name for name in truth if name.endswith(f"mlp.{part}_proj.weight")) for part in ("gate", "up"))
@@ -74,7 +74,7 @@ def test_one_of_the_parameters_that_a_stored_tensor_is_split_into(tmp_path):
 
 def test_values_come_in_the_dtype_in_which_transformers_keeps_them(tmp_path):
     """As the norms and routers that some families keep in float32 whatever is asked for."""
-    save(tmp_path, "deepseek_v3", torch.float32)
+    save_family(tmp_path, "deepseek_v3", torch.float32)
     resident, streamed = (models.load(str(tmp_path), dtype="bfloat16", device="cpu", weights=way) for way in WAYS)
     buffer = "model.layers.1.mlp.gate.e_score_correction_bias"
     assert resident.model.get_buffer(buffer).dtype == torch.float32
@@ -87,12 +87,12 @@ def test_values_come_in_the_dtype_in_which_transformers_keeps_them(tmp_path):
 
 @pytest.mark.parametrize("weights", WAYS)
 def test_a_head_that_differs_from_the_embedding_is_not_tied(tmp_path, weights):
-    save(tmp_path, "llama_tied")
+    save_family(tmp_path, "llama_tied")
     head = torch.randn(50, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     change(tmp_path, **{"lm_head.weight": head})
     loaded = models.load(str(tmp_path), dtype="float64", device="cpu", weights=weights)
     assert loaded.metadata["tied_groups"] == []
-    truth = save(tmp_path / "reference", "llama_tied")
+    truth = save_family(tmp_path / "reference", "llama_tied")
     truth.lm_head.weight = torch.nn.Parameter(head)
     assert torch.equal(loaded_losses(tmp_path, weights), losses(truth))
 
@@ -100,7 +100,7 @@ def test_a_head_that_differs_from_the_embedding_is_not_tied(tmp_path, weights):
 @pytest.mark.parametrize("weights", WAYS)
 @pytest.mark.parametrize("stored", [("lm_head",), ("lm_head", "model.embed_tokens"), ("model.embed_tokens",)])
 def test_one_tensor_under_either_name_or_both_is_tied(tmp_path, weights, stored):
-    truth = save(tmp_path, "llama_tied")
+    truth = save_family(tmp_path, "llama_tied")
     value = truth.lm_head.weight.detach().clone()
     names = ("lm_head", "model.embed_tokens")
     change(tmp_path, **{f"{name}.weight": value.clone() if name in stored else None for name in names})
@@ -111,8 +111,8 @@ def test_one_tensor_under_either_name_or_both_is_tied(tmp_path, weights, stored)
 
 @pytest.mark.parametrize("weights", WAYS)
 def test_a_single_file_comes_before_the_shards_beside_it(tmp_path, weights):
-    save(tmp_path, "llama", max_shard_size="5KB")
-    other = save(tmp_path / "other", "llama", seed=1)
+    save_family(tmp_path, "llama", max_shard_size="5KB")
+    other = save_family(tmp_path / "other", "llama", seed=1)
     (tmp_path / "other/model.safetensors").rename(tmp_path / "model.safetensors")
     assert torch.equal(loaded_losses(tmp_path, weights), losses(other))
 
@@ -136,7 +136,7 @@ CONSTANTS = {
 @pytest.mark.parametrize("weights", WAYS)
 @pytest.mark.parametrize("family", sorted(CONSTANTS))
 def test_masks_and_frequencies_of_older_checkpoints_are_no_weights(tmp_path, family, weights):
-    truth = losses(save(tmp_path, family))
+    truth = losses(save_family(tmp_path, family))
     stored = {name.format(layer): tensor.clone() for name, tensor in CONSTANTS[family].items() for layer in (0, 1)}
     change(tmp_path, **stored)
     assert torch.equal(loaded_losses(tmp_path, weights), truth)
@@ -162,7 +162,7 @@ WRONG = {
 @pytest.mark.parametrize("case", sorted(WRONG))
 def test_a_checkpoint_that_is_not_the_model_is_refused(tmp_path, case, weights):
     tensors, message = WRONG[case]
-    save(tmp_path, "llama")
+    save_family(tmp_path, "llama")
     change(tmp_path, **tensors)
     with pytest.raises(RequestError, match=message):
         models.load(str(tmp_path), device="cpu", weights=weights)
@@ -171,14 +171,14 @@ def test_a_checkpoint_that_is_not_the_model_is_refused(tmp_path, case, weights):
 @pytest.mark.parametrize("weights", WAYS)
 @pytest.mark.parametrize("number", [2, 4])
 def test_another_number_of_experts_is_refused(tmp_path, number, weights):
-    save(tmp_path, "mixtral", changed={"num_local_experts": number})
+    save_family(tmp_path, "mixtral", changed={"num_local_experts": number})
     with pytest.raises(RequestError, match=rf"experts\.down_proj as 3 x 16 x 20, .* it is {number} x 16 x 20"):
         models.load(str(tmp_path), device="cpu", weights=weights)
 
 
 @pytest.mark.parametrize("weights", WAYS)
 def test_an_expert_of_which_a_part_is_missing_is_refused(tmp_path, weights):
-    save(tmp_path, "mixtral")
+    save_family(tmp_path, "mixtral")
     change(tmp_path, **{"model.layers.0.block_sparse_moe.experts.1.w1.weight": None})
     with pytest.raises(RequestError, match=r"that make model\.layers\.0\.mlp\.experts\.gate_up_proj cannot be put tog"):
         models.load(str(tmp_path), device="cpu", weights=weights)
@@ -187,14 +187,14 @@ def test_an_expert_of_which_a_part_is_missing_is_refused(tmp_path, weights):
 @pytest.mark.parametrize("weights", WAYS)
 @pytest.mark.parametrize("number", [1, 0, -1])
 def test_layers_that_the_configuration_leaves_out_are_an_error(tmp_path, number, weights):
-    save(tmp_path, "llama", changed={"num_hidden_layers": number})
+    save_family(tmp_path, "llama", changed={"num_hidden_layers": number})
     with pytest.raises(RequestError, match=rf"no place for \({9 * (2 - max(number, 0))}\): model\.layers\."):
         models.load(str(tmp_path), device="cpu", weights=weights)
 
 
 @pytest.mark.parametrize("weights", WAYS)
 def test_tensors_that_may_be_left_out_are_said_and_recorded(tmp_path, weights, capsys):
-    truth = losses(save(tmp_path, "llama"))
+    truth = losses(save_family(tmp_path, "llama"))
     change(tmp_path, **{"score.weight": torch.zeros(2, 16), "model.old.bias": torch.zeros(3)})
     options = {"dtype": "float64", "device": "cpu", "weights": weights}
     with pytest.raises(RequestError, match=r"no place for \(1\): model\.old\.bias"):
@@ -207,7 +207,7 @@ def test_tensors_that_may_be_left_out_are_said_and_recorded(tmp_path, weights, c
 
 
 def test_weights_that_are_not_in_safetensors_files_are_not_streamed(tmp_path):
-    truth = losses(save(tmp_path, "llama"))
+    truth = losses(save_family(tmp_path, "llama"))
     torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(RequestError, match=r"pytorch_model\.bin is not a safetensors file; --weights resident"):
@@ -217,7 +217,7 @@ def test_weights_that_are_not_in_safetensors_files_are_not_streamed(tmp_path):
 
 def quantized(folder):
     """A model whose projections are stored as float8 codes, a scale for each block; the other weights are bfloat16."""
-    model = save(folder, "llama", torch.float32, changed={"quantization_config": FP8})
+    model = save_family(folder, "llama", torch.float32, changed={"quantization_config": FP8})
     tensors = {}
     for name, parameter in model.state_dict().items():
         if name.endswith("_proj.weight"):
@@ -258,7 +258,7 @@ def test_codes_are_dequantized_to_the_dtype_that_was_asked_for(tmp_path, weights
 )
 def test_a_quantized_model_is_left_to_its_quantizer(tmp_path, stored, named):
     """None of which is installed: what transformers says of that is one line."""
-    save(tmp_path, "llama", changed={"quantization_config": stored})
+    save_family(tmp_path, "llama", changed={"quantization_config": stored})
     with pytest.raises(RequestError, match=rf"its weights are quantized \({named}\)"):
         models.load(str(tmp_path), device="cpu", weights="streamed")
     with pytest.raises(

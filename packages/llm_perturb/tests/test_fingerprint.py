@@ -17,7 +17,7 @@ from llm_perturb.evaluation.fingerprint import (
 )
 from llm_perturb.evaluation.parameters import named_parameters
 from safetensors.torch import load_file, save_file
-from tiny_models import build, byte_tokenizer, word_tokenizer
+from tiny_models import build, byte_tokenizer, save_model, word_tokenizer
 from transformers import CTRLTokenizer
 from xxhash import xxh3_128_hexdigest
 
@@ -114,20 +114,14 @@ def test_total_does_not_depend_on_the_order():
     assert total_digest({"a": "2", "b": "1", "c": "3"}) != total_digest(digests)
 
 
-def save(model, folder, tokenizer=None, **options):
-    model.save_pretrained(folder, **options)
-    (tokenizer or word_tokenizer("a few words")).save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A Llama in bfloat16, in several files."""
-    return save(build("llama", torch.bfloat16), tmp_path_factory.mktemp("llama"), max_shard_size="5KB")
+    return save_model(build("llama", torch.bfloat16), tmp_path_factory.mktemp("llama"), max_shard_size="5KB")
 
 
 def test_each_parameter_is_in_it_once(tmp_path):
-    loaded = models.load(str(save(build("gpt2"), tmp_path)), device="cpu")
+    loaded = models.load(str(save_model(build("gpt2"), tmp_path)), device="cpu")
     assert loaded.metadata["tied_groups"] == [["transformer.wte.weight", "lm_head.weight"]]
     assert list(loaded.fingerprint.digests) == list(named_parameters(loaded.model))
     assert "lm_head.weight" not in loaded.fingerprint.digests
@@ -137,7 +131,7 @@ def test_each_parameter_is_in_it_once(tmp_path):
 @pytest.mark.parametrize("name", ["gpt2", "neox", "llama", "llama_tied"])
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 def test_streamed_weights_have_the_same_fingerprint(tmp_path, name, dtype):
-    save(build(name, torch.bfloat16), tmp_path, max_shard_size="5KB")
+    save_model(build(name, torch.bfloat16), tmp_path, max_shard_size="5KB")
     resident = models.load(str(tmp_path), dtype=dtype, device="cpu")
     streamed = models.load(str(tmp_path), dtype=dtype, device="cpu", weights="streamed")
     assert streamed.fingerprint == resident.fingerprint

@@ -20,8 +20,8 @@ from llm_perturb.perturbation_run import measure_perturbations
 from llm_perturb.selection import Target
 from reference import naive_losses
 from safetensors.torch import load_file, save_file
-from saved_models import save
 from scipy import stats
+from tiny_models.checkpoints import save_family
 from torch.nn import Parameter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -55,7 +55,7 @@ def measured(folder, parameter, indices, singly=False, **options):
 
 @pytest.mark.parametrize("perturbation", ["zero", "sign_flip"])
 def test_n_changed_counts_the_chosen_weights_that_get_another_value(tmp_path, perturbation):
-    save(tmp_path, "llama")
+    save_family(tmp_path, "llama")
     state = load_file(tmp_path / "model.safetensors")
     state[f"{DOWN}.weight"].view(-1)[::2] = 0
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
@@ -66,7 +66,7 @@ def test_n_changed_counts_the_chosen_weights_that_get_another_value(tmp_path, pe
 
 
 def test_quantize_of_fused_experts_measures_a_grid_for_each_output_channel(tmp_path):
-    model = save(tmp_path, "mixtral")
+    model = save_family(tmp_path, "mixtral")
     with torch.no_grad():
         model.get_parameter(EXPERTS)[0, 3] *= 10
     model.save_pretrained(tmp_path)

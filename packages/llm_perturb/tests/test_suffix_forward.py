@@ -13,7 +13,8 @@ from llm_perturb.selection import Target
 from llm_perturb.suffix_forward import SuffixForward
 from llm_perturb.sweep import sweep
 from reference import naive_losses, zeroed
-from tiny_models import BUILDERS, build, shared_key_values
+from tiny_models import BUILDERS, build
+from tiny_models.further_families import shared_key_values
 from torch import nn
 
 N_LAYERS = 3

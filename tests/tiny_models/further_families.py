@@ -1,4 +1,4 @@
-"""Tiny decoders of further families, for what the common three do not have; all computed in float64 throughout."""
+"""Decoders of further families, for what the common three do not have; all computed in float64 throughout."""
 
 import torch
 import transformers as hf
@@ -78,4 +78,19 @@ def build_decoder(name):
     for parameter in model.parameters():
         parameter.data.add_(0.2 * torch.randn_like(parameter))
         parameter.requires_grad_(False)
+    return model
+
+
+def shared_key_values() -> hf.PreTrainedModel:
+    """Gemma3n, whose last layers take keys and values of others."""
+    torch.manual_seed(0)
+    config = hf.Gemma3nTextConfig(
+        vocab_size=50, vocab_size_per_layer_input=50, hidden_size=8, hidden_size_per_layer_input=4, head_dim=4,
+        intermediate_size=20, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1, laurel_rank=2,
+        altup_num_inputs=2, max_position_embeddings=16, sliding_window=4, num_kv_shared_layers=2,
+        layer_types=["sliding_attention", "full_attention"] * 2, activation_sparsity_pattern=[0.0] * 4, pad_token_id=0,
+    )  # fmt: skip
+    model = hf.Gemma3nForCausalLM(config).double().eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.add_(0.2 * torch.randn_like(parameter))
     return model

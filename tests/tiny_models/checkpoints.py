@@ -1,10 +1,13 @@
-"""Tiny random models of many families, saved as any checkpoint is; transformers stores experts one by one."""
+"""Models of many families, saved as ``from_pretrained`` reads them; transformers stores experts one by one."""
 
 import json
+from pathlib import Path
 
 import torch
-from tiny_models import word_tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from tiny_models.common_families import BUILDERS
+from tiny_models.texts import byte_tokenizer, word_tokenizer
 
 LLAMA = {
     "vocab_size": 50, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -39,7 +42,16 @@ FAMILIES = {
 }
 
 
-def save(folder, family, dtype=torch.float64, seed=0, changed=None, **options):
+def save_model(
+    model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerFast | None = None, **options: object
+) -> Path:
+    """Write a model with a tokenizer (by default one of few tokens); the options are those of ``save_pretrained``."""
+    model.save_pretrained(folder, **options)
+    (tokenizer or word_tokenizer("a few words")).save_pretrained(folder)
+    return folder
+
+
+def save_family(folder, family, dtype=torch.float64, seed=0, changed=None, **options):
     """Write a random model of a family, all stored tensors random, and return it.
 
     ``changed`` are entries of the configuration that are set once the model is saved.
@@ -50,9 +62,29 @@ def save(folder, family, dtype=torch.float64, seed=0, changed=None, **options):
     stored = model.state_dict().keys()
     for tensor in [*model.parameters(), *(buffer for name, buffer in model.named_buffers() if name in stored)]:
         tensor.add_(0.2 * torch.randn_like(tensor))
-    model.save_pretrained(folder, **options)
-    word_tokenizer("a few words").save_pretrained(folder)
+    save_model(model, folder, **options)
     if changed:
         path = folder / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | changed))
     return model
+
+
+def save_checkpoint(
+    folder: Path,
+    name: str,
+    n_layers: int = 6,
+    width: int = 16,
+    seed: int = 0,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+) -> None:
+    """Write a random model of a family, for 256 tokens (bytes by default), as ``from_pretrained`` reads it."""
+    torch.manual_seed(seed)
+    tiny = BUILDERS[name]()
+    config, of_family = tiny.config, {"gpt2": ("n_positions", "n_inner")}
+    positions, inner = of_family.get(name, ("max_position_embeddings", "intermediate_size"))
+    config.update({"vocab_size": 256, "num_hidden_layers": n_layers, "hidden_size": width, inner: 3 * width})
+    config.update({positions: 512} | ({"head_dim": width // 4} if name.startswith("llama") else {}))
+    model = type(tiny)(config)
+    for parameter in model.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    save_model(model, folder, tokenizer or byte_tokenizer())

@@ -1,9 +1,10 @@
-"""Tiny decoders with what no common family has, for the proof of the layer-by-layer engine."""
+"""Models with what no common family has, for the checks that refuse a model or a way to run it."""
 
 import torch
-from tiny_models import build
 from torch import nn
 from transformers import BertConfig, BertLMHeadModel
+
+from tiny_models.common_families import build
 
 
 class _Product(torch.autograd.Function):
@@ -88,12 +89,12 @@ def repeated_layer():
     return model
 
 
-def bidirectional():
-    """BERT with a head for masked language modelling, as it is without ``is_decoder``."""
+def bert(is_decoder=False, vocabulary=50):
+    """BERT with a head for masked language modelling: its tokens see later ones, but for ``is_decoder``."""
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=50, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=20,
-        max_position_embeddings=16,
+        vocab_size=vocabulary, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=20,
+        max_position_embeddings=64, is_decoder=is_decoder,
     )  # fmt: skip
     model = BertLMHeadModel(config).double().eval().requires_grad_(False)
     for parameter in model.parameters():
