@@ -53,7 +53,7 @@ def test_shuffles_over_all_layers_are_noticed(monkeypatch):
 
 def test_a_report_that_claims_what_is_not_significant_is_noticed(monkeypatch):
     monkeypatch.setattr(claims, "SIGNIFICANCE", 0.5)
-    assert any("better than chance" in cell for cell in outside("noise", cases=((layers.World(), 20, 2),), share=0.2))
+    assert any("better than chance" in cell for cell in outside("noise", cases=((layers.World(), 20, 2),), longer={}))
 
 
 def test_a_rate_is_outside_where_chance_does_not_explain_it():

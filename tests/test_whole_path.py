@@ -2,8 +2,10 @@
 
 import json
 
+import bridge
 import pandas as pd
 import pytest
+from bridge.analysis.measured_sets import text_effects
 from conftest import PACKAGES
 
 PYTHON = {name: PACKAGES / name / ".venv" / "bin" for name in ("bridge", "llm_perturb", "critical_weight_analysis")}
@@ -45,6 +47,20 @@ def test_validation_writes_a_report_and_says_where(results):
     assert set(layers["metric"]) >= {"grad_x_weight", "magnitude"}
     assert layers["n"].tolist() == [6] * len(layers)
     assert json.loads((validation / "manifest.json").read_text())["status"] == "complete"
+
+
+def test_the_losses_of_every_text_reach_the_bridge(results):
+    """They add up to the effects; were these all layers, rho would have an interval over texts."""
+    validation = bridge.load_validation(results[0])
+    losses, measurements = validation.sequence_losses(), validation.measurements()
+    effects, n_tokens = text_effects(losses, "top_magnitude", "zero", 20)
+    rows = measurements[measurements["selection"] == "top_magnitude"].set_index("target_layer")
+    whole = effects.sum(axis=1) / n_tokens.sum()
+    assert whole.to_dict() == pytest.approx(rows["delta_nll"].to_dict(), rel=1e-6, abs=1e-12)
+    every = validation.targets().assign(n_layers=6)
+    table = bridge.correlate(measurements, targets=every, losses=losses, n_resamples=9).query("unit == 'layers'")
+    assert (table["texts_low"] < table["spearman"]).all() and (table["spearman"] < table["texts_high"]).all()
+    assert pd.read_csv(results[0] / "correlations.csv")["texts_low"].isna().all()  # of more layers than these
 
 
 def test_both_ends_saw_the_same_tokens(results):

@@ -5,13 +5,14 @@ from itertools import product
 from typing import NamedTuple
 
 import numpy as np
+from bridge.analysis.claims import SIGNIFICANCE
 from bridge.analysis.metric_comparison import compare_metrics
 from bridge.analysis.population import population_precision, population_ratio
 from bridge.analysis.weighted_rho import rho_interval, weighted_rho
 from bridge.exchange.weight_sample import draw_probability, draw_weights
 from scipy import stats
 
-from simulations.rates import ANY, Rate, claim, generator
+from simulations.rates import ANY, FALSE, Rate, claim, generator
 
 N_WEIGHTS = 400_000
 N_MEASURED, N_TABLE = 200, 1_500  # weights set to zero one by one, of so many in the table of the discovery
@@ -87,7 +88,7 @@ def all_weights(replications: int, worlds: tuple[str, ...] = WEIGHT_WORLDS) -> I
     400,000 weights, scores and sizes of effects lognormal, two metrics. 200 are drawn for the first metric, the second
     or both, from a table of 1,500 that one pass over the model keeps: half uniform, half by half-decades of rank. Rho
     is weighted by the inverse of each weight's probability; so are the overlap of the highest 10 % and the ratio of all
-    effect to all score.
+    effect to all score. Of noise, p < 0.05 is claimed.
     """
     for world, metrics in product(worlds, ((0,), (1,), (0, 1))):
         rng = generator("all weights", world)
@@ -98,6 +99,7 @@ def all_weights(replications: int, worlds: tuple[str, ...] = WEIGHT_WORLDS) -> I
         ratios = effects.sum() / scores.sum(axis=0)
         covered = np.zeros((replications, 2, 3), dtype=bool)  # by metric: rho, overlap, ratio
         of_difference = np.zeros(replications, dtype=bool)
+        claimed = np.zeros((replications, 2, 2), dtype=bool)  # by metric: better than chance, the wrong way round
         for repeat in range(replications):
             if repeat % 5 == 0:
                 kept = candidates(scores, true_ranks, rng)
@@ -109,6 +111,7 @@ def all_weights(replications: int, worlds: tuple[str, ...] = WEIGHT_WORLDS) -> I
             results = {str(at): weighted_rho(x[:, at], y, weights) for at in range(2)}
             for at, result in enumerate(results.values()):
                 interval = rho_interval(result, weights, sample.inclusion)
+                claimed[repeat, at] = [interval.p_value < SIGNIFICANCE and sign * result.rho > 0 for sign in (1, -1)]
                 head = population_precision(x[:, at], y, sample.inclusion, 0.1)
                 total = population_ratio(x[:, at], y, sample.inclusion)
                 covered[repeat, at] = [
@@ -122,6 +125,9 @@ def all_weights(replications: int, worlds: tuple[str, ...] = WEIGHT_WORLDS) -> I
         for number, (what, band) in enumerate({"rho": (0.9, 1), "overlap": (0.9, 1), "ratio": ANY}.items()):
             yield Rate(f"{world}: {what}", setting, covered[:, :, number].ravel(), band)
         yield Rate(f"{world}: difference of two rhos", setting, of_difference, (0.9, 1))
+        if world == "noise":
+            yield Rate(f"{world}: better than chance", setting, claimed[:, :, 0].ravel(), FALSE)
+            yield Rate(f"{world}: the wrong way round", setting, claimed[:, :, 1].ravel(), FALSE)
 
 
 def _overlap(x: np.ndarray, y: np.ndarray, share: float) -> float:

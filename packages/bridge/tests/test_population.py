@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from bridge.analysis.population import calibration, population_precision, population_ratio
+from bridge.analysis.population import population_precision, population_ratio
 from scipy import stats
 
 
@@ -49,15 +49,6 @@ def test_few_units_or_an_infinite_effect_give_no_ratio():
     assert population_ratio(ones, ones, 0.5 * ones).value == 1
     assert np.isnan(population_ratio(ones[:5], ones[:5], 0.5 * ones[:5])).all()
     assert np.isnan(population_ratio(ones, np.array([1, 1, 1, 1, 1, np.inf]), 0.5 * ones)).all()
-
-
-def test_calibration_is_by_stratum_and_weighted():
-    score, effect = np.arange(1.0, 13), 2 * np.arange(1.0, 13)
-    inclusion = np.where(np.arange(12) < 6, 0.5, 0.25)
-    low, high = calibration(score, effect, inclusion, np.arange(12) // 6)
-    assert (low.stratum, low.n, low.share) == (0, 6, pytest.approx(12 / 36))
-    assert (high.mean_score, high.mean_effect) == (pytest.approx(9.5), pytest.approx(19))
-    assert high.ratio.value == pytest.approx(2)
 
 
 def test_a_head_of_exactly_ten_units_has_an_interval():

@@ -3,6 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import synthetic
+from bridge.report import score_figures
 from bridge.report.score_figures import predicted_and_measured, single_weights
 from pixels import assert_drawn, assert_drawn_in_both_themes
 
@@ -95,3 +96,15 @@ def test_of_two_perturbations_the_first_one_is_drawn(tmp_path, draw):
         draw(evidence, tmp_path / "figure.png").read_bytes() for evidence in (both, alone["zero"], alone["sign_flip"])
     )
     assert drawn == zero != sign_flip
+
+
+def test_a_panel_says_what_rho_is_of(example):
+    row = example.correlations[example.correlations["unit"] == "layers"].head(1)
+    row = row.assign(spearman=0.5, ci_low=-0.25, ci_high=0.75, n=40, n_effective=40.0, population_rho=0.3)
+    setting = row["perturbation"].iloc[0], int(row["k"].iloc[0])
+    assert score_figures._rho_title(row, *setting) == "ρ = 0.50 [−0.25,\u00a00.75], n = 40"
+    weighted = row.assign(n_effective=20.0, population_low=np.nan, population_high=np.nan)
+    assert (
+        score_figures._rho_title(weighted, *setting) == "ρ = 0.30 over all\n0.50 [−0.25,\u00a00.75] over the 40 chosen"
+    )
+    assert score_figures._rho_title(row.assign(spearman=np.nan), *setting) == "no rank correlation"

@@ -24,26 +24,6 @@ class Estimate(NamedTuple):
     n_effective: float
 
 
-class Calibration(NamedTuple):
-    """Predicted and measured change of the loss over the part of a population that a stratum holds.
-
-    Attributes:
-        stratum: its number.
-        n: sampled units in it.
-        share: estimated share of the population.
-        mean_score: estimated mean of the predictions.
-        mean_effect: estimated mean of the effects.
-        ratio: mean_effect / mean_score with its interval; 1 is a prediction of the right size.
-    """
-
-    stratum: int
-    n: int
-    share: float
-    mean_score: float
-    mean_effect: float
-    ratio: Estimate
-
-
 def population_precision(x: np.ndarray, y: np.ndarray, inclusion: np.ndarray, share: float) -> Estimate:
     """How much of the population's top ``share`` by y is among its top ``share`` by x; chance gives ``share``.
 
@@ -80,7 +60,7 @@ def _head(values: np.ndarray, weights: np.ndarray, share: float) -> np.ndarray:
 
 
 def population_ratio(score: np.ndarray, effect: np.ndarray, inclusion: np.ndarray) -> Estimate:
-    """The population's total effect divided by its total score, with the interval of the ratio estimator.
+    """Calibration: the population's total effect divided by its total score, with the interval of the ratio estimator.
 
     r = sum w y / sum w x; Var(r) = n/(n - 1) sum u^2 with u = sqrt(1 - pi) w (y - r x) / sum w x (Sarndal, Swensson &
     Wretman 1992, sec. 5.6); Student's t with (sum u^2)^2 / sum u^4 degrees of freedom, fewer where few units decide
@@ -98,30 +78,3 @@ def population_ratio(score: np.ndarray, effect: np.ndarray, inclusion: np.ndarra
     degrees = float(variance**2 / (parts**4).sum())
     half = stats.t.ppf((1 + LEVEL) / 2, degrees) * np.sqrt(n / (n - 1) * variance)
     return Estimate(ratio, float(ratio - half), float(ratio + half), degrees)
-
-
-def calibration(score: np.ndarray, effect: np.ndarray, inclusion: np.ndarray, stratum: np.ndarray) -> list[Calibration]:
-    """Predicted against measured change of the loss in each stratum of the population, lowest stratum number first.
-
-    Args:
-        score: predictions in the unit of the effect, (n,).
-        effect: measured, signed, (n,).
-        inclusion: probability of each unit's having been drawn, (n,).
-        stratum: such as the half decade of its rank by the metric, (n,).
-    """
-    weights = 1 / inclusion
-    rows = []
-    for number in np.unique(stratum):
-        here = stratum == number
-        w = weights[here]
-        rows.append(
-            Calibration(
-                stratum=int(number),
-                n=int(here.sum()),
-                share=float(w.sum() / weights.sum()),
-                mean_score=float(w @ score[here] / w.sum()),
-                mean_effect=float(w @ effect[here] / w.sum()),
-                ratio=population_ratio(score[here], effect[here], inclusion[here]),
-            )
-        )
-    return rows

@@ -28,7 +28,8 @@ class PopulationColumns(NamedTuple):
         population_precision: part of that share of largest effects that is in the same share of highest scores.
         precision_low: lower end of its 95 % interval.
         precision_high: upper end.
-        population_ratio: total effect divided by total score; 1 is the right size for a score in nats per token.
+        population_ratio: the calibration, total effect divided by total score; 1 is the right size for a score in nats
+            per token.
         ratio_low: lower end of its 95 % interval.
         ratio_high: upper end.
     """

@@ -28,6 +28,7 @@ def read_sequence_losses(path: Path) -> pd.DataFrame:
         with parquet.ParquetFile(path) as file:
             names = [name for name in COLUMNS if name != "cluster" or name in file.schema_arrow.names]
             table = file.read(columns=names).select(names)
-        return table.cast(pyarrow.schema([(name, COLUMNS[name]) for name in names])).to_pandas()
+        losses: pd.DataFrame = table.cast(pyarrow.schema([(name, COLUMNS[name]) for name in names])).to_pandas()
     except (OSError, ValueError, KeyError, NotImplementedError) as error:
         raise RequestError(f"{path} is damaged: {error}; remove it, or measure again") from None
+    return losses

@@ -22,8 +22,9 @@ AGREEMENT = (
 SINGLE_WEIGHTS = (
     "Single weights",
     "each perturbed alone, all metrics on the same ones; they are spread over every order of magnitude of rank by each "
-    "metric. A score is the size of a change, and taking one weight away may as well lower "
-    "the loss: the agreement is that of the score with the absolute change of loss.",
+    "metric, and rho over all weights of the model counts each 1 / (its probability of being drawn) times. A score is "
+    "the size of a change, and taking one weight away may as well lower the loss: the agreement is that of the score "
+    "with the absolute change of loss.",
 )
 
 

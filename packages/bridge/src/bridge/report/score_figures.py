@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
+from bridge.analysis.claims import MEASURED, POPULATION, is_weighted
 from bridge.analysis.components import decoder_part
 from bridge.analysis.measured_sets import rows_where, single_layers
 from bridge.exchange import layout
@@ -26,6 +27,7 @@ from bridge.report.figure_style import (
     save,
     symlog,
 )
+from bridge.report.phrases import rho_of
 
 FAMILIES = ("attention", "mlp", "other")
 
@@ -146,10 +148,14 @@ def _draw_identity(axes: Axes, low: float, high: float, theme: Theme) -> None:
 
 
 def _rho_title(correlations: pd.DataFrame, perturbation: str, k: int) -> str:
-    """The rank correlation of a panel's points; ``correlations``: the rows of its unit and metric."""
+    """The rank correlation of a panel; ``correlations``: the rows of its unit and metric.
+
+    That of its points; where these were chosen with different probabilities, first the estimate for all units.
+    """
     rows = rows_where(correlations, perturbation=perturbation, k=k)
     if rows.empty or rows["spearman"].isna().all():
         return "no rank correlation"
     row = rows.iloc[0]
-    title = f"ρ = {row['spearman']:.2f} [{row['ci_low']:.2f}, {row['ci_high']:.2f}], n = {row['n']}"
-    return title.replace("-", "−")
+    if is_weighted(row):
+        return f"ρ = {rho_of(row, POPULATION)} over all\n{rho_of(row, MEASURED)} over the {row['n']} chosen"
+    return f"ρ = {rho_of(row, MEASURED)}, n = {row['n']}"

@@ -64,8 +64,8 @@ def estimates_for_all(evidence: Evidence) -> list[TextTable]:
         "ρ and its 95 % interval over samples; none where all were measured",
         f"overlap: part of the {share} of largest effects that is among the {share} of highest scores, and what chance "
         "gives",
-        "calibration: total effect (of single weights: total size of the effects) / total score, where a score is in "
-        "nats per token; 1 is the right size",
+        "calibration: total effect (of single weights: total size of the effects) / total score, where weights are "
+        "zeroed and a score is in nats per token; 1 is the right size",
     ]
     return [
         TextTable(
@@ -80,7 +80,7 @@ def estimates_for_all(evidence: Evidence) -> list[TextTable]:
 
 def _estimate_cells(row: pd.Series, evidence: Evidence) -> list[str]:
     calibration = DASH
-    if evidence.definitions[row["metric"]].estimates_loss_change:
+    if row["perturbation"] == "zero" and evidence.definitions[row["metric"]].estimates_loss_change:
         calibration = measured(row["population_ratio"], row["ratio_low"], row["ratio_high"], signed=False)
     overlap = rho(row["population_precision"], row["precision_low"], row["precision_high"])
     return [
