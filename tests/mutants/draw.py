@@ -1,6 +1,6 @@
-"""Draw mutants: ``draw.py PACKAGE [N] [SEED]`` prints N places of the package's modules, each changed in one way.
+"""Draw mutants: ``draw.py PACKAGE FILE [N] [SEED]`` writes N places of the package's modules, each changed in one way.
 
-A mutant is a JSON line: ``module``, ``line``, the text of that line ``before`` and ``after``, and the whole ``source``.
+A mutant is a JSON line of FILE: ``module``, ``line``, the text of that line ``before`` and ``after``, and the whole ``source``.
 The modules are those of ``mutants.toml``. The changes are cosmic-ray's (arithmetic, comparisons, numbers, conditions,
 loops), and those of ``own_changes``. The same sources, N and seed give the same mutants; a larger N gives more of them.
 """
@@ -13,7 +13,7 @@ import tomllib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 
 from cosmic_ray.ast import ast_nodes, get_ast
@@ -103,7 +103,7 @@ def own_changes(source: str) -> Iterator[Change]:
 
 
 def without_effect(source: str) -> list[tuple[Position, Position]]:
-    """Where a change would alter no number: annotations and types, decorators, errors, assertions, ``strict=`` of zip."""
+    """Where a change alters no number: annotations and types, decorators, errors, assertions, ``strict=`` of zip."""
     parts: list[ast.AST | None] = []
     for node in ast.walk(ast.parse(source)):
         parts += [
@@ -140,21 +140,17 @@ def mutant(module: str, source: str, changed: str | None) -> dict[str, str | int
     return {"module": module, "line": i + 1, "before": old[i].strip(), "after": new[i].strip(), "source": changed}
 
 
-def main(package: str, n: int = 60, seed: int = 0) -> None:
-    """Print the mutants."""
+def main(package: str, file: Path, n: int = 60, seed: int = 0) -> None:
+    """Draw the mutants and write them."""
     folder = ROOT / "packages" / package / "src" / package
     sources = {module: (folder / f"{module}.py").read_text() for module in tomllib.loads(SETTINGS.read_text())[package]}
     drawn = [(module, changes) for module, source in sources.items() for changes in places(source).values()]
     generator = random.Random(seed)
     generator.shuffle(drawn)
-    for module, changes in drawn:
-        if n == 0:
-            break
-        row = mutant(module, sources[module], generator.choice(changes)())
-        if row is not None:
-            print(json.dumps(row))
-            n -= 1
+    mutants = (mutant(module, sources[module], generator.choice(changes)()) for module, changes in drawn)
+    chosen = islice((row for row in mutants if row is not None), n)
+    file.write_text("".join(json.dumps(row) + "\n" for row in chosen))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(int, sys.argv[2:]))
+    main(sys.argv[1], Path(sys.argv[2]), *map(int, sys.argv[3:]))
