@@ -1,8 +1,9 @@
 """Draw mutants: ``draw.py PACKAGE FILE [N] [SEED]`` writes N places of the package's modules, each changed in one way.
 
-A mutant is a JSON line of FILE: ``module``, ``line``, the text of that line ``before`` and ``after``, and the whole ``source``.
-The modules are those of ``mutants.toml``. The changes are cosmic-ray's (arithmetic, comparisons, numbers, conditions,
-loops), and those of ``own_changes``. The same sources, N and seed give the same mutants; a larger N gives more of them.
+A mutant is a JSON line of FILE: ``module``, ``line``, the text of that line ``before`` and ``after``, and the whole
+``source``. The modules are those of ``mutants.toml``. The changes are cosmic-ray's (arithmetic, comparisons, numbers,
+conditions, loops), and those of ``own_changes``. The same sources, N and seed give the same mutants; a larger N gives
+more of them.
 """
 
 import ast
@@ -115,6 +116,8 @@ def without_effect(source: str) -> list[tuple[Position, Position]]:
             parts.append(node)
         if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name) and node.value.id == "Literal":
             parts.append(node)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "cast":
+            parts.append(node.args[0])
     return [((p.lineno, p.col_offset), (p.end_lineno, p.end_col_offset)) for p in parts if p is not None]
 
 

@@ -5,6 +5,7 @@ not touched. A mutant that no test notices is a test that is missing, or does th
 stand in ``mutants.toml``, each with the reason. Exit code 1 if a mutant survives.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -74,6 +75,7 @@ def main(package: str, mutants: Path) -> int:
     for library in LIBRARIES:
         if importlib.util.find_spec(library.partition(".")[0]):
             importlib.import_module(library)
+    gc.freeze()  # pytest collects garbage: not that of the libraries, in every process anew
     outcomes: Counter[str] = Counter()
     checked: set[str] = set()
     with tempfile.TemporaryDirectory() as temporary:
