@@ -246,6 +246,18 @@ def benchmark(session: nox.Session) -> None:
         session.run(tool("critical_weight_analysis", "python"), str(ROOT / "benchmarks" / f"{name}.py"), external=True)
 
 
+@nox.session(requires=ENVIRONMENTS)
+def mutants(session: nox.Session) -> None:
+    """Count the wrong changes of the modules that make numbers that no test notices: ``-- [PACKAGE [N [SEED]]]``."""
+    session.install("cosmic-ray", "-c", str(CONSTRAINTS))
+    scripts = ROOT / "tests" / "mutants"
+    for package in session.posargs[:1] or NEEDS:
+        drawn = str(Path(session.create_tmp()) / f"{package}.jsonl")
+        session.run("python", str(scripts / "draw.py"), package, drawn, *session.posargs[1:])
+        command = [tool(package, "python"), str(scripts / "run.py"), package, drawn]
+        session.run(*command, env={"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}, external=True)
+
+
 @nox.session(venv_backend="none", requires=["env(critical_weight_analysis)"])
 def architectures(session: nox.Session) -> None:
     """Compare every causal model type of transformers with plain autograd, and write docs/architectures.md.

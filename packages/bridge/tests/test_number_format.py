@@ -11,6 +11,9 @@ from bridge.report import number_format
         (0.5, "0.500"),
         (37.0444, "37.0"),
         (999.9, "1,000"),
+        (999_999.4, "1.00×10⁶"),
+        (0.0001, "0.000100"),
+        (0.00009, "9.00×10⁻⁵"),
         (152_999, "153,000"),
         (4.04e6, "4.04×10⁶"),
         (-0.00012345, "−0.000123"),
@@ -39,6 +42,20 @@ def test_numbers(value, text):
 )
 def test_no_digit_is_finer_than_the_interval(value, low, high, text):
     assert number_format.measured(value, low, high) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.5, "+0.500"), (-12.345, "−12.3"), (0.0, "0"), (1e6, "+1.00×10⁶"), (math.nan, "–")]
+)
+def test_a_change_of_loss_has_a_sign(value, text):
+    assert number_format.nats(value) == text
+
+
+def test_an_interval_without_ends_is_nothing():
+    assert number_format.spread(math.nan, math.nan) == ""
+    assert number_format.spread(-0.00021, 0.000013) == "[−0.00021,\u00a00.00001]"
+    assert number_format.rho(0.5, math.nan, math.nan) == "0.50"
+    assert number_format.rho(-0.5, -0.75, 0.125) == "−0.50 [−0.75,\u00a00.12]"
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import pytest
 import synthetic
 from bridge.analysis.correlation import correlate
 from bridge.report.caveats import caveats
+from bridge.report.number_format import nats
 from bridge.report.phrases import perplexity_after
 from bridge.report.sentences import answer, setup_items, summary_lines
 
@@ -36,6 +37,54 @@ def test_five_lines_name_setup_weight_set_layer_and_agreement(example):
     row = example.correlations.set_index("metric").loc["grad_x_weight"]
     assert f"over 12 layers: grad_x_weight {row['spearman']:.2f} [{row['ci_low']:.2f}," in agreement
     assert "; magnitude " in agreement
+
+
+def test_each_line_in_full(example):
+    setup, weight, whole, layer, _ = summary_lines(example)
+    assert setup == (
+        "SmolLM2-135M-Instruct (134,515,008 parameters) on embedded texts (100 sequences, 18,211 tokens): "
+        "baseline perplexity 37.04."
+    )
+    critical = "Most critical weight by grad_x_weight: model.layers.3.mlp.up_proj.weight[11, 41] = 0.158, score 0.0741."
+    assert weight == critical
+    assert whole == answer(example)[1]
+    assert whole.replace("\u00a0", " ") == (
+        "Zeroing the global top-100 by grad_x_weight takes perplexity from 37.04 to 189,000 (loss +8.5 [7.5, 9.6] nats "
+        "per token); 100 random weights: to 37.04 at most (loss in [−0.00021, 0.00001] over 3 draws); "
+        "+8.54 [8.44, 8.64] more than their mean (no p: 3 draws, 19 are needed)."
+    )
+    assert layer.replace("\u00a0", " ") == (
+        "The most damaging of 12 layers tested is model.layers.3.mlp.gate_proj, by its top 100 of grad_x_weight "
+        "(loss +0.0307 [0.0269, 0.0344] nats per token)."
+    )
+    assert answer(example)[2] == (
+        f"{layer.removesuffix('.')}; in 12 of 12 layers the top weights by grad_x_weight did more damage than each of "
+        "3 random draws (by chance: 3.0, p = 6.0×10⁻⁸)."
+    )
+
+
+def test_the_head_of_the_report_in_full(example):
+    assert setup_items(example) == [
+        ("Primary analysis", "grad_x_weight, zero, k = 100, over layers"),
+        ("Model", "SmolLM2-135M-Instruct (float32)"),
+        ("Parameters", "134,515,008"),
+        ("Texts of the scores", "embedded texts, documents"),
+        (
+            "Texts of the effects",
+            "MEASURED ON THE TEXTS THAT GAVE THE SCORES: on unseen texts the agreement may be lower",
+        ),
+        ("Size", "100 sequences, 18,211 tokens"),
+        ("Baseline", "perplexity 37.04, loss 3.612"),
+        ("Perturbation", "zero; k = 100"),
+    ]
+
+
+def test_one_random_draw_is_called_one(example):
+    one = without(example, lambda m: (m["selection"] == "random") & (m["seed"] != 0))
+    sentences = answer(one)
+    drawn = one.measurements[(one.measurements["target_layer"] == "ALL") & (one.measurements["selection"] == "random")]
+    assert f"(loss {nats(drawn['delta_nll'].iloc[0])})" in sentences[1]
+    assert "did more damage than the one random draw (by chance: 6.0, p = 0.00024)." in sentences[2]
 
 
 def test_without_the_whole_model_the_line_says_so(example):

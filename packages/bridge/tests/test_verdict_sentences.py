@@ -161,6 +161,14 @@ def test_single_weights_that_say_less(sampled, words):
     assert words in answer(synthetic.evidence(sampled=sampled))[3]
 
 
+def test_without_magnitude_the_first_other_metric_stands_beside():
+    evidence = synthetic.evidence(sampled=synthetic.sampled(metrics=("grad_x_weight", "obd", "taylor2")))
+    assert evidence.weight_correlations["metric"].tolist() == ["grad_x_weight", "obd", "taylor2"]
+    sentence = answer(evidence)[3]
+    assert "; obd " in sentence.partition(": grad_x_weight ranks")[0]
+    assert "taylor2" not in sentence.partition(": grad_x_weight ranks")[0]
+
+
 def test_an_order_of_single_weights_that_may_be_chance_is_not_claimed(with_weights):
     unsure = with_weights.correlations.assign(p_adjusted=0.06)
     sentence = answer(replace(with_weights, correlations=unsure))[3]

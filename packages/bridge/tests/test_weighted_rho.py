@@ -36,6 +36,7 @@ def test_covariates_are_taken_out_by_least_squares():
     result = weighted_rho(x, y, covariates=z)
     assert result.rho == pytest.approx(np.corrcoef(*residuals)[0, 1])
     assert result.n_fitted == 3
+    assert [result.x_residual * 40, result.y_residual * 40] == [pytest.approx(each) for each in residuals]
     hat = z @ np.linalg.inv(z.T @ z) @ z.T
     assert result.leverage == pytest.approx(np.diag(hat))
 
@@ -57,7 +58,12 @@ def test_influence_is_the_derivative_of_rho_by_a_weight(ties, with_covariates):
 
 def test_what_does_not_vary_has_no_rho():
     x, y = points(10, seed=5)
-    assert np.isnan(weighted_rho(np.ones(10), y).rho)
+    constant = weighted_rho(np.ones(10), y)
+    assert np.isnan(constant.rho) and np.isnan(constant.influence).all()
+    assert constant.x_residual == pytest.approx(np.zeros(10))
+    assert constant.y_residual == pytest.approx((stats.rankdata(y) - 5.5) / 10)
+    assert (constant.n_fitted, constant.leverage.tolist()) == (1, pytest.approx([0.1] * 10))
+    assert np.isnan(weighted_rho(x, np.ones(10)).rho)
     assert np.isnan(weighted_rho(x, y, covariates=np.eye(10)).rho)
     assert np.isnan(rho_interval(weighted_rho(np.ones(10), y), np.ones(10))).all()
 
