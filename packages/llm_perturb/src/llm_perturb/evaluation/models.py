@@ -5,7 +5,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache, cached_property
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -39,6 +38,7 @@ _POSITIONS = (
     *("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "max_sequence_length"),
     *("max_target_positions", "context_length"),
 )
+MODEL_TABLE = Path(__file__).parents[1] / "data" / "models.yaml"
 RESIDENT_SHARE = 0.6  # of the free memory that weights may take without being streamed
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -139,8 +139,7 @@ def model_table() -> ModelTable:
     Raises:
         RequestError: it is damaged.
     """
-    with resources.as_file(resources.files("llm_perturb").joinpath("data/models.yaml")) as path:
-        return checked(read_yaml(path), ModelTable, path)
+    return checked(read_yaml(MODEL_TABLE), ModelTable, MODEL_TABLE)
 
 
 def choose_name(name: str | None, target_layers: Sequence[str] = ()) -> str:
