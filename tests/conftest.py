@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from finished_runs import make_runs
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from tiny_models import save_checkpoint, word_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -16,11 +16,12 @@ FUZZ = os.environ.get("HYPOTHESIS_PROFILE") == "fuzz"  # what nox -s fuzz sets
 
 
 def examples(n: int) -> settings:
-    """Settings for a test by hypothesis: the same ``n`` examples each time; with nox -s fuzz 100 n, others each time."""
+    """Settings for a test by hypothesis: the same ``n`` examples each time; with nox -s fuzz 100 n, always others."""
     return settings(
         max_examples=100 * n if FUZZ else n,
         derandomize=not FUZZ,
         deadline=None,
+        phases=[Phase.explicit, Phase.reuse, Phase.generate],  # a failing example is small as it is: one damage
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
     )
 

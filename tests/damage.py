@@ -7,7 +7,7 @@ import csv
 import gzip
 import io
 import json
-import zlib
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +67,7 @@ class Damage:
 
 def damages(path: Path) -> st.SearchStrategy[Damage]:
     """Damage to a file of this name."""
-    share = st.floats(0, 1)
+    share = st.integers(0, 999).map(lambda thousandths: thousandths / 1000)
     noise = st.binary(min_size=1, max_size=8) | st.sampled_from([b"\0" * 64, b"\xff\xfe", b"\xef\xbb\xbf", b"\r", b'"'])
     every = [
         st.builds(Damage, st.sampled_from(PLACES)),
@@ -129,16 +129,15 @@ def _at(items: list[Any], where: float) -> int:
 
 
 def _line(line: bytes, damage: Damage) -> bytes:
-    """A line of JSON; a checksum before it is made right again, so that only the content is wrong."""
-    checksum, space, text = line.partition(b" ")
-    if space and checksum == b"%08x" % zlib.crc32(text):
-        text = _json(text, damage)
-        return b"%08x %s" % (zlib.crc32(text), text)
-    return _json(line, damage)
+    """A line of JSON, after a checksum or not."""
+    checksum, _, text = line.partition(b" {")
+    return (
+        b"%s %s" % (checksum, _json(b"{" + text, damage)) if re.fullmatch(rb"\w{8}", checksum) else _json(line, damage)
+    )
 
 
 def _json(content: bytes, damage: Damage) -> bytes:
-    """Damage to a field, at any depth; its value is first replaced by a mark, and the mark then by what is to be there."""
+    """Damage to a field, at any depth: its value becomes a mark, and in the text the mark becomes the damage."""
     tree = {"root": json.loads(content)}
     fields = list(_fields(tree["root"], ("root",)))
     field = ("root", *damage.where) if isinstance(damage.where, tuple) else fields[_at(fields, damage.where)]

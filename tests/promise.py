@@ -1,4 +1,4 @@
-"""What every command promises, whatever it is given: an exit code of 0, 1 or 2, one line, and nothing else is touched."""
+"""What every command promises, whatever it is given: exit code 0, 1 or 2, one line, nothing else touched."""
 
 import hashlib
 import logging
@@ -45,7 +45,7 @@ def kept(call: Callable[[], int], folder: Path, written: str, marker: Path) -> t
     before, children = hashes(folder), _children()
     with captured() as (out, err):
         code = call()
-    said, error = _read(out), _read(err)
+        said, error = _read(out), _read(err)
     report = f"exit code {code}\n{error}"
     assert code in {0, 1, 2}, report
     lines = [line for line in error.splitlines() if line.strip() and not _BESIDES.match(line)]

@@ -50,7 +50,7 @@ def merge(parents: list[str], run_options: RunOptions) -> Path:
         if fingerprints[0] is None:
             run.warn(f"{folders[0]} {MISSING}")
         for manifest in manifests:
-            for warning in manifest["warnings"]:
+            for warning in manifest.get("warnings", []):
                 run.warn(warning)
         _write(run.folder, folders, [manifest["rows"] for manifest in manifests])
         write_comparisons(run.folder)

@@ -6,7 +6,12 @@ named here, ``NotRequired`` ones (and all of a class with ``total=False``) may b
 versions.
 """
 
-from typing import Any, NotRequired, TypedDict
+from typing import Annotated, Any, Literal, NotRequired, Required, TypedDict, TypeVar
+
+import msgspec
+
+Item = TypeVar("Item")
+AtLeastOne = Annotated[list[Item], msgspec.Meta(min_length=1)]
 
 
 class ModelInfo(TypedDict):
@@ -48,6 +53,15 @@ class MetricInfo(TypedDict, total=False):
     baseline: bool
 
 
+class RunIdentity(TypedDict, total=False):
+    """All that the numbers of any run depend on; each kind of run has further entries."""
+
+    options: dict[str, Any]
+    model: dict[str, Any]
+    corpus: dict[str, Any]
+    fingerprint: FingerprintTotals
+
+
 class RunState(TypedDict, total=False):
     """What the manifest of any run says, beside its identity.
 
@@ -79,12 +93,19 @@ class RunState(TypedDict, total=False):
 class Manifest(RunState, total=False):
     """The manifest of any run; the identity is all that its numbers depend on."""
 
-    identity: dict[str, Any]
+    identity: RunIdentity
 
 
-class ShardManifest(Manifest):
+class ShardIdentity(RunIdentity):
+    """The identity of a shard of a measuring run."""
+
+    shard: Required[str]  # such as 2/4
+
+
+class ShardManifest(RunState):
     """The manifest of a shard of a measuring run."""
 
+    identity: ShardIdentity
     rows: list[int]  # of the request, those that the shard holds
     n_rows: int  # of the whole request
 
@@ -92,7 +113,21 @@ class ShardManifest(Manifest):
 class DiscoveryOptions(TypedDict):
     """The options of a discovery that the bridge relies on."""
 
-    metric: list[str]
+    metric: AtLeastOne[str]
+    revision: NotRequired[str | None]
+    trust_remote_code: NotRequired[bool]
+    attn_implementation: NotRequired[str | None]
+    allow_unused_weights: NotRequired[list[str]]
+    packing: NotRequired[str]
+    max_length: NotRequired[int | None]
+    eval_limit: NotRequired[int | None]
+    window_bos: NotRequired[str]
+    parse_special_tokens: NotRequired[bool]
+    data_file: NotRequired[str | None]
+    dataset: NotRequired[str | None]
+    dataset_config: NotRequired[str | None]
+    split: NotRequired[str | None]
+    text_column: NotRequired[str]
 
 
 class DiscoveryIdentity(TypedDict):
@@ -111,11 +146,23 @@ class DiscoveryManifest(RunState):
     metrics: NotRequired[dict[str, MetricInfo]]
 
 
+class PrimaryAnalysis(TypedDict):
+    """The analysis that a validation names before anything is measured."""
+
+    unit: Literal["layers", "weights"]
+    metric: str
+    perturbation: str
+    k: int
+
+
 class ValidationOptions(TypedDict):
     """The options of a validation that its tables and its report rely on."""
 
-    metrics: list[str]
+    metrics: AtLeastOne[str]
     target_layers: list[str]
+    perturbations: AtLeastOne[str]
+    k: AtLeastOne[int]
+    primary: NotRequired[PrimaryAnalysis]
 
 
 class ValidationIdentity(TypedDict):

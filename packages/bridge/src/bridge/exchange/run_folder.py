@@ -189,7 +189,7 @@ def open_run(
     except RequestError:
         lock.release()
         raise
-    content: dict[str, Any] = {"warnings": []} if manifest is None else {**manifest}
+    content: dict[str, Any] = {"warnings": [], **(manifest or {})}
     run = Run(folder=folder, manifest=content, resumed=manifest is not None and not new, _lock=lock)
     with suppress(OSError):
         (folder / RESERVE_FILE).write_bytes(bytes(_RESERVE))

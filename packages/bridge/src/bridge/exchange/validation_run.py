@@ -12,6 +12,8 @@ from bridge.exchange import layout
 from bridge.exchange.discovery_run import Discovery, one_folder, open_discovery, read_sampled
 from bridge.exchange.errors import RequestError
 from bridge.exchange.existing_runs import find_runs, read_manifest
+from bridge.exchange.file_content import checked
+from bridge.exchange.manifest import ValidationManifest
 from bridge.exchange.printable import say
 from bridge.exchange.sequence_losses import read_sequence_losses
 from bridge.exchange.tables import COMPARISONS, CORRELATIONS, MEASUREMENTS, SINGLE_WEIGHTS, TARGETS, read_table
@@ -22,14 +24,13 @@ class Validation:
     """The folder of a validation run, its manifest, and the discovery that it validates."""
 
     folder: Path
-    manifest: dict[str, Any]
+    manifest: ValidationManifest
     discovery: Discovery
 
     @property
     def options(self) -> dict[str, Any]:
         """Every option that decided the numbers."""
-        options: dict[str, Any] = self.manifest["identity"]["options"]
-        return options
+        return cast(dict[str, Any], self.manifest["identity"]["options"])
 
     @property
     def metrics(self) -> list[str]:
@@ -87,11 +88,11 @@ def choose_validation(folders: Sequence[str]) -> Validation:
     newest = runs[-1]
     if len(runs) > 1:
         say(f"{parent} holds {len(runs)} validations; the newest is {newest.name}", stream=sys.stderr)
-    manifest = cast(dict[str, Any], read_manifest(newest))
+    manifest = checked(read_manifest(newest), ValidationManifest, newest / layout.MANIFEST_FILE)
     return Validation(newest, manifest, open_discovery(_discovery_folder(newest, manifest)))
 
 
-def _discovery_folder(folder: Path, manifest: dict[str, Any]) -> Path:
+def _discovery_folder(folder: Path, manifest: ValidationManifest) -> Path:
     """Where the discovery lies, also after both were moved together."""
     absolute = Path(manifest.get("discovery_folder", ""))
     relative = folder.resolve().parent / manifest.get("discovery_relative", "")

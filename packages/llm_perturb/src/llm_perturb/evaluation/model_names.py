@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import TypedDict
 
@@ -11,6 +10,8 @@ from bridge.exchange.file_content import checked
 from bridge.exchange.layout import ALL
 from bridge.exchange.printable import say
 from bridge.exchange.yaml_file import read_yaml
+
+MODEL_TABLE = Path(__file__).parents[1] / "data" / "models.yaml"
 
 
 class ModelTable(TypedDict):
@@ -34,8 +35,7 @@ def model_table() -> ModelTable:
     Raises:
         RequestError: it is damaged.
     """
-    with resources.as_file(resources.files("llm_perturb").joinpath("data/models.yaml")) as path:
-        return checked(read_yaml(path), ModelTable, path)
+    return checked(read_yaml(MODEL_TABLE), ModelTable, MODEL_TABLE)
 
 
 def choose_name(name: str | None, target_layers: Sequence[str] = ()) -> str:
