@@ -246,6 +246,15 @@ def benchmark(session: nox.Session) -> None:
         session.run(tool("critical_weight_analysis", "python"), str(ROOT / "benchmarks" / f"{name}.py"), external=True)
 
 
+@nox.session(venv_backend="none", requires=ENVIRONMENTS)
+def fuzz(session: nox.Session) -> None:
+    """Damage every file that a command reads, in a hundred times as many ways as the tests do, and others each time."""
+    python = tool("critical_weight_analysis", "python")
+    environment = {"HYPOTHESIS_PROFILE": "fuzz", "HF_HUB_OFFLINE": "1"}
+    command = [python, "-m", "pytest", "tests/test_fuzz_files.py", *session.posargs]
+    session.run(*command, env=environment, external=True)
+
+
 @nox.session(requires=ENVIRONMENTS)
 def mutants(session: nox.Session) -> None:
     """Count the wrong changes of the modules that make numbers that no test notices: ``-- [PACKAGE [N [SEED]]]``."""

@@ -39,6 +39,9 @@ def test_the_file_is_named_with_what_to_do(tmp_path):
     (tmp_path / "a.json").write_text("{")
     with pytest.raises(RequestError, match=r"a\.json is damaged: Expecting .*; write it anew$"):
         read_json(tmp_path / "a.json", "write it anew")
+    (tmp_path / "half.json").write_text('{"id": "\\ud800"}')
+    with pytest.raises(RequestError, match=r"half\.json is damaged: it has half of a surrogate pair"):
+        read_json(tmp_path / "half.json")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     with pytest.raises(RequestError, match="loop cannot be read: Too many levels of symbolic links"):
         read_json(tmp_path / "loop")

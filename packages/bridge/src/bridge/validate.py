@@ -5,12 +5,14 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 from bridge.analysis.correlation import write_correlations
 from bridge.exchange import layout
 from bridge.exchange.errors import RequestError, RunError
 from bridge.exchange.existing_runs import find_runs, is_complete, read_manifest
 from bridge.exchange.fingerprint import write_fingerprint
+from bridge.exchange.manifest import ValidationManifest
 from bridge.exchange.printable import say
 from bridge.exchange.run_folder import Run, open_run, remove_leftovers
 from bridge.exchange.tables import MEASUREMENTS, SINGLE_WEIGHTS, TARGETS, atomic_path, read_table, write_table
@@ -59,7 +61,7 @@ def validate(options: ValidationOptions) -> list[str]:
     with run.recorded():
         failed = _measure(ready, run, parts)
         write_table(run.folder / layout.TARGETS_FILE, ready.targets, TARGETS)
-        validation = Validation(run.folder, run.manifest, ready.discovery)
+        validation = Validation(run.folder, cast(ValidationManifest, run.manifest), ready.discovery)
         write_correlations(validation)
         lines = [f"report: {run.folder / layout.REPORT_HTML}", *html.write_report(validation)]
     if failed:

@@ -65,7 +65,7 @@ def _common_identity(
     Raises:
         RequestError: they share none, a file or a shard is missing, or one is given twice.
     """
-    identities = [dict(manifest["identity"]) for manifest in manifests]
+    identities: list[dict[str, Any]] = [{**manifest["identity"]} for manifest in manifests]
     shards = [layout.parse_shard(identity.pop("shard")) for identity in identities]
     for folder, identity, shard, fingerprint in zip(folders, identities, shards, fingerprints, strict=True):
         if identity != identities[0] or shard.of != shards[0].of:

@@ -34,7 +34,7 @@ def check_same(path: str, discovery: Discovery) -> list[str]:
         "nll": discovery.baseline["nll"],
     }
     different = [key for key in SAME if separate[key] != own[key]]
-    if not math.isclose(separate["nll"], own["nll"], rel_tol=TOLERANCE):
+    if not math.isclose(separate["nll"], discovery.baseline["nll"], rel_tol=TOLERANCE):
         different.append("nll")
     reasons = [f"{key} is {separate[key]} there and {own[key]} in the discovery" for key in different]
     changed, warnings = compare_models(separate, path, discovery.fingerprint)

@@ -27,7 +27,11 @@ def read_json(path: Path, remedy: str = "") -> object:
         RequestError: it cannot be read, or is not JSON.
     """
     try:
-        return parse_json(read_bytes(path))
+        value: object = parse_json(read_bytes(path))
+        json.dumps(value, ensure_ascii=False).encode()  # raises where text cannot be written again
+        return value
+    except UnicodeEncodeError:
+        raise RequestError(damaged(path, ValueError("it has half of a surrogate pair"), remedy)) from None
     except ValueError as error:
         raise RequestError(damaged(path, error, remedy)) from None
 

@@ -188,7 +188,7 @@ def evidence_of(validation: Validation) -> Evidence:
     """Read all tables of a validation and of its discovery."""
     discovery = validation.discovery
     return Evidence(
-        validation_manifest=validation.manifest,
+        validation_manifest=cast(dict[str, Any], validation.manifest),
         discovery_manifest=cast(dict[str, Any], discovery.manifest),
         discovery_folder=discovery.folder,
         measurements=validation.measurements(),
