@@ -17,8 +17,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from bridge.exchange.existing_runs import is_complete
 from bridge.exchange.layout import TRACEBACK_FILE
-from bridge.exchange.run_folder import is_complete
 from bridge.instrument import process as instrument
 from bridge.instrument.command import launcher
 from conftest import PACKAGES

@@ -157,5 +157,5 @@ def _rho_title(correlations: pd.DataFrame, perturbation: str, k: int) -> str:
         return "no rank correlation"
     row = rows.iloc[0]
     if is_weighted(row):
-        return f"ρ = {rho_of(row, POPULATION)} over all\n{rho_of(row, MEASURED)} over the {row['n']} chosen"
+        return f"ρ = {rho_of(row, POPULATION)} over all\n{rho_of(row, MEASURED)} over {row['n']} drawn"
     return f"ρ = {rho_of(row, MEASURED)}, n = {row['n']}"
