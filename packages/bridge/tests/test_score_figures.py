@@ -104,7 +104,5 @@ def test_a_panel_says_what_rho_is_of(example):
     setting = row["perturbation"].iloc[0], int(row["k"].iloc[0])
     assert score_figures._rho_title(row, *setting) == "ρ = 0.50 [−0.25,\u00a00.75], n = 40"
     weighted = row.assign(n_effective=20.0, population_low=np.nan, population_high=np.nan)
-    assert (
-        score_figures._rho_title(weighted, *setting) == "ρ = 0.30 over all\n0.50 [−0.25,\u00a00.75] over 40 drawn"
-    )
+    assert score_figures._rho_title(weighted, *setting) == "ρ = 0.30 over all\n0.50 [−0.25,\u00a00.75] over 40 drawn"
     assert score_figures._rho_title(row.assign(spearman=np.nan), *setting) == "no rank correlation"

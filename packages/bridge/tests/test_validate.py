@@ -340,7 +340,11 @@ def test_worker_ends_with_its_launcher_and_finds_what_lies_beside_its_script(tmp
         "import neighbour, pathlib, sys, time\npathlib.Path(sys.argv[1]).write_text(str(neighbour.pid))\ntime.sleep(60)"
     )
     (tmp_path / "script.py").write_text(body)
-    start = "import subprocess, sys; subprocess.run([sys.executable, '-m', 'bridge.instrument.worker', *sys.argv[1:]])"
+    start = (
+        "import os, subprocess, sys\nfrom bridge.exchange import parent_process\n"
+        "os.environ[parent_process.VARIABLE] = parent_process.name_of_this()\n"
+        "subprocess.run([sys.executable, '-m', 'bridge.instrument.worker', *sys.argv[1:]])"
+    )
     words = [str(tmp_path / "script.py"), str(tmp_path / "pid")]
     launcher = subprocess.Popen([sys.executable, "-c", start, *words])
     wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
