@@ -74,12 +74,7 @@ def _read(stream: TextIO) -> str:
 @contextmanager
 def captured() -> Iterator[tuple[TextIO, TextIO]]:
     """While open, stdout and stderr are files: also for libraries in C, and for logs that hold on to a stream."""
-    handlers = [
-        handler
-        for logger in [logging.getLogger(), *logging.root.manager.loggerDict.values()]
-        for handler in getattr(logger, "handlers", [])
-        if type(handler) is logging.StreamHandler
-    ]
+    handlers = _stream_handlers()
     sys.stdout.flush()
     sys.stderr.flush()
     saved, streams = [os.dup(1), os.dup(2)], [handler.stream for handler in handlers]
@@ -99,3 +94,16 @@ def captured() -> Iterator[tuple[TextIO, TextIO]]:
                     os.close(handle)
                 for handler, stream in zip(handlers, streams, strict=True):
                     handler.setStream(stream)
+                for handler in _stream_handlers():  # those that the command made
+                    if handler.stream in (out, err):
+                        handler.setStream(sys.stderr)
+
+
+def _stream_handlers() -> list[logging.StreamHandler[TextIO]]:
+    """The handlers of all loggers that write to a stream which is no file of their own."""
+    return [
+        handler
+        for logger in [logging.getLogger(), *logging.root.manager.loggerDict.values()]
+        for handler in getattr(logger, "handlers", [])
+        if type(handler) is logging.StreamHandler
+    ]

@@ -111,6 +111,16 @@ def test_damaged_line_of_the_log_is_set_aside_and_the_others_stay(tmp_path, line
     assert capsys.readouterr().err == ""
 
 
+def test_a_log_that_is_no_file_is_set_aside(tmp_path, capsys):
+    run = open_run(tmp_path, "perturb", {"a": 1}, "x")
+    (run.folder / "progress-0.jsonl").mkdir()
+    (run.folder / "progress-1.jsonl").symlink_to(run.folder / "progress-1.jsonl")
+    assert run.records() == []
+    assert "progress-0.jsonl is no file; it is now progress-0.jsonl.damaged, and" in capsys.readouterr().err
+    assert (run.folder / "progress-1.jsonl.damaged").is_symlink()
+    run.release()
+
+
 def test_what_is_damaged_later_does_not_replace_what_was_damaged_before(tmp_path, capsys):
     run = open_run(tmp_path, "perturb", IDENTITY, "a")
     log = run.folder / "progress-0.jsonl"

@@ -42,6 +42,10 @@ def read_records(folder: Path, warn: Callable[[str], None]) -> list[dict[str, An
     """
     records = []
     for log in sorted(folder.glob(PROGRESS_FILES)):
+        if not log.is_file():  # a folder, or a link that leads nowhere
+            aside = log.rename(path_aside(log))
+            warn(f"{log} is no file; it is now {aside.name}, and what it held is measured again")
+            continue
         whole, damaged = [], []
         lines = log.read_bytes().split(b"\n")
         for line in lines[:-1]:
