@@ -3,7 +3,7 @@ import struct
 import numpy as np
 import pytest
 import torch
-from bridge.exchange.errors import RunError
+from bridge.exchange.errors import RequestError, RunError
 from llm_perturb.evaluation.parameters import named_parameters
 from llm_perturb.perturbation import Perturbation, bits, flip_bit, perturbed, round_to_grid
 from reference import every_bit
@@ -323,3 +323,29 @@ def test_a_tied_tensor_changes_in_all_its_uses_and_comes_back():
         assert model.lm_head.weight[1, 1] == 0
         assert model.transformer.wte.weight[1, 1] == 0
     assert every_bit(model) == before
+
+
+@pytest.mark.parametrize(
+    ("perturbation", "message"),
+    [
+        (Perturbation("bit_flip", bit=-1), "--bit -1: the bits of a weight in torch.float32 are numbered 0 to 31"),
+        (Perturbation("bit_flip", bit=32), "--bit 32: the bits of a weight in torch.float32 are numbered 0 to 31"),
+        (Perturbation("quantize", n_bits=1), "--n-bits must be 2 to 16, not 1"),
+        (Perturbation("quantize", n_bits=17), "--n-bits must be 2 to 16, not 17"),
+        (Perturbation("gaussian_noise", sigma=0.0), "--sigma must be above 0, not 0.0"),
+    ],
+)
+def test_numbers_just_outside_their_range_are_refused(perturbation, message):
+    with pytest.raises(RequestError, match=message):
+        perturbation.check(torch.float32)
+
+
+def test_numbers_at_the_ends_of_their_range_are_taken():
+    for perturbation in (
+        *(Perturbation("bit_flip", bit=bit) for bit in (0, 31)),
+        *(Perturbation("quantize", n_bits=n_bits) for n_bits in (2, 16)),
+        Perturbation("gaussian_noise", sigma=1e-9),
+    ):
+        perturbation.check(torch.float32)
+    with pytest.raises(RequestError, match="numbered 0 to 15"):
+        Perturbation("bit_flip", bit=16).check(torch.bfloat16)
