@@ -17,9 +17,6 @@ FAMILIES = [
     "opt", "phi",
 ]  # fmt: skip
 
-# Wrong by the page, which was written before the instrument refused batches whose padding matters under a perturbation.
-KNOWN = {"deepseek_v32", "hy_v4"}
-
 
 @pytest.fixture(autouse=True)
 def one_thread():
@@ -118,8 +115,7 @@ def test_the_page_has_a_row_for_every_type(tmp_path):
     page = (ROOT / "docs/architectures.md").read_text()
     rows = re.findall(r"^\| `([\w.-]+)` \|", page, re.MULTILINE)
     assert rows == MODEL_TYPES
-    wrong = {row.split("`")[1] for row in page.splitlines() if row.startswith("| `") and "**" in row}
-    assert wrong <= KNOWN
+    assert [row for row in page.splitlines() if row.startswith("| `") and "**" in row] == []
     results = [
         Result("one", "layer by layer", streamed="layer by layer", instrument="batch 1; batch 4; ", difference=2e-9),
         Result("two", "whole model", reason="a | b", streamed="not", problems=["x"], difference=0.1, difference32=0.2),
