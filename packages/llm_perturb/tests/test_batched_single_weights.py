@@ -5,7 +5,7 @@ import pytest
 import torch
 from bridge.exchange.errors import RunError
 from llm_perturb import batched_single_weights
-from llm_perturb.batched_single_weights import Copies, even_parts, group, linear_maps
+from llm_perturb.batched_single_weights import ONE_BY_ONE, Copies, even_parts, group, linear_maps
 from llm_perturb.evaluation.corpus import Corpus
 from llm_perturb.evaluation.parameters import layer_of, named_parameters
 from llm_perturb.evaluation.perplexity import measure, reference_of, sequence_losses
@@ -336,3 +336,25 @@ def test_an_overflowing_copy_is_a_result(sequences):
     (outcome,) = run(model, sequences, [condition]).values()
     assert not outcome.losses.isfinite().any()
     assert not naive_losses(rewritten(model, {name: {5: theta * float("inf")}}), sequences).isfinite().any()
+
+
+@pytest.mark.parametrize("in_copies", [True, False])
+def test_padding_that_matters_only_when_a_weight_is_zero_is_an_error(sequences, in_copies, capsys):
+    """Whether the model shows it for a copy as well, or only when it is really changed and copies prove wrong."""
+    model = build("llama")
+    mlp = model.model.layers[2].mlp
+    row, seen = mlp.down_proj.weight[0].clone(), {}
+    mlp.down_proj.register_forward_pre_hook(lambda module, args: seen.update(x=args[0]))
+
+    def by_length(module, args, output):
+        changed = (seen["x"] @ row - output[..., 0]).abs().amax(1) > 1e-9  # (B,)
+        applies = changed if in_copies else (module.down_proj.weight[0, 4] == 0).expand(len(output))
+        return torch.where(applies[:, None, None], output * (1 + 1e-2 * output.shape[1]), output)
+
+    mlp.register_forward_hook(by_length)
+    weights = [single(model, "model.layers.2.mlp.down_proj.weight", at) for at in (4, 5)]
+    assert isinstance(group(model, weights)[0], Copies)
+    run(model, sequences, weights)
+    with pytest.raises(RunError, match=r"zero of weight in .*down_proj the padding .*: --batch-size 1"):
+        run(model, sequences, weights, batch_size=4)
+    assert (ONE_BY_ONE in capsys.readouterr().err) != in_copies

@@ -2,12 +2,13 @@
 
 The instrument checks itself on the way: the baseline is measured again at the end and must be the same
 bits, a perturbation that writes back what was there must change nothing, weights are compared with their
-saved bits after every restore, copies are compared with a model that was really changed, and of each target one
-condition is measured on a sequence without padding. Where passes that begin at
+saved bits after every restore, copies are compared with a model that was really changed, and one condition of each
+target, and of each group of single weights, is measured on a sequence without padding. Where passes that begin at
 a layer, or copies, prove wrong for a model, full passes and changes of the model itself take their place.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from bridge.exchange.errors import RunError, one_line
@@ -105,8 +106,17 @@ def _measure_together(
     changes = [change_of(model, condition) for condition in copies.conditions]
     moving = [at for at, change in enumerate(changes) if change.changes_value]
     measured = _measured_copies(model, copies, changes, moving, suffix, baseline) if moving else {}
+    if measured:
+        largest = max(measured, key=lambda at: _size(measured[at].losses - baseline))
+        _check_alone(model, Outcome(copies.conditions[largest], measured[largest], 1), suffix, baseline)
     for at, condition in enumerate(copies.conditions):
-        yield Outcome(condition, measured[at], 1) if at in measured else _apply(model, condition, suffix)
+        if at in measured:
+            yield Outcome(condition, measured[at], 1)
+            continue
+        outcome = _apply(model, condition, suffix)
+        if at in moving[:1]:
+            _check_alone(model, outcome, suffix, baseline)
+        yield outcome
 
 
 def _measured_copies(
@@ -162,8 +172,7 @@ def _wrong_in_copies(
     wrong = _too_far(nothing.losses, before, before, n_tokens, "a change of nothing")
     if wrong:
         return wrong
-    parts = condition.target.split(condition.positions)
-    with perturbed(condition.target.parameters, parts, new_values(model, condition)):
+    with _under(model, condition):
         really = suffix.measure_batch(number).losses[chosen.indices]
     return _too_far(losses[chosen.values], really, before, n_tokens, condition.key)
 
@@ -178,14 +187,19 @@ def _too_far(losses: Tensor, expected: Tensor, before: Tensor, n_tokens: Tensor,
 
 
 def _apply(model: PreTrainedModel, condition: Condition, suffix: SuffixForward, no_op: bool = False) -> Outcome:
-    target = condition.target
+    with _under(model, condition, no_op) as n_changed:
+        return Outcome(condition, suffix.measure(), n_changed)
+
+
+def _under(model: PreTrainedModel, condition: Condition, no_op: bool = False) -> AbstractContextManager[int]:
+    """The model under a condition, or under a change of its weights to what they are; gives how many values change."""
 
     def as_before(name: str, tensor: Tensor, index: Tensor) -> Tensor:
         return tensor.view(-1)[index]
 
+    target = condition.target
     change = as_before if no_op else new_values(model, condition)
-    with perturbed(target.parameters, target.split(condition.positions), change) as n_changed:
-        return Outcome(condition, suffix.measure(), n_changed)
+    return perturbed(target.parameters, target.split(condition.positions), change)
 
 
 def _check_alone(model: PreTrainedModel, outcome: Outcome, suffix: SuffixForward, baseline: Tensor) -> None:
@@ -198,8 +212,7 @@ def _check_alone(model: PreTrainedModel, outcome: Outcome, suffix: SuffixForward
     if chosen is None:
         return
     shortest, condition = chosen[0], outcome.condition
-    parts = condition.target.split(condition.positions)
-    with perturbed(condition.target.parameters, parts, new_values(model, condition)):
+    with _under(model, condition):
         alone = sequence_losses(model, [suffix.sequences[shortest]], check=False)[0]
     together = outcome.losses[shortest]
     rounding = min(256 * torch.finfo(model.dtype).eps, tolerance(model.dtype) / 10)
