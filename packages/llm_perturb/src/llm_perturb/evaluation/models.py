@@ -1,9 +1,10 @@
 """Load a causal language model and its tokenizer, with metadata for the manifest."""
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +12,7 @@ import torch
 from bridge.exchange.errors import RequestError
 from bridge.exchange.fingerprint import Fingerprint
 from bridge.exchange.printable import check_printable, say
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import resolve_revision
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -123,31 +124,18 @@ def load(
     revision = resolve_revision(source, revision)
     say_source(name, source, revision)
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
-    part = "configuration"
-    try:
-        _refuse_adapter(source, revision)
-        config = AutoConfig.from_pretrained(source, **options)
-        if attn_implementation:
-            config._attn_implementation = attn_implementation  # also where config.json has an entry of that name
-        method = quantization_method(config)
-        if method and weights == "streamed":
-            raise cannot_be_streamed(source, f"its weights are quantized ({method})")
-        dequantize(config)
-        part = "tokenizer"
+    part_of = partial(_in_one_line, name, source, unreachable)
+    with part_of("configuration"):
+        config, method = _configuration(source, options, attn_implementation, weights)
+    with part_of("tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
 
-        def before_reading(model: PreTrainedModel, obstacle: str | None) -> bool:
-            _check_tokenizer(tokenizer, model, source)
-            return is_streamed(source, bytes_in_memory(model), obstacle, weights, torch_device)
+    def before_reading(model: PreTrainedModel, obstacle: str | None) -> bool:
+        _check_tokenizer(tokenizer, model, source)
+        return is_streamed(source, bytes_in_memory(model), obstacle, weights, torch_device)
 
-        part = "modules and weights"
+    with part_of("modules and weights"):
         loaded = load_model(source, config, DTYPES[dtype], torch_device, before_reading, options)
-    except RequestError:
-        raise
-    except Exception as error:  # whatever transformers makes of a file that is not as it should be
-        hint = "" if Path(source).is_dir() else f" (it is no folder here{_network(unreachable)})"
-        reason = _reason(error, source)
-        raise RequestError(f"model '{name}' cannot be loaded{hint}; its {part}: {reason}") from error
     unused = _allowed(source, loaded.unused, allow_unused_weights)
     model = loaded.model
     check_names(model)
@@ -163,6 +151,34 @@ def load(
         **({"unused_weights": unused} if unused else {}),
     }
     return LoadedModel(model, tokenizer, metadata, loaded.checkpoint)
+
+
+def _configuration(
+    source: str, options: dict[str, Any], attn_implementation: str | None, weights: Weights
+) -> tuple[PreTrainedConfig, str | None]:
+    """The configuration that the model is built by, and the method by which its stored weights are quantized."""
+    _refuse_adapter(source, options["revision"])
+    config = AutoConfig.from_pretrained(source, **options)
+    if attn_implementation:
+        config._attn_implementation = attn_implementation  # also where config.json has an entry of that name
+    method = quantization_method(config)
+    if method and weights == "streamed":
+        raise cannot_be_streamed(source, f"its weights are quantized ({method})")
+    dequantize(config)
+    return config, method
+
+
+@contextmanager
+def _in_one_line(name: str, source: str, unreachable: str | None, part: str) -> Iterator[None]:
+    """Whatever transformers raises while it reads a part of a model becomes one line that names the part."""
+    try:
+        yield
+    except RequestError:
+        raise
+    except Exception as error:
+        hint = "" if Path(source).is_dir() else f" (it is no folder here{_network(unreachable)})"
+        reason = _reason(error, source)
+        raise RequestError(f"model '{name}' cannot be loaded{hint}; its {part}: {reason}") from error
 
 
 def _make_ready(model: PreTrainedModel, dtype: str, device: torch.device) -> None:
