@@ -31,7 +31,7 @@ NEEDS = {
 }
 SOURCES = [f"packages/{package}/src" for package in NEEDS]
 # pip comes along for whoever activates an environment and installs something else.
-TOOLS = {package: ["hypothesis", "pip", "pytest"] for package in NEEDS}
+TOOLS = {package: ["hypothesis", "pip", "pytest", "pytest-xdist"] for package in NEEDS}
 # The environment that holds all three packages is also the one of the type check and of the notebook.
 TOOLS["critical_weight_analysis"] += [
     *("check-jsonschema", "ruff", "ipykernel", "nbclient", "nbformat"),
@@ -43,6 +43,8 @@ DEFAULT_TORCH = "torch==2.13.0"
 TORCH_SPEC = os.environ.get("TORCH_SPEC", DEFAULT_TORCH)
 ENVIRONMENTS = [f"env({package})" for package in NEEDS]
 UNIT_TESTS = "not real_model and not slow"
+AT_ONCE = min(4, os.cpu_count() or 1)  # processes that share the tests
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}  # of each of them
 
 
 def package_folder(package: str) -> Path:
@@ -119,9 +121,13 @@ def env(session: nox.Session, package: str) -> None:
         link.symlink_to(os.path.relpath(location, link.parent))
 
 
-def run_pytest(session: nox.Session, package: str, folder: Path, *options: str) -> None:
-    """Run the tests of a folder with a package's environment; further arguments go to pytest."""
-    session.run(tool(package, "python"), "-m", "pytest", str(folder), *options, *session.posargs, external=True)
+def run_pytest(session: nox.Session, package: str, folder: Path) -> None:
+    """Run the tests of a folder with a package's environment, file by file in several processes.
+
+    Further arguments go to pytest.
+    """
+    command = [tool(package, "python"), "-m", "pytest", str(folder), "-n", str(AT_ONCE), "--dist", "loadfile"]
+    session.run(*command, *session.posargs, env=ONE_THREAD, external=True)
 
 
 def test_session(package: str) -> None:
@@ -166,13 +172,12 @@ def quick(session: nox.Session) -> None:
 
     The packages' tests run side by side, one thread each. Each prints when it is done.
     """
-    one_thread = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     runs = {}
     for package in NEEDS:
         tests = [str(package_folder(package) / "tests"), "-m", UNIT_TESTS, "-q", *session.posargs]
         command = [tool(package, "python"), "-m", "pytest", *tests]
         runs[package] = subprocess.Popen(
-            command, cwd=ROOT, env=one_thread, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command, cwd=ROOT, env=os.environ | ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
     for package, run in runs.items():
         said, _ = run.communicate()
@@ -248,10 +253,10 @@ def benchmark(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", requires=ENVIRONMENTS)
 def fuzz(session: nox.Session) -> None:
-    """Damage every file that a command reads, in a hundred times as many ways as the tests do, and others each time."""
+    """Damage every file and every flag of all commands, a hundred times as often as the tests do, and always others."""
     python = tool("critical_weight_analysis", "python")
-    environment = {"HYPOTHESIS_PROFILE": "fuzz", "HF_HUB_OFFLINE": "1"}
-    command = [python, "-m", "pytest", "tests/test_fuzz_files.py", *session.posargs]
+    environment = {"FUZZ": os.environ.get("FUZZ", "100"), "HF_HUB_OFFLINE": "1"}
+    command = [python, "-m", "pytest", "tests/test_fuzz_files.py", "tests/test_fuzz_flags.py", *session.posargs]
     session.run(*command, env=environment, external=True)
 
 

@@ -12,14 +12,14 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ROOT / "packages"
 HUB_MODELS = {"gpt2": "gpt2", "EleutherAI/pythia-410m": "neox", "EleutherAI/pythia-2.8b": "neox"}
 
-FUZZ = os.environ.get("HYPOTHESIS_PROFILE") == "fuzz"  # what nox -s fuzz sets
+FUZZ = int(os.environ.get("FUZZ", "1"))  # times as many examples; nox -s fuzz sets it
 
 
 def examples(n: int) -> settings:
-    """Settings for a test by hypothesis: the same ``n`` examples each time; with nox -s fuzz 100 n, always others."""
+    """Settings for a test by hypothesis: the same ``n`` examples each time; with nox -s fuzz more, always others."""
     return settings(
-        max_examples=100 * n if FUZZ else n,
-        derandomize=not FUZZ,
+        max_examples=FUZZ * n,
+        derandomize=FUZZ == 1,
         deadline=None,
         phases=[Phase.explicit, Phase.reuse, Phase.generate],  # a failing example is small as it is: one damage
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],

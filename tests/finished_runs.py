@@ -47,16 +47,21 @@ def plant(path: Path, marker: Path, form: str = "text") -> None:
         path.write_text(f"cos\nsystem\n(S'touch {marker}'\ntR.\n")
 
 
+def command_of(name: str) -> flags.Command:
+    """The function of a command: of ``bridge``, or of a script."""
+    if name not in SCRIPTS:
+        return getattr(cli, name)
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS[name])
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, name)
+
+
 def run(command: str, *words: object) -> int:
     """Run a command in this process; its exit code."""
-    function, name = getattr(cli, command, None), f"bridge {command}"
-    if command in SCRIPTS:
-        spec = importlib.util.spec_from_file_location(command, SCRIPTS[command])
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        function, name = getattr(module, command), SCRIPTS[command].name
+    name = SCRIPTS[command].name if command in SCRIPTS else f"bridge {command}"
     try:
-        flags.run(function, name, list(map(str, words)))
+        flags.run(command_of(command), name, list(map(str, words)))
     except SystemExit as stop:
         return stop.code
     return 0

@@ -77,6 +77,13 @@ def split_model(folder: Path, parts: Path) -> None:
     (parts / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def copy_as_another_model(discovery: Path, copy: Path) -> None:
+    """A copy of a discovery, as if it were of another model, to compare both."""
+    shutil.copytree(discovery, copy)
+    manifest = copy / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"revision": "local-', '"revision": "local-0'))
+
+
 @pytest.fixture(scope="module")
 def spoilt(finished, tmp_path_factory):
     """Makes a fresh copy of everything, in the same folder each time."""
@@ -151,9 +158,7 @@ def test_report(spoilt, case):
 @given(any_damage(*PLANNED[:-1], f"out/{VALIDATION}/measurements.csv"))
 def test_compare(spoilt, case):
     folder = spoilt()
-    shutil.copytree(folder / "out" / DISCOVERY, folder / "other" / DISCOVERY)
-    manifest = folder / "other" / DISCOVERY / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"revision": "local-', '"revision": "local-0'))
+    copy_as_another_model(folder / "out" / DISCOVERY, folder / "other" / DISCOVERY)
     words = ["--from", folder / "out", folder / "other", "--output", folder / "compared"]
     check(folder, *case, "compared", "compare", *words)
 

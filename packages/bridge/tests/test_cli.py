@@ -61,6 +61,11 @@ def test_wrong_request(tmp_path, monkeypatch, capsys, words, message):
     assert err.count("\n") == 1
 
 
+def test_a_negative_seed_is_refused(tmp_path, monkeypatch, capsys):
+    code, _, err = bridge(monkeypatch, capsys, "correlate", "--from", tmp_path, "--seed", "-1")
+    assert (code, err) == (2, "bridge correlate: error: --seed must be at least 0, not -1\n")
+
+
 @pytest.mark.parametrize("command", ["targets", "validate", "correlate", "report", "compare"])
 def test_every_command_says_what_is_missing_and_has_a_help_page(tmp_path, monkeypatch, capsys, command):
     assert bridge(monkeypatch, capsys, command)[::2] == (

@@ -1,3 +1,4 @@
+import errno
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -111,6 +112,13 @@ def test_string_stays_what_was_written(text):
         assert CALLS[1]["revision"] == text
 
 
+def test_the_home_folder_is_what_a_shell_takes_it_for(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    for text, value in [("~/runs", "/home/somebody/runs"), ("~", "/home/somebody"), ("runs~", "runs~"), ("a/~", "a/~")]:
+        run(f"--revision={text}")
+        assert CALLS.pop()["revision"] == value
+
+
 @pytest.mark.parametrize(
     ("words", "value"),
     [
@@ -151,6 +159,7 @@ def test_unknown_flag_is_found_before_anything_runs(capsys):
         (["--topk", "1e3"], "--topk takes a whole number, not '1e3'"),
         (["--topk", "9" * 5000], "--topk takes a whole number"),
         (["--eval-limit", "many"], "--eval-limit takes a whole number, not 'many'"),
+        (["--model", "caf\udce9"], "--model takes text in UTF-8, not 'caf\\udce9'"),
         (["--scale", "big"], "--scale takes a number, not 'big'"),
         (["--scale", "nan"], "--scale takes a finite number"),
         (["--scale", "-inf"], "--scale takes a finite number"),
@@ -286,6 +295,11 @@ def test_missing_config(capsys, tmp_path):
         (RequestError("wrong\nrequest"), 2, "thing: error: wrong request\n"),
         (RunError("went wrong"), 1, "thing: error: went wrong\n"),
         (KeyboardInterrupt(), 130, ""),
+        (
+            OSError(errno.ENAMETOOLONG, "File name too long", "x" * 300),
+            2,
+            f"thing: error: File name too long: '{'x' * 80}...'\n",
+        ),
     ],
 )
 def test_exit_codes(capsys, error, code, line):

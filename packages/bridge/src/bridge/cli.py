@@ -9,6 +9,7 @@ from typing import Literal
 from bridge.analysis.targets import choose_targets, render
 from bridge.exchange.command_line import flags
 from bridge.exchange.command_line.flag_table import FilePath
+from bridge.exchange.command_line.perturbation_numbers import check_seeds
 from bridge.exchange.discovery_run import choose_discovery
 from bridge.exchange.errors import RequestError
 from bridge.exchange.layout import REPORT_HTML
@@ -81,6 +82,7 @@ def correlate(*, from_: list[FilePath], seed: int = 0) -> None:
     from bridge.analysis.correlation import write_correlations
     from bridge.exchange.validation_run import choose_validation
 
+    check_seeds([seed], "--seed")
     correlations = write_correlations(choose_validation(from_), seed)
     say(*correlations.to_string(index=False, na_rep="", float_format="{:.4g}".format).split("\n"))
 

@@ -154,7 +154,7 @@ _EXPECTED = {"float": "a number", "int": "a whole number of 64 bits", "int?": "a
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary path beside ``path`` that takes its name when the block ends without an exception."""
-    path = Path(path)
+    path = Path(path).absolute()  # pandas takes "~" at the beginning of a path for the home folder
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary

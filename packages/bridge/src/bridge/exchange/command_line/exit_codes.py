@@ -3,6 +3,7 @@
 | what was raised                        | line on stderr                        | exit code |
 |----------------------------------------|---------------------------------------|-----------|
 | RequestError                           | its message                           | 2         |
+| OSError: a name is too long for a file | the beginning of the name             | 2         |
 | RunError                               | its message                           | 1         |
 | no memory left                         | what to lower                         | 1         |
 | anything else                          | the innermost reason                  | 1         |
@@ -24,6 +25,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
+from typing import TypeGuard
 
 from bridge.exchange.command_line.verbosity import is_debug
 from bridge.exchange.errors import RequestError, RunError, innermost
@@ -73,7 +75,7 @@ def one_line_errors(name: str) -> Iterator[None]:
     except Exception as error:  # nothing may pass
         _close_bars()
         _say_last_line(name, error)
-        raise SystemExit(2 if isinstance(error, RequestError) else 1) from None
+        raise SystemExit(2 if isinstance(error, RequestError) or _is_too_long(innermost(error)) else 1) from None
 
 
 def _close_bars() -> None:
@@ -85,7 +87,7 @@ def _say_last_line(name: str, error: Exception) -> None:
     if os.environ.get("RANK", "0") != "0":
         time.sleep(_SECONDS_FOR_THE_FIRST)  # what all processes meet the first one says, and this one is ended
     message = " ".join(message_of(error).split())
-    foreseen = isinstance(error, RequestError | RunError)
+    foreseen = isinstance(error, RequestError | RunError) or _is_too_long(innermost(error))
     if is_debug():
         say(*traceback.format_exc().rstrip().split("\n"), stream=sys.stderr)
     elif not _is_full(innermost(error)) and (not foreseen or error.__cause__ is not None):
@@ -103,6 +105,8 @@ def message_of(error: BaseException) -> str:
     deepest = innermost(error)
     if _is_full(deepest):
         return f"no room on the disk ({deepest}); make room, and start the same command again: it goes on from there"
+    if _is_too_long(deepest):
+        return f"{deepest.strerror}: '{str(deepest.filename)[:80]}...'"
     reason = f"{type(deepest).__name__}: {str(deepest)[:300]}"
     if isinstance(error, MemoryError) or any(words in str(error).lower() for words in _OUT_OF_MEMORY):
         return f"out of memory ({reason}); lower --batch-size or --max-length, or choose a smaller --dtype"
@@ -113,6 +117,11 @@ def _is_full(error: BaseException) -> bool:
     """Whether the disk is full, or a file has become larger than it may; safetensors says it in words only."""
     full = isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
     return full or "No space left on device" in str(error)
+
+
+def _is_too_long(error: BaseException) -> TypeGuard[OSError]:
+    """Whether what was named can be no file, whatever it is."""
+    return isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG
 
 
 def _written(error: BaseException) -> str:

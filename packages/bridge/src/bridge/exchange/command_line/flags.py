@@ -201,6 +201,8 @@ def _convert(flag: Flag, texts: list[str]) -> object:
 
 
 def _scalar(flag: Flag, text: str) -> object:
+    if not text.isascii() and text != text.encode(errors="replace").decode():
+        raise RequestError(f"{flag.name} takes text in UTF-8, not '{text}'")
     if flag.choices:
         if text not in flag.choices:
             hint = did_you_mean(text, flag.choices)
@@ -216,7 +218,7 @@ def _scalar(flag: Flag, text: str) -> object:
         return int(text)
     if flag.item is float:
         return _number(flag, text)
-    return text
+    return str(Path(text).expanduser()) if text.startswith("~") else text
 
 
 def _number(flag: Flag, text: str) -> float:

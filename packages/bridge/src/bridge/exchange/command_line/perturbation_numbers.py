@@ -30,11 +30,11 @@ def numbers_set(values: Mapping[str, float | None], perturbations: Sequence[str]
     return numbers
 
 
-def check_seeds(seeds: Sequence[int]) -> None:
+def check_seeds(seeds: Sequence[int], flag: str = "--seeds") -> None:
     """Refuse seeds that no generator takes.
 
     Raises:
         RequestError: a seed is negative.
     """
     if min(seeds) < 0:
-        raise RequestError(f"--seeds must be at least 0, not {min(seeds)}")
+        raise RequestError(f"{flag} must be at least 0, not {min(seeds)}")
