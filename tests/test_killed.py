@@ -1,8 +1,8 @@
 """Every command killed at random moments: nothing is left of it, and the same command again ends with the same tables.
 
-The moments are drawn from a seed: half of them within the first seconds, half from the moment on at which the run
-folder is opened. ``KILLS=50`` in the environment asks for so many kills of each command instead of the few of every
-test run.
+The moments are drawn from a seed: half of them within the first seconds; the others as soon as so many measurements
+are recorded, or from the moment on at which the run folder is opened. ``KILLS=50`` in the environment asks for so many
+kills of each command instead of the few of every test run.
 """
 
 import os
@@ -16,9 +16,10 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from bridge.exchange.existing_runs import is_complete
-from bridge.exchange.layout import TRACEBACK_FILE
+from bridge.exchange.layout import MEASUREMENTS_FILE, SINGLE_WEIGHTS_FILE, TRACEBACK_FILE
 from bridge.instrument import process as instrument
 from bridge.instrument.command import launcher
 from conftest import PACKAGES
@@ -50,14 +51,14 @@ def discover(inputs: Inputs) -> list[str]:
 def perturb(inputs: Inputs, n_processes: int) -> list[str]:
     """As the bridge starts it."""
     targets = "gpt_neox.layers.0.mlp.dense_h_to_4h,gpt_neox.layers.1.mlp.dense_4h_to_h"
-    words = ["--target-layer", targets, "--k", "1", "5", "20", "--seeds", "0", "1", "2", "3"]
+    words = ["--target-layer", targets, "--k", "1", "5", "20", "--seeds", *map(str, range(12))]
     words += ["--model", inputs.model, "--eval-limit", "12"]
     return [*launcher(instrument.PYTHON, n_processes, "cpu"), *words]
 
 
 def validate(inputs: Inputs, n_processes: int) -> list[str]:
-    words = ["--layers=2", "--control-layers=2", "--single-weights=8", "--seeds=0", f"--num-processes={n_processes}"]
-    return [BRIDGE, "validate", f"--from={inputs.discovery}", *words]
+    words = ["--layers=2", "--control-layers=2", "--single-weights=8", f"--num-processes={n_processes}"]
+    return [BRIDGE, "validate", f"--from={inputs.discovery}", *words, "--seeds", *map(str, range(12))]
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,23 @@ def wait_until_opened(process, output):
     begun = time.time()
     while process.poll() is None and not any(path.stat().st_mtime > begun for path in output.glob("*/manifest.json")):
         time.sleep(0.02)
+
+
+def n_recorded(output):
+    """How many measurements the progress logs in an output folder hold."""
+    return sum(log.read_bytes().count(b"\n") for log in output.rglob("progress-*.jsonl"))
+
+
+def n_measured(folder):
+    """How many measurements a finished run has made; 0 of a discovery."""
+    tables = [folder / name for name in (MEASUREMENTS_FILE, SINGLE_WEIGHTS_FILE)]
+    return sum(len(pd.read_csv(table)) for table in tables if table.exists())
+
+
+def wait_until_recorded(process, output, n):
+    """Wait until the process has recorded its ``n``-th measurement, or ended."""
+    while process.poll() is None and n_recorded(output) < n:
+        time.sleep(0.002)
 
 
 @pytest.fixture(scope="module")
@@ -150,18 +168,21 @@ def test_killed_at_random_moments_it_goes_on_to_the_same_tables(name, number, in
     temporary.mkdir()
     environment = offline | {MARK: mark, "TMPDIR": str(temporary)}
     for kill_number in range(min(PER_RUN, KILLS - number)):
-        early = kill_number % 2 == 0
+        since = ["the start", "a measurement", "the start", "the opening"][kill_number % 4]
         process = start(words, environment, output)
-        if not early:
+        if since == "a measurement" and n_measured(expected):
+            wait_until_recorded(process, output, draw.randrange(1, n_measured(expected)))
+            moment = 0.0
+        elif since == "the start":
+            moment = draw.uniform(0, FIRST_SECONDS)
+        else:
             wait_until_opened(process, output)
-        moment = draw.uniform(0, FIRST_SECONDS if early else seconds)
+            moment = draw.uniform(0, seconds)
         try:
             process.communicate(timeout=moment)
         except subprocess.TimeoutExpired:
-            n_lines = sum(len(log.read_bytes().splitlines()) for log in output.rglob("progress-*.jsonl"))
             n_files = len(list(output.rglob("*")))
-            since = "the start" if early else f"the opening, of {seconds:.1f}"
-            print(f"killed {moment:.2f} s after {since}: {n_files} files, {n_lines} measurements")
+            print(f"killed {moment:.2f} s after {since}: {n_files} files, {n_recorded(output)} measurements recorded")
             kill(process, mark, draw)
         if any(map(is_complete, output.glob("*/"))):
             break
@@ -178,7 +199,7 @@ def test_killed_at_random_moments_it_goes_on_to_the_same_tables(name, number, in
 
 
 def test_of_a_killed_launcher_nothing_is_left(inputs, quiet, offline, tmp_path):
-    """Killed as soon as it has started its processes, which then fail: a failed run, that the same command resumes."""
+    """Killed as soon as it has started its processes: these end, and the command says which of them was killed."""
     quiet("critical_analysis")
     mark = str(tmp_path)
     process = start(validate(inputs, 2), offline | {MARK: mark}, tmp_path / "out")
