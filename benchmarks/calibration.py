@@ -12,8 +12,8 @@ with few replications and fails where a rate has left its band by more than the 
 import time
 from pathlib import Path
 
+from bridge.exchange.atomic_file import write_text
 from bridge.exchange.command_line import flags
-from bridge.exchange.tables import write_text
 from simulations import layers, random_sets, rates, reports, single_weights, texts
 from simulations.rates import markdown
 

@@ -9,8 +9,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+from command_contract import kept
 from conftest import examples
-from damage import PLACES, damages
+from damaged_files import PLACES, damages
 from finished_runs import (
     CONDITIONS,
     DISCOVERY,
@@ -26,7 +27,6 @@ from finished_runs import (
 from hypothesis import given
 from hypothesis import strategies as st
 from llm_perturb.evaluation import model_names
-from promise import kept
 from safetensors.torch import load_file, save_file
 
 pytestmark = pytest.mark.slow

@@ -17,11 +17,11 @@ import psutil
 import pytest
 from bridge.exchange.command_line.flag_table import EVERY_COMMAND, FilePath, Flag, flags_of
 from bridge.exchange.command_line.verbosity import VARIABLE
+from command_contract import hashes, kept
 from conftest import examples
 from finished_runs import CONDITIONS, DISCOVERY, VALIDATE, VALIDATION, command_of, run, setup, surroundings
 from hypothesis import given
 from hypothesis import strategies as st
-from promise import hashes, kept
 from test_fuzz_files import copy_as_another_model, save_nothing
 
 pytestmark = pytest.mark.slow

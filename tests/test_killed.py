@@ -23,7 +23,7 @@ from bridge.exchange.layout import MEASUREMENTS_FILE, SINGLE_WEIGHTS_FILE, TRACE
 from bridge.instrument import process as instrument
 from bridge.instrument.command import launcher
 from conftest import PACKAGES
-from survivors import MARK, marked, survivors
+from leftover_processes import MARK, marked, survivors
 from tiny_models import save_checkpoint, word_tokenizer
 
 PYTHON = PACKAGES / "critical_weight_analysis" / ".venv" / "bin" / "python"

@@ -17,11 +17,12 @@ import time
 from pathlib import Path
 
 import pandas as pd
+from bridge.exchange.atomic_file import write_json
 from bridge.exchange.command_line import flags
 from bridge.exchange.errors import RequestError, RunError
 from bridge.exchange.existing_runs import find_runs, read_manifest
 from bridge.exchange.run_folder import open_run
-from bridge.exchange.tables import COMPARISONS, MEASUREMENTS, TOP_WEIGHTS, read_table, write_json, write_table
+from bridge.exchange.tables import COMPARISONS, MEASUREMENTS, TOP_WEIGHTS, read_table, write_table
 from discovery_folder import CORPUS, MODEL, fingerprint, parameters
 
 MODE = os.environ.get("FAKE", "")

@@ -5,8 +5,9 @@ import struct
 import numpy as np
 import pandas as pd
 import pytest
+from bridge.exchange.atomic_file import atomic_path, write_json, write_text
 from bridge.exchange.errors import RequestError
-from bridge.exchange.tables import TOP_WEIGHTS, Table, atomic_path, read_table, write_json, write_table, write_text
+from bridge.exchange.tables import TOP_WEIGHTS, Table, read_table, write_table
 
 HIDDEN = ["\x1b[31m", "\n", "\t", "\x00", "\x7f", "\x9b", "\u202e", "\u2066", "\u2028", "\u200b", "\ufeff"]
 TABLE = Table("things", {"name": "str", "n": "int", "seed": "int?", "x": "float"})

@@ -6,12 +6,12 @@ import sys
 
 import pytest
 from bridge.exchange import run_folder
+from bridge.exchange.atomic_file import write_json
 from bridge.exchange.errors import RequestError, RunError
 from bridge.exchange.existing_runs import find_runs, read_manifest
 from bridge.exchange.fingerprint import read_fingerprint
 from bridge.exchange.run_folder import check_output
 from bridge.exchange.run_lock import is_locked
-from bridge.exchange.tables import write_json
 from discovery_folder import fingerprint
 
 IDENTITY = {"options": {"k": [100], "seeds": (0, 1)}, "model": {"id": "tiny"}}

@@ -8,12 +8,13 @@ import pandas as pd
 
 from bridge.analysis.model_comparison import ComparedModel, ModelComparison, compare_models
 from bridge.exchange import layout
+from bridge.exchange.atomic_file import atomic_path
 from bridge.exchange.discovery_run import Discovery, open_discovery, read_sampled
 from bridge.exchange.errors import RequestError
 from bridge.exchange.existing_runs import find_runs, read_manifest
 from bridge.exchange.printable import say
 from bridge.exchange.run_folder import open_run
-from bridge.exchange.tables import MEASUREMENTS, atomic_path, read_table
+from bridge.exchange.tables import MEASUREMENTS, read_table
 from bridge.report.placement_figures import compared_profiles
 
 _PRINTED = ["metric", "model", "k", "baseline_ppl", "top_k_score_share", "top_fraction_score_share"]

@@ -9,13 +9,14 @@ from typing import cast
 
 from bridge.analysis.correlation import write_correlations
 from bridge.exchange import layout
+from bridge.exchange.atomic_file import atomic_path
 from bridge.exchange.errors import RequestError, RunError
 from bridge.exchange.existing_runs import find_runs, is_complete, read_manifest
 from bridge.exchange.fingerprint import write_fingerprint
 from bridge.exchange.manifest import ValidationManifest
 from bridge.exchange.printable import say
 from bridge.exchange.run_folder import Run, open_run, remove_leftovers
-from bridge.exchange.tables import MEASUREMENTS, SINGLE_WEIGHTS, TARGETS, atomic_path, read_table, write_table
+from bridge.exchange.tables import MEASUREMENTS, SINGLE_WEIGHTS, TARGETS, read_table, write_table
 from bridge.exchange.validation_run import Validation
 from bridge.instrument import process
 from bridge.instrument.checks import (

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from bridge.exchange.tables import atomic_path
+from bridge.exchange.atomic_file import atomic_path
 from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import Figure
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from accelerate.utils import find_executable_batch_size
 from bridge.exchange import run_folder
+from bridge.exchange.atomic_file import write_json
 from bridge.exchange.layout import BASELINE_FILE, DISCOVERY, PLOTS_FOLDER
-from bridge.exchange.tables import write_json
 from llm_perturb.evaluation.fingerprint import check_agreement
 from llm_perturb.evaluation.processes import Processes
 from llm_perturb.evaluation.unigram import baseline_warnings

@@ -4,10 +4,10 @@ from dataclasses import asdict
 from typing import Any
 
 from bridge.exchange import layout
+from bridge.exchange.atomic_file import write_json
 from bridge.exchange.errors import RequestError
 from bridge.exchange.printable import say
 from bridge.exchange.run_folder import Run, RunOptions, check_output, open_run
-from bridge.exchange.tables import write_json
 
 from llm_perturb.evaluation.causality import check_causal
 from llm_perturb.evaluation.corpus import Corpus, CorpusOptions, read_texts, tokenize

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from bridge.exchange import layout
+from bridge.exchange.atomic_file import atomic_path, write_text
 from bridge.exchange.printable import say
 from bridge.exchange.run_folder import Run
-from bridge.exchange.tables import MEASUREMENTS, atomic_path, read_table, write_table, write_text
+from bridge.exchange.tables import MEASUREMENTS, read_table, write_table
 
 from llm_perturb.evaluation.corpus import Corpus
 from llm_perturb.evaluation.perplexity import Measured, Perplexity, exp

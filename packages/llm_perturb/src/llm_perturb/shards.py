@@ -6,13 +6,13 @@ from typing import Any
 
 import pandas as pd
 from bridge.exchange import layout
+from bridge.exchange.atomic_file import atomic_path, write_text
 from bridge.exchange.errors import RequestError
 from bridge.exchange.existing_runs import find_runs, read_manifest
 from bridge.exchange.file_content import checked
 from bridge.exchange.fingerprint import MISSING, Fingerprint, difference, recorded_fingerprint
 from bridge.exchange.manifest import ShardManifest
 from bridge.exchange.run_folder import RunOptions, check_output, open_run
-from bridge.exchange.tables import atomic_path, write_text
 
 from llm_perturb.measurements_table import write_comparisons
 

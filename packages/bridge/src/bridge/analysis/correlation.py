@@ -23,7 +23,7 @@ from bridge.analysis.targets import RANGE_NOTE, is_restricted
 from bridge.analysis.weighted_rho import WeightedRho, weighted_rho
 from bridge.analysis.within_kinds import kind_and_depth, within_kinds
 from bridge.exchange import layout
-from bridge.exchange.metric_definitions import DEFAULT_BASELINE
+from bridge.exchange.recorded_metrics import DEFAULT_BASELINE
 from bridge.exchange.tables import CORRELATIONS, write_table
 from bridge.exchange.validation_run import Validation
 

@@ -19,8 +19,8 @@ from bridge.exchange.fingerprint import Fingerprint, recorded_fingerprint
 from bridge.exchange.json_file import read_json
 from bridge.exchange.layout import WEIGHT_KEY, Scope
 from bridge.exchange.manifest import Baseline, CorpusInfo, DiscoveryManifest, ModelInfo
-from bridge.exchange.metric_definitions import MetricDefinitions, read_metric_definitions
 from bridge.exchange.printable import say
+from bridge.exchange.recorded_metrics import MetricDefinitions, read_metric_definitions
 from bridge.exchange.tables import LAYER_SUMMARY, SAMPLED_WEIGHTS, STABILITY, TOP_WEIGHTS, Table, read_table
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import msgspec
 
+from bridge.exchange.atomic_file import write_json
 from bridge.exchange.errors import RequestError
 from bridge.exchange.file_content import damaged
 from bridge.exchange.json_file import read_json
 from bridge.exchange.layout import FINGERPRINT_FILE
-from bridge.exchange.tables import write_json
 
 MISSING = "has no fingerprint (an earlier version made it), so the values of the models could not be compared"
 _NAMED = 3  # parameters that a message names before it counts the others

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bridge.exchange.atomic_file import write_bytes
 from bridge.exchange.json_file import parse_json
 from bridge.exchange.layout import PROGRESS_FILES, path_aside, progress_file
-from bridge.exchange.tables import write_bytes
 
 
 def append_record(folder: Path, record: dict[str, Any], writer: int) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from bridge.exchange.atomic_file import write_json
 from bridge.exchange.errors import RequestError
 from bridge.exchange.existing_runs import SCHEMA_VERSION, find_unfinished_run, manifest_if_any
 from bridge.exchange.fingerprint import Fingerprint, difference, recorded_fingerprint, write_fingerprint
@@ -26,7 +27,6 @@ from bridge.exchange.printable import escaped, say
 from bridge.exchange.progress_log import append_record, read_records, remove_logs
 from bridge.exchange.run_lock import lock_folder
 from bridge.exchange.scratch import remove_temporary, scratch_folder
-from bridge.exchange.tables import write_json
 
 _RESERVE = 1 << 16  # bytes, enough for a manifest
 

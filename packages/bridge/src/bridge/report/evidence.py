@@ -14,7 +14,7 @@ from bridge.analysis.predicted_and_measured import LAYERS
 from bridge.analysis.single_weights import weight_effects
 from bridge.analysis.top_against_random import LayersAboveRandom, layers_above_random, top_against_random
 from bridge.exchange import layout
-from bridge.exchange.metric_definitions import MetricDefinitions, read_metric_definitions
+from bridge.exchange.recorded_metrics import MetricDefinitions, read_metric_definitions
 from bridge.exchange.tables import COMPARISONS
 from bridge.exchange.validation_run import Validation
 

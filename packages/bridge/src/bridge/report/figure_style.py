@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from bridge.exchange.tables import atomic_path
+from bridge.exchange.atomic_file import atomic_path
 
 WIDTH = 8.4  # of a figure, in inches
 NARROW_WIDTH = 5.0  # of a figure with one panel

@@ -13,8 +13,8 @@ import jinja2
 from markupsafe import Markup
 
 from bridge.exchange import layout
+from bridge.exchange.atomic_file import write_text
 from bridge.exchange.printable import escaped, is_printable
-from bridge.exchange.tables import write_text
 from bridge.exchange.validation_run import Validation
 from bridge.report.caveats import caveats
 from bridge.report.evidence import Evidence, evidence_of

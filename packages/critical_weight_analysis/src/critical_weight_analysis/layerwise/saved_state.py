@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
+from bridge.exchange.atomic_file import atomic_path
 from bridge.exchange.json_file import parse_json
-from bridge.exchange.tables import atomic_path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor

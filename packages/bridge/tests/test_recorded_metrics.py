@@ -1,11 +1,11 @@
 import doctest
 
-from bridge.exchange import metric_definitions
-from bridge.exchange.metric_definitions import UNKNOWN_METRIC, read_metric_definitions
+from bridge.exchange import recorded_metrics
+from bridge.exchange.recorded_metrics import UNKNOWN_METRIC, read_metric_definitions
 
 
 def test_the_example_of_the_docstring_is_true():
-    results = doctest.testmod(metric_definitions)
+    results = doctest.testmod(recorded_metrics)
     assert results.attempted and not results.failed
 
 

@@ -1,4 +1,4 @@
-"""What the metrics of a discovery are: the definitions that the discovery writes into its manifest.
+"""What a discovery's manifest says of its metrics: the definitions that the discovery has written there.
 
 The bridge knows no metric itself. A manifest without definitions (of an older version) says nothing about its metrics
 but their names; its baseline is then the metric called ``magnitude``.
