@@ -8,11 +8,11 @@ from bridge import api, validate
 from bridge.analysis import correlation
 from bridge.exchange.errors import RequestError
 from discovery_folder import make_discovery
-from test_validate import no_plots, options, python  # noqa: F401 (fixtures)
+from validations import options
 
 
 @pytest.fixture
-def outputs(tmp_path, python, no_plots, monkeypatch):  # noqa: F811
+def outputs(tmp_path, python, no_plots, monkeypatch):
     """The folder ``outputs`` of the examples, with a discovery and its validation, in the current folder."""
     monkeypatch.chdir(tmp_path)
     make_discovery(tmp_path / "outputs")

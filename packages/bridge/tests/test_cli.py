@@ -8,7 +8,7 @@ from bridge.exchange.command_line.flag_table import flags_of
 from bridge.exchange.tables import CORRELATIONS
 from bridge.report import html
 from discovery_folder import make_discovery, snapshot
-from test_validate import no_plots, options, output, python  # noqa: F401 (fixtures)
+from validations import options
 
 
 def bridge(monkeypatch, capsys, *words) -> tuple[int, str, str]:
@@ -85,7 +85,7 @@ def test_every_flag_is_described():
 
 
 @pytest.mark.slow
-def test_correlate_and_report_rewrite_only_what_they_derive(output, python, no_plots, monkeypatch, capsys):  # noqa: F811
+def test_correlate_and_report_rewrite_only_what_they_derive(output, python, no_plots, monkeypatch, capsys):
     validate.validate(options(output, python))
     folder = output / "validation_v"
     before = snapshot(output)
@@ -102,7 +102,7 @@ def test_correlate_and_report_rewrite_only_what_they_derive(output, python, no_p
 
 
 @pytest.mark.slow
-def test_correlate_and_report_find_the_single_weights_again(output, python, no_plots, monkeypatch, capsys):  # noqa: F811
+def test_correlate_and_report_find_the_single_weights_again(output, python, no_plots, monkeypatch, capsys):
     validate.validate(options(output, python, single_weights=9))
     before = snapshot(output)
     (output / "validation_v" / "correlations.csv").unlink()
@@ -115,7 +115,7 @@ def test_correlate_and_report_find_the_single_weights_again(output, python, no_p
 
 
 @pytest.mark.slow
-def test_moved_folders_are_found_and_a_lost_discovery_is_named(tmp_path, output, python, no_plots, monkeypatch, capsys):  # noqa: F811
+def test_moved_folders_are_found_and_a_lost_discovery_is_named(tmp_path, output, python, no_plots, monkeypatch, capsys):
     validate.validate(options(output, python))
     moved = output.rename(tmp_path / "elsewhere")
     assert bridge(monkeypatch, capsys, "report", "--from", moved)[0] == 0

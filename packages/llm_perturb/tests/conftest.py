@@ -10,6 +10,7 @@ from llm_perturb.evaluation.corpus import CorpusOptions
 from llm_perturb.evaluation.models import ModelOptions
 from llm_perturb.perturbation_options import PerturbationOptions
 from llm_perturb.perturbation_run import measure_perturbations
+from perturbation_commands import DENSE, TEXTS, UP, common_flags, offline, write_list
 from safetensors.torch import load_file
 from tiny_models import BUILDERS, build, random_sequences, save_checkpoint
 
@@ -29,9 +30,6 @@ def model(request):
 def sequences():
     """Eight random sequences of 2 to 12 tokens, two of the same length."""
     return random_sequences()
-
-
-UP, DENSE = "gpt_neox.layers.1.mlp.dense_h_to_4h", "gpt_neox.layers.0.attention.dense"
 
 
 @pytest.fixture(scope="session")
@@ -60,3 +58,23 @@ def tiny_command(tmp_path_factory):
         return Path(output)
 
     return run
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A folder with a checkpoint and a corpus, nothing of which any test changes."""
+    folder = tmp_path_factory.mktemp("inputs")
+    save_checkpoint(folder / "model", "neox", n_layers=2)
+    (folder / "texts.txt").write_text("\n".join(TEXTS) + "\n")
+    write_list(folder / "single.csv", folder / "model", [(layer, i, 2) for layer in (UP, DENSE) for i in range(3)])
+    return folder
+
+
+@pytest.fixture
+def quiet_surroundings(monkeypatch):
+    offline(monkeypatch)
+
+
+@pytest.fixture
+def flags(inputs, tmp_path):
+    return common_flags(inputs, tmp_path / "out")
