@@ -170,6 +170,15 @@ def test_a_weight_that_is_zero_already_has_no_effect_and_says_so(sequences):
     assert torch.equal(found[conditions[1].key].losses, sequence_losses(model, sequences))
 
 
+def test_a_change_of_nothing_is_the_feature_as_it_is(model):
+    for name, index in ((name, 13) for name in linear_maps(model)):
+        change = batched_single_weights.change_of(model, single(model, name, index))
+        assert change.changes_value
+        same = batched_single_weights.unchanged(change)
+        assert (same.module, same.feature, same.changes_value) == (change.module, change.feature, False)
+        assert (same.weights != change.weights).sum() == 1  # the one that is zero in the change
+
+
 def test_other_weights_go_the_other_way(sequences):
     model = build("llama_tied")
     named = named_parameters(model)
@@ -182,6 +191,15 @@ def test_other_weights_go_the_other_way(sequences):
     torch.testing.assert_close(outcome.losses, expected, rtol=1e-12, atol=0)
 
 
+def test_single_weights_are_gathered_among_other_conditions():
+    model = build("llama")
+    single_weights = some_of_every_map(model)
+    other = Condition(single_weights[0].target, "top_obd", ZERO, 2, None, torch.tensor([1, 2]))
+    units = group(model, [other, *single_weights])
+    assert units[0] is other
+    assert sum(len(unit.conditions) for unit in units[1:]) == len(single_weights)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_narrow_models_are_changed_in_their_weights(dtype):
     """There the rounding of a copy would be larger than what most weights do."""
@@ -189,11 +207,11 @@ def test_narrow_models_are_changed_in_their_weights(dtype):
 
 
 class Expert(nn.Module):
-    """A map that sees only some of the tokens, and one that is used twice."""
+    """A map that sees only some of the tokens, one that is used twice, and one that is not used."""
 
     def __init__(self, inner):
         super().__init__()
-        self.inner, self.some, self.twice = inner, nn.Linear(8, 8, dtype=torch.float64), nn.Linear(8, 8).double()
+        self.inner, self.some, self.twice, self.never = inner, *(nn.Linear(8, 8).double() for _ in range(3))
 
     def forward(self, x):
         self.some(x[:, :2])
@@ -205,7 +223,7 @@ def test_maps_that_do_not_see_each_token_once_are_left_out():
     model.model.layers[1].mlp = Expert(model.model.layers[1].mlp)
     maps = linear_maps(model)
     assert "model.layers.1.mlp.inner.up_proj.weight" in maps
-    assert not any(".some." in name or ".twice." in name for name in maps)
+    assert not any(".some." in name or ".twice." in name or ".never." in name for name in maps)
 
 
 def test_a_weight_of_two_modules_is_left_out():

@@ -93,15 +93,24 @@ def test_modules_of_torch_and_of_gpt2_have_one_convention_each():
 
 
 class Plain(nn.Module):
-    """Tensors of its own: a matrix used as x W, one used as W x, and one with three axes that no product sees."""
+    """Tensors of its own: matrices used as x W and as W x, in several ways, and one that no product sees."""
 
     def __init__(self):
         super().__init__()
         self.right = nn.Parameter(torch.randn(8, 8))
         self.left = nn.Parameter(torch.randn(8, 8))
+        self.first = nn.Parameter(torch.randn(8, 8))
+        self.added = nn.Parameter(torch.randn(8, 8))
+        self.vector = nn.Parameter(torch.randn(8, 8))
         self.scale = nn.Parameter(torch.randn(2, 2, 2))
+        self.one_row, self.table = nn.Parameter(torch.randn(1, 1, 8)), nn.Parameter(torch.randn(2, 1, 4))
 
     def forward(self, x):
+        columns = x.reshape(-1, 8).T  # (H, B T)
+        columns = torch.mm(self.first, columns)
+        columns = torch.addmm(columns, self.added, columns)
+        columns = columns + torch.mv(self.vector, columns[:, 0])[:, None]
+        x = columns.T.reshape(x.shape)
         return (self.left @ (x @ self.right).mT).mT * self.scale.view(-1)
 
 
@@ -110,11 +119,17 @@ def test_a_tensor_of_a_module_of_its_own_is_watched_in_a_forward_pass():
     model.model.layers[0].mlp.act_fn = nn.SiLU()
     model.model.norm = Plain().requires_grad_(False)
     assert channel_axes(model, "model.norm.right") == (1,)
-    assert channel_axes(model, "model.norm.left") == (0,)
+    for name in ("left", "first", "added", "vector"):
+        assert channel_axes(model, f"model.norm.{name}") == (0,)
+    assert channel_axes(model, "model.norm.one_row") == ()  # a vector, as it has one axis that is longer than 1
+    assert channel_axes(model, "model.norm.table") == (0,)
     with pytest.raises(
         RequestError, match=r"quantize: which axes of model.norm.scale \(2, 2, 2\) are its output channel"
     ):
         check_channels(model, ["model.norm.right", "model.norm.scale"])
+    scale, index = model.model.norm.scale.data, torch.tensor([3, 0])
+    for kind in ("zero", "sign_flip", "scale", "gaussian_noise", "bit_flip"):  # need no channel
+        assert len(values_under(Perturbation(kind), 0, model)("model.norm.scale", scale, index)) == 2
 
 
 def test_strides_tell_which_axes_a_view_runs_over():

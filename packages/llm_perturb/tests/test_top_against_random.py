@@ -67,6 +67,12 @@ def test_the_p_value_counts_draws_that_do_as_much(worse):
     assert rank_p_value(top, drawn) == (1 + worse) / 6
 
 
+def test_p_values_of_many_worlds_are_computed_at_once():
+    top, drawn = np.array([[3.0, 3, 3, 3], [5, 1, 5, 1]]), np.array([[3.0, 2, 4, 1], [2, 2, 2, 2]])
+    assert rank_p_value(top, drawn).tolist() == [3 / 5, 3 / 5]
+    assert rank_p_value(top[:, :1], drawn).tolist() == [3 / 5, 1 / 5]
+
+
 def test_effects_that_are_not_finite_rank_as_the_largest():
     drawn = np.array([1.0, math.nan, math.inf, -math.inf, 2])
     assert rank_p_value(np.array([5.0]), drawn) == 4 / 6
@@ -76,6 +82,8 @@ def test_effects_that_are_not_finite_rank_as_the_largest():
 def test_a_p_value_is_given_where_it_can_reach_one_in_twenty():
     assert draws_needed() == 19
     assert draws_needed(0.01) == 99
+    assert draws_needed(0.03) == 33  # 1 / 34 is below, 1 / 33 above
+    assert draws_needed(1 / 49) == 48  # although 1 / (1 / 49) is above 49
     assert [can_reach(n) for n in (3, 18, 19, 20)] == [False, False, True, True]
     assert smallest_p_value(19) == 0.05
     for n_draws in (18, 19):
@@ -161,7 +169,33 @@ def test_the_draws_range_from_the_smallest_to_the_largest_with_the_unbounded_sha
     differences = np.outer([5.0, 1, 2, math.nan, 3, 4], TOKENS)
     (row,) = compare(rows_of(TOP_AND_RANDOM, differences), differences, TOKENS).itertuples()
     assert (row.control_low, row.control_high) == (1, math.inf)
-    assert row.control_unbounded_share == 0.2
+    assert (row.unbounded_share, row.control_unbounded_share) == (0, 0.2)
+    assert row.note.startswith("a loss is not finite; no p")
+
+
+def test_a_draw_that_does_as_much_is_not_beaten():
+    differences = np.outer([3.0, 3, 2, 4, 3, 1], TOKENS)
+    (row,) = compare(rows_of(TOP_AND_RANDOM, differences), differences, TOKENS).itertuples()
+    assert row.n_beaten == 2
+
+
+def test_sequences_of_one_text_count_as_one(differences):
+    clusters = np.array([3, 3, 0, 0, 9, 9, 1, 2, 2, 4, 5, 5])  # eleven sequences of seven texts
+    ids = [0, 1, 2, 3, 4, 5, 9]
+    sums, tokens = (np.stack([a[..., clusters == i].sum(-1) for i in ids], -1) for a in (differences, TOKENS))
+    (row,) = compare(rows_of(TOP_AND_RANDOM, differences), differences, TOKENS, clusters).itertuples()
+    assert (row.ci_low, row.ci_high) == pytest.approx(difference_interval(sums[:1], sums[1:], tokens), rel=1e-12)
+    excess = np.abs(sums[0] - sums[1:].mean(0))
+    assert row.n_eff == pytest.approx(excess.sum() ** 2 / (excess**2).sum(), rel=1e-12)
+
+
+def test_the_table_has_its_columns_in_order(differences):
+    table = compare(rows_of(TOP_AND_RANDOM, differences), differences, TOKENS)
+    assert list(table) == [
+        "target_layer", "parameter", "selection", "perturbation", "k", "row", "col", "control", "n_draws",
+        "delta_nll", "control_mean", "control_low", "control_high", "difference", "ci_low", "ci_high", "n_eff",
+        "n_beaten", "p_value", "unbounded_share", "control_unbounded_share", "note",
+    ]  # fmt: skip
 
 
 def test_few_texts_have_no_interval(differences):

@@ -81,7 +81,6 @@ def _finite(metric: str, name: str, scores: Tensor) -> Tensor:
 
 
 def _sequence_loss(model: PreTrainedModel, sequence: Tensor) -> Tensor:
-    ids = sequence[None].to(model.device)
-    logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return exact_nats(logits, ids[0, 1:]).sum()
+    ids = sequence.to(model.device)
+    (logits,) = model(input_ids=ids[None], use_cache=False).logits  # (T, V)
+    return exact_nats(logits[:-1], ids[1:]).sum()
