@@ -9,7 +9,7 @@ from llm_perturb.evaluation.corpus import Corpus
 from llm_perturb.evaluation.parameters import match, named_parameters
 from llm_perturb.measurement_plan import Plan, lines, share, single_weights
 from llm_perturb.perturbation import Perturbation
-from llm_perturb.selection import Target, draw_matched
+from llm_perturb.selection import Target, draw, draw_matched
 from llm_perturb.weights_csv import WeightList
 from reference import naive_highest, naive_lowest, naive_score
 from tiny_models import build
@@ -212,6 +212,14 @@ def test_matched_controls_are_others_of_nearly_the_same_magnitude(neox, sequence
         gap = (magnitude[matched] - magnitude[by["top_obd", None]]).abs().mean()
         assert gap < 0.5 * (magnitude[by["random", seed]] - magnitude[by["top_obd", None]]).abs().mean()
     assert by["matched_obd", 0].tolist() != by["matched_obd", 1].tolist()
+    excluded = torch.tensor(sorted(tops))
+    for seed in (0, 1):
+        for metric in ("obd", "magnitude"):
+            key = [seed, "matched control", metric, "lm_head", 20]
+            expected = draw_matched(magnitude, by[f"top_{metric}", None], excluded, key)
+            assert by[f"matched_{metric}", seed].tolist() == expected.tolist()
+        expected = draw(neox.lm_head.weight.numel(), 20, excluded, [seed, "random control", "", "lm_head", 20])
+        assert by["random", seed].tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -103,6 +103,7 @@ class Plain(nn.Module):
         self.added = nn.Parameter(torch.randn(8, 8))
         self.vector = nn.Parameter(torch.randn(8, 8))
         self.scale = nn.Parameter(torch.randn(2, 2, 2))
+        self.both_ways = nn.Parameter(torch.randn(2, 4, 8))
         self.one_row, self.table = nn.Parameter(torch.randn(1, 1, 8)), nn.Parameter(torch.randn(2, 1, 4))
 
     def forward(self, x):
@@ -110,6 +111,8 @@ class Plain(nn.Module):
         columns = torch.mm(self.first, columns)
         columns = torch.addmm(columns, self.added, columns)
         columns = columns + torch.mv(self.vector, columns[:, 0])[:, None]
+        columns = torch.mm(self.both_ways.view(8, 8), columns)
+        columns = torch.mm(columns.T, self.both_ways.view(8, 8)).T
         x = columns.T.reshape(x.shape)
         return (self.left @ (x @ self.right).mT).mT * self.scale.view(-1)
 
@@ -127,6 +130,8 @@ def test_a_tensor_of_a_module_of_its_own_is_watched_in_a_forward_pass():
         RequestError, match=r"quantize: which axes of model.norm.scale \(2, 2, 2\) are its output channel"
     ):
         check_channels(model, ["model.norm.right", "model.norm.scale"])
+    with pytest.raises(RequestError, match=r"which axes of model.norm.both_ways \(2, 4, 8\) are its output channel"):
+        check_channels(model, ["model.norm.both_ways"])
     scale, index = model.model.norm.scale.data, torch.tensor([3, 0])
     for kind in ("zero", "sign_flip", "scale", "gaussian_noise", "bit_flip"):  # need no channel
         assert len(values_under(Perturbation(kind), 0, model)("model.norm.scale", scale, index)) == 2

@@ -94,6 +94,16 @@ def test_a_loss_that_is_not_finite_is_a_result_where_that_is_asked_for(sequences
                 function(model, sequences, batch_size)
 
 
+def test_a_batch_is_padded_on_the_right_under_a_mask_where_one_is_needed():
+    model = build("llama")
+    ids, predicted, more = perplexity.pad(model, [torch.tensor([7, 8, 9, 6]), torch.tensor([5, 4])])
+    assert ids.tolist() == [[7, 8, 9, 6], [5, 4, 0, 0]]
+    assert predicted.tolist() == [[True, True, True], [True, False, False]]
+    assert {name: mask.tolist() for name, mask in more.items()} == {"attention_mask": [[1, 1, 1, 1], [1, 1, 0, 0]]}
+    ids, predicted, more = perplexity.pad(model, [torch.tensor([7, 8, 9]), torch.tensor([5, 4, 0])])
+    assert (ids.tolist(), predicted.tolist(), more) == ([[7, 8, 9], [5, 4, 0]], [[True, True]] * 2, {})
+
+
 def test_nothing_is_padded_unless_a_batch_size_is_named(model, sequences, monkeypatch):
     seen, real = [], perplexity.measure_batch
     monkeypatch.setattr(perplexity, "measure_batch", lambda m, s, r=None: seen.append(len(s)) or real(m, s, r))
