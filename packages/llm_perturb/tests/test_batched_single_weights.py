@@ -136,6 +136,7 @@ def test_the_groups_are_those_of_the_set_of_weights_whatever_their_order(monkeyp
     groups = [{tuple(c.key for c in unit.conditions) for unit in group(model, order)} for order in orders]
     assert groups[0] == groups[1] == groups[2]
     assert all(list(keys) == sorted(keys) and len(keys) in (2, 3) for keys in groups[0])
+    assert all(len({key.split(".")[2] for key in keys}) == 1 for keys in groups[0])  # of one layer
     assert sorted(key for keys in groups[0] for key in keys) == sorted(c.key for c in conditions)
 
 
@@ -207,14 +208,16 @@ def test_narrow_models_are_changed_in_their_weights(dtype):
 
 
 class Expert(nn.Module):
-    """A map that sees only some of the tokens, one that is used twice, and one that is not used."""
+    """A map that sees only some of the tokens, one that is used twice, one that is not used, and one with a keyword."""
 
     def __init__(self, inner):
         super().__init__()
-        self.inner, self.some, self.twice, self.never = inner, *(nn.Linear(8, 8).double() for _ in range(3))
+        self.inner = inner
+        self.some, self.twice, self.never, self.keyword = (nn.Linear(8, 8).double() for _ in range(4))
 
     def forward(self, x):
         self.some(x[:, :2])
+        self.keyword(input=x)
         return self.inner(x) + self.twice(self.twice(x))
 
 
@@ -223,7 +226,33 @@ def test_maps_that_do_not_see_each_token_once_are_left_out():
     model.model.layers[1].mlp = Expert(model.model.layers[1].mlp)
     maps = linear_maps(model)
     assert "model.layers.1.mlp.inner.up_proj.weight" in maps
-    assert not any(".some." in name or ".twice." in name or ".never." in name for name in maps)
+    assert not any(part in name for part in ("some", "twice", "never", "keyword") for name in maps)
+
+
+def rows_of_tokens():
+    """What a map receives of two sequences of six tokens, the first two alike, the rest not."""
+    x = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64).clamp(-1.5, 1.5)
+    x[0, 5, 7] = -2  # the largest
+    x[1, :2] = x[0, :2]
+    return x
+
+
+def test_rows_are_tokens_where_those_in_common_are_alike_and_others_are_not():
+    x, rows_are_tokens = rows_of_tokens(), batched_single_weights._rows_are_tokens
+    assert rows_are_tokens(x) and rows_are_tokens(x.view(12, 8))
+    assert not rows_are_tokens(x.transpose(0, 1))
+    assert not rows_are_tokens(x[:, :5]) and not rows_are_tokens(torch.cat([x, x], 1))
+    for row in range(2):
+        for sign in (1, -1):
+            for change, are in ((0.9, True), (1.1, False)):
+                other = x.clone()
+                other[1, row, 3] += sign * change * 1e-3 * 2
+                assert rows_are_tokens(other) is are
+    alike = x.clone()
+    alike[1] = alike[0]
+    assert not rows_are_tokens(alike)
+    alike[1, 4, 2] += 1e-9
+    assert rows_are_tokens(alike)
 
 
 def test_a_weight_of_two_modules_is_left_out():

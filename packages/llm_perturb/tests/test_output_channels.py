@@ -104,7 +104,8 @@ class Plain(nn.Module):
         self.vector = nn.Parameter(torch.randn(8, 8))
         self.scale = nn.Parameter(torch.randn(2, 2, 2))
         self.both_ways = nn.Parameter(torch.randn(2, 4, 8))
-        self.one_row, self.table = nn.Parameter(torch.randn(1, 1, 8)), nn.Parameter(torch.randn(2, 1, 4))
+        self.one_row, self.table = nn.Parameter(torch.randn(1, 1, 8)), nn.Parameter(torch.randn(1, 2, 4))
+        self.number = nn.Parameter(torch.randn(1, 1))
 
     def forward(self, x):
         columns = x.reshape(-1, 8).T  # (H, B T)
@@ -125,7 +126,8 @@ def test_a_tensor_of_a_module_of_its_own_is_watched_in_a_forward_pass():
     for name in ("left", "first", "added", "vector"):
         assert channel_axes(model, f"model.norm.{name}") == (0,)
     assert channel_axes(model, "model.norm.one_row") == ()  # a vector, as it has one axis that is longer than 1
-    assert channel_axes(model, "model.norm.table") == (0,)
+    assert channel_axes(model, "model.norm.number") == ()
+    assert channel_axes(model, "model.norm.table") == (1,)
     with pytest.raises(
         RequestError, match=r"quantize: which axes of model.norm.scale \(2, 2, 2\) are its output channel"
     ):
@@ -142,6 +144,9 @@ def test_strides_tell_which_axes_a_view_runs_over():
     assert axes_under(weight, *_last(weight[2])) == (2,)
     assert axes_under(weight, *_last(weight[2].T)) == (1,)
     assert axes_under(weight, *_last(weight.view(15, 4).T)) == (0, 1)
+    assert axes_under(weight, *_last(weight.view(60))) == (0, 1, 2)
+    assert axes_under(weight, *_last(weight[:, :, :1])) == ()
+    assert axes_under(torch.empty(5, 1, 4), *_last(weight[:, 0].reshape(20))) == (0, 2)
     assert axes_under(weight, *_last(weight.expand(2, 5, 3, 4)[..., None].expand(-1, -1, -1, -1, 6))) == ()
 
 

@@ -103,7 +103,7 @@ def flip_bit(values: Tensor, bit: int | None) -> Tensor:
     """
     width = values.element_size() * 8
     bit = width - 2 if bit is None else bit
-    mask = 1 << bit if bit < width - 1 else -(1 << bit)
+    mask = torch.ones_like(bits(values)) << bit
     return (bits(values) ^ mask).view(values.dtype)
 
 
