@@ -120,6 +120,14 @@ def test_the_divergence_of_the_same_predictions_is_nothing():
     assert lm_loss.token_divergence(output, hidden, output, hidden).abs().max() < 1e-14
 
 
+def test_the_divergence_of_large_logits_does_not_overflow():
+    output, hidden = linear(2500, 6, True), 1e4 * torch.randn(2, 7, 6, dtype=torch.float64)
+    expected = naive_divergence(output(hidden[0]), output(hidden[1]))
+    found = lm_loss.token_divergence(output, hidden[0], output, hidden[1])
+    assert expected.max() > 1000
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-9)
+
+
 def test_a_tiny_divergence_is_not_lost_in_rounding():
     """A millionth of a change makes a divergence of a million-millionth, in float32 too."""
     output, hidden = linear(2500, 6, False), 5 * torch.randn(7, 6, dtype=torch.float64)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from bridge.exchange.errors import RequestError
+from llm_perturb.batched_single_weights import Copies
 from llm_perturb.choose_weights import choose_weights
 from llm_perturb.evaluation.corpus import Corpus
 from llm_perturb.evaluation.parameters import match, named_parameters
@@ -188,8 +189,18 @@ def test_targets_in_several_passes_have_the_weights_of_one_pass(neox, sequences,
 
     plan = plan_of(neox, [UP, DENSE, "lm_head"])
     once = {c.key: c.positions.tolist() for c in chosen(plan, neox, sequences)}
-    monkeypatch.setattr(module, "_WEIGHTS_AT_ONCE", 200)
-    assert {c.key: c.positions.tolist() for c in chosen(plan, neox, sequences)} == once
+    for limit in (200, 50):  # also below the weights of a single target
+        monkeypatch.setattr(module, "_WEIGHTS_AT_ONCE", limit)
+        assert {c.key: c.positions.tolist() for c in chosen(plan, neox, sequences)} == once
+
+
+def test_conditions_whose_weights_are_known_come_first_and_as_they_are(neox, sequences):
+    plan = plan_of(neox, [DENSE], selections=["random"], seeds=[0])
+    first, second = single_weights(listed(f"{UP}.weight", [17, 3]), named_parameters(neox), [Perturbation("zero")], [0])
+    copies = Copies((second,))
+    units = choose_weights(plan, [*plan.conditions(), first, copies], neox, Corpus(sequences, {}))
+    assert units[:2] == [first, copies]
+    assert [len(unit.positions) for unit in units[2:]] == [2, 5]
 
 
 def test_a_control_that_cannot_avoid_the_top_is_refused(neox, sequences):

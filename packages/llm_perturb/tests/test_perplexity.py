@@ -121,8 +121,6 @@ def test_what_is_measured_is_named_on_stderr_where_it_is_asked_for(sequences, mo
     assert loops == 2 * [("baseline", True), ("", False)]
 
 
-
-
 def test_exp_never_overflows():
     assert perplexity.exp(1.0) == math.e
     assert perplexity.exp(709.7) == math.exp(709.7)
@@ -159,6 +157,12 @@ def test_padding_may_change_a_loss_by_a_tenth_of_the_rounding_of_a_logit(dtype):
     elsewhere = torch.ones(len(sequences), dtype=torch.bool)
     elsewhere[chosen] = False
     perplexity.check_padding(model, sequences, torch.where(elsewhere, 2 * losses, losses), 3)
+
+
+def test_texts_that_cost_nothing_may_cost_nothing_in_a_batch(monkeypatch, sequences):
+    alone = torch.tensor([0.0, -1e-17, 0.0], dtype=torch.float64)
+    monkeypatch.setattr(perplexity, "sequence_losses", lambda model, chosen: alone)
+    perplexity.check_padding(build("llama"), [torch.zeros(n) for n in (2, 3, 4)], alone, 3)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 8, 50])
