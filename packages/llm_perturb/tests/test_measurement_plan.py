@@ -233,23 +233,6 @@ def test_matched_controls_are_others_of_nearly_the_same_magnitude(neox, sequence
         assert by["random", seed].tolist() == expected.tolist()
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_a_match_lies_among_the_nearest_in_rank(seed):
-    magnitudes = torch.rand(1000, generator=torch.Generator().manual_seed(seed))
-    top = torch.tensor([3, 500, 999])
-    drawn = draw_matched(magnitudes, top, top, [seed]).tolist()
-    rank = magnitudes.argsort().argsort()
-    assert all(abs(int(rank[a] - rank[b])) <= 30 for a, b in zip(drawn, top.tolist(), strict=True))
-    assert drawn == draw_matched(magnitudes, top, top, [seed]).tolist()
-
-
-def test_when_few_are_left_every_one_of_them_is_matched_once():
-    magnitudes, top = torch.arange(10.0), torch.tensor([9, 8, 7, 6, 5])
-    assert sorted(draw_matched(magnitudes, top, top, ["x"]).tolist()) == [0, 1, 2, 3, 4]
-    with pytest.raises(RequestError, match="matched control of 6 weights is impossible: 4 are outside"):
-        draw_matched(magnitudes, torch.arange(4, 10), torch.arange(4, 10), ["x"])
-
-
 @pytest.mark.parametrize(("axis", "label", "n"), [(0, "row", 20), (1, "col", 8)])
 def test_rows_and_columns_are_those_of_the_stored_matrix(neox, axis, label, n):
     (target,) = plan_of(neox).targets

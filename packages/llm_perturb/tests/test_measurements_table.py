@@ -188,7 +188,8 @@ def test_what_may_mislead_is_warned_of(tmp_path):
     random = record(0.0, "random", 0)
     random["row"]["delta_nll"] = 0.0
     few, broken = record(0.5, "top_wanda", k=3), record(math.inf, "top_taylor2")
-    assert written(tmp_path, [unchanged, nothing, random, few, broken], comparisons=False) == [
+    records = [unchanged, nothing, random, few, broken, record(-1.0, "top_better"), record(1.0, "top_one", n_changed=1)]
+    assert written(tmp_path, records, comparisons=False) == [
         "zero of top_obd, k=2, in a changed no weight of the model",
         "zero of top_magnitude, k=2, in a changed 2 weights and no loss at all",
         "zero of top_wanda, k=3, in a: the CSV holds 2 weights of this target, fewer than k",

@@ -146,8 +146,25 @@ def test_a_match_is_any_of_the_25_nearest_on_either_side(chosen, nearest):
     assert draws == set(nearest)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_a_match_lies_among_the_nearest_in_rank(seed):
+    magnitudes = torch.rand(1000, generator=torch.Generator().manual_seed(seed))
+    top = torch.tensor([3, 500, 999])
+    drawn = draw_matched(magnitudes, top, top, [seed]).tolist()
+    rank = magnitudes.argsort().argsort()
+    assert all(abs(int(rank[a] - rank[b])) <= 30 for a, b in zip(drawn, top.tolist(), strict=True))
+    assert drawn == draw_matched(magnitudes, top, top, [seed]).tolist()
+
+
+def test_when_few_are_left_every_one_of_them_is_matched_once():
+    magnitudes, top = torch.arange(10.0), torch.tensor([9, 8, 7, 6, 5])
+    assert sorted(draw_matched(magnitudes, top, top, ["x"]).tolist()) == [0, 1, 2, 3, 4]
+    with pytest.raises(RequestError, match="matched control of 6 weights is impossible: 4 are outside"):
+        draw_matched(magnitudes, torch.arange(4, 10), torch.arange(4, 10), ["x"])
+
+
 def naive_matched(magnitudes, chosen, excluded, key):
-    """Free weights in the order of magnitude and position; of 25 on either side one, of twice as many if none is left."""
+    """Free weights by magnitude, then position; one of 25 on either side, or of twice as many where none is left."""
     free = [j for j in range(len(magnitudes)) if j not in chosen and j not in excluded]
     free.sort(key=lambda j: (magnitudes[j], j))
     rng, left, drawn = generator(key), set(free), []
