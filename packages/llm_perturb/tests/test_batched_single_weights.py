@@ -55,7 +55,7 @@ def test_the_maps_of_every_layer_are_found(family):
 
 @pytest.mark.parametrize("family", sorted(BUILDERS))
 @pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.slow), 3])
-def test_a_copy_gives_what_a_model_with_a_zero_in_its_state_dict_gives(family, batch_size, sequences):
+def test_a_copy_gives_what_a_model_with_a_zero_in_its_state_dict_gives(family, batch_size, sequences, capsys):
     model = build(family)
     conditions = some_of_every_map(model)
     units = group(model, conditions)
@@ -67,6 +67,7 @@ def test_a_copy_gives_what_a_model_with_a_zero_in_its_state_dict_gives(family, b
         expected = naive_losses(zeroed(model, {name: index.tolist()}), sequences)
         torch.testing.assert_close(found[c.key].losses, expected, rtol=1e-11, atol=0)
         assert found[c.key].n_changed == 1
+    assert ONE_BY_ONE not in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -82,10 +83,11 @@ def test_a_copy_gives_what_a_model_with_a_zero_in_its_state_dict_gives(family, b
     ],
     ids=lambda value: value.kind if isinstance(value, Perturbation) else str(value),
 )
-def test_every_change_of_a_copy_is_the_change_of_the_weight(family, sequences, perturbation, seed):
+def test_every_change_of_a_copy_is_the_change_of_the_weight(family, sequences, perturbation, seed, capsys):
     model = build(family)
     conditions = some_of_every_map(model, perturbation, seed)[::3]
     together = run(model, sequences, conditions)
+    assert ONE_BY_ONE not in capsys.readouterr().err
     alone = run(model, sequences, conditions, units=conditions)
     for key, outcome in alone.items():
         torch.testing.assert_close(together[key].losses, outcome.losses, rtol=1e-10, atol=0)
@@ -94,11 +96,12 @@ def test_every_change_of_a_copy_is_the_change_of_the_weight(family, sequences, p
     assert sum(outcome.n_changed for outcome in together.values()) > len(conditions) / 2  # some lie on the grid
 
 
-def test_the_divergence_of_a_copy_is_that_of_the_changed_model(sequences):
+def test_the_divergence_of_a_copy_is_that_of_the_changed_model(sequences, capsys):
     model = build("neox")
     conditions = some_of_every_map(model)
     kept = reference_of(model, sequences, 3)
     together = run(model, sequences, conditions, 3, reference=kept)
+    assert ONE_BY_ONE not in capsys.readouterr().err
     alone = run(model, sequences, conditions, 3, units=conditions, reference=kept)
     for key, outcome in alone.items():
         assert outcome.measured.divergence.sum() > 1e-9
@@ -109,7 +112,7 @@ def test_the_divergence_of_a_copy_is_that_of_the_changed_model(sequences):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("at_once", [1, 20, 10**6])
-def test_the_number_of_copies_changes_nothing(sequences, monkeypatch, at_once):
+def test_the_number_of_copies_changes_nothing(sequences, monkeypatch, at_once, capsys):
     model = build("llama")
     conditions = some_of_every_map(model)
     expected = run(model, sequences, conditions)
@@ -117,6 +120,7 @@ def test_the_number_of_copies_changes_nothing(sequences, monkeypatch, at_once):
     monkeypatch.setattr(batched_single_weights, "GROUP", 5)
     for key, outcome in run(model, sequences, conditions).items():
         torch.testing.assert_close(outcome.losses, expected[key].losses, rtol=1e-12, atol=0)
+    assert ONE_BY_ONE not in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -84,6 +84,7 @@ def test_a_p_value_is_given_where_it_can_reach_one_in_twenty():
     assert draws_needed(0.01) == 99
     assert draws_needed(0.03) == 33  # 1 / 34 is below, 1 / 33 above
     assert draws_needed(1 / 49) == 48  # although 1 / (1 / 49) is above 49
+    assert [draws_needed(1 / (20 + above)) for above in (4e-10, 6e-10)] == [19, 20]  # less than a billionth is rounding
     assert [can_reach(n) for n in (3, 18, 19, 20)] == [False, False, True, True]
     assert smallest_p_value(19) == 0.05
     for n_draws in (18, 19):
@@ -255,6 +256,15 @@ def test_the_interval_adds_the_variances_of_texts_and_draws(differences, n_draws
     assert difference_interval(top, drawn, TOKENS) == pytest.approx(expected, rel=1e-8)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_each_end_is_the_outer_one_by_the_skewness_of_the_draws_or_a_shrunk_one(sign):
+    """One of twenty draws does much more, or less, than the others: their own skewness is then the larger one."""
+    noise = np.random.default_rng(1).normal(size=(21, N)) / 10
+    top, drawn = noise[:1] + 2 * TOKENS, noise[1:] + np.outer(sign * np.array([1.0] * 19 + [30]), TOKENS)
+    expected = naive_interval(top.tolist() * 20, drawn.tolist(), TOKENS.tolist())
+    assert difference_interval(top, drawn, TOKENS) == pytest.approx(expected, rel=1e-8)
+
+
 def test_draws_that_all_do_the_same_leave_the_interval_of_the_texts(differences):
     same = np.outer(np.ones(4), TOKENS + np.sin(TOKENS))
     found = difference_interval(differences[:1], same, TOKENS)
@@ -286,9 +296,13 @@ def test_one_draw_has_no_interval(differences):
 
 def test_many_worlds_are_computed_at_once(differences):
     drawn = np.stack([differences[1:], differences[1:] ** 2])
+    n_tokens = np.stack([TOKENS, TOKENS[::-1] ** 2])
     low, high = difference_interval(differences[:1], drawn, TOKENS)
+    low_too, high_too = difference_interval(differences[:1], drawn, n_tokens)
     for world in range(2):
         assert (low[world], high[world]) == difference_interval(differences[:1], drawn[world], TOKENS)
+        expected = difference_interval(differences[:1], drawn[world], n_tokens[world])
+        assert (low_too[world], high_too[world]) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("n", [MIN_CLUSTERS, 10])
