@@ -145,6 +145,7 @@ def test_strides_tell_which_axes_a_view_runs_over():
     assert axes_under(weight, *_last(weight[2].T)) == (1,)
     assert axes_under(weight, *_last(weight.view(15, 4).T)) == (0, 1)
     assert axes_under(weight, *_last(weight.view(60))) == (0, 1, 2)
+    assert axes_under(torch.empty(2, 1, 2), stride=1, size=4) == (0, 2)
     assert axes_under(weight, *_last(weight[:, :, :1])) == ()
     assert axes_under(torch.empty(5, 1, 4), *_last(weight[:, 0].reshape(20))) == (0, 2)
     assert axes_under(weight, *_last(weight.expand(2, 5, 3, 4)[..., None].expand(-1, -1, -1, -1, 6))) == ()
