@@ -112,6 +112,7 @@ class Plain(nn.Module):
         columns = torch.mm(self.first, columns)
         columns = torch.addmm(columns, self.added, columns)
         columns = columns + torch.mv(self.vector, columns[:, 0])[:, None]
+        columns = columns + torch.mv(columns.T, self.one_row.view(8))
         columns = torch.mm(self.both_ways.view(8, 8), columns)
         columns = torch.mm(columns.T, self.both_ways.view(8, 8)).T
         x = columns.T.reshape(x.shape)
