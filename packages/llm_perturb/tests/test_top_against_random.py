@@ -257,11 +257,13 @@ def test_the_interval_adds_the_variances_of_texts_and_draws(differences, n_draws
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_each_end_is_the_outer_one_by_the_skewness_of_the_draws_or_a_shrunk_one(sign):
-    """One of twenty draws does much more, or less, than the others: their own skewness is then the larger one."""
+@pytest.mark.parametrize("n_draws", [5, 20])
+def test_each_end_is_the_outer_one_by_the_skewness_of_the_draws_or_a_shrunk_one(sign, n_draws):
+    """One draw does much more, or less, than the others: of 5 their own skewness gives the outer end, of 20 not."""
     noise = np.random.default_rng(1).normal(size=(21, N)) / 10
-    top, drawn = noise[:1] + 2 * TOKENS, noise[1:] + np.outer(sign * np.array([1.0] * 19 + [30]), TOKENS)
-    expected = naive_interval(top.tolist() * 20, drawn.tolist(), TOKENS.tolist())
+    one_else = sign * np.array([1.0] * (n_draws - 1) + [30])
+    top, drawn = noise[:1] + 2 * TOKENS, noise[1 : n_draws + 1] + np.outer(one_else, TOKENS)
+    expected = naive_interval(top.tolist() * n_draws, drawn.tolist(), TOKENS.tolist())
     assert difference_interval(top, drawn, TOKENS) == pytest.approx(expected, rel=1e-8)
 
 
