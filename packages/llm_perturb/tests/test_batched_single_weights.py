@@ -55,7 +55,7 @@ def test_the_maps_of_every_layer_are_found(family):
 
 @pytest.mark.parametrize("family", sorted(BUILDERS))
 @pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.slow), 3])
-def test_a_copy_gives_what_a_model_with_a_zero_in_its_state_dict_gives(family, batch_size, sequences):
+def test_a_copy_gives_what_a_model_with_a_zero_in_its_state_dict_gives(family, batch_size, sequences, capsys):
     model = build(family)
     conditions = some_of_every_map(model)
     units = group(model, conditions)
@@ -67,6 +67,7 @@ def test_a_copy_gives_what_a_model_with_a_zero_in_its_state_dict_gives(family, b
         expected = naive_losses(zeroed(model, {name: index.tolist()}), sequences)
         torch.testing.assert_close(found[c.key].losses, expected, rtol=1e-11, atol=0)
         assert found[c.key].n_changed == 1
+    assert ONE_BY_ONE not in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -82,10 +83,11 @@ def test_a_copy_gives_what_a_model_with_a_zero_in_its_state_dict_gives(family, b
     ],
     ids=lambda value: value.kind if isinstance(value, Perturbation) else str(value),
 )
-def test_every_change_of_a_copy_is_the_change_of_the_weight(family, sequences, perturbation, seed):
+def test_every_change_of_a_copy_is_the_change_of_the_weight(family, sequences, perturbation, seed, capsys):
     model = build(family)
     conditions = some_of_every_map(model, perturbation, seed)[::3]
     together = run(model, sequences, conditions)
+    assert ONE_BY_ONE not in capsys.readouterr().err
     alone = run(model, sequences, conditions, units=conditions)
     for key, outcome in alone.items():
         torch.testing.assert_close(together[key].losses, outcome.losses, rtol=1e-10, atol=0)
@@ -94,11 +96,12 @@ def test_every_change_of_a_copy_is_the_change_of_the_weight(family, sequences, p
     assert sum(outcome.n_changed for outcome in together.values()) > len(conditions) / 2  # some lie on the grid
 
 
-def test_the_divergence_of_a_copy_is_that_of_the_changed_model(sequences):
+def test_the_divergence_of_a_copy_is_that_of_the_changed_model(sequences, capsys):
     model = build("neox")
     conditions = some_of_every_map(model)
     kept = reference_of(model, sequences, 3)
     together = run(model, sequences, conditions, 3, reference=kept)
+    assert ONE_BY_ONE not in capsys.readouterr().err
     alone = run(model, sequences, conditions, 3, units=conditions, reference=kept)
     for key, outcome in alone.items():
         assert outcome.measured.divergence.sum() > 1e-9
@@ -109,7 +112,7 @@ def test_the_divergence_of_a_copy_is_that_of_the_changed_model(sequences):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("at_once", [1, 20, 10**6])
-def test_the_number_of_copies_changes_nothing(sequences, monkeypatch, at_once):
+def test_the_number_of_copies_changes_nothing(sequences, monkeypatch, at_once, capsys):
     model = build("llama")
     conditions = some_of_every_map(model)
     expected = run(model, sequences, conditions)
@@ -117,6 +120,7 @@ def test_the_number_of_copies_changes_nothing(sequences, monkeypatch, at_once):
     monkeypatch.setattr(batched_single_weights, "GROUP", 5)
     for key, outcome in run(model, sequences, conditions).items():
         torch.testing.assert_close(outcome.losses, expected[key].losses, rtol=1e-12, atol=0)
+    assert ONE_BY_ONE not in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -136,6 +140,7 @@ def test_the_groups_are_those_of_the_set_of_weights_whatever_their_order(monkeyp
     groups = [{tuple(c.key for c in unit.conditions) for unit in group(model, order)} for order in orders]
     assert groups[0] == groups[1] == groups[2]
     assert all(list(keys) == sorted(keys) and len(keys) in (2, 3) for keys in groups[0])
+    assert all(len({key.split(".")[2] for key in keys}) == 1 for keys in groups[0])  # of one layer
     assert sorted(key for keys in groups[0] for key in keys) == sorted(c.key for c in conditions)
 
 
@@ -170,6 +175,15 @@ def test_a_weight_that_is_zero_already_has_no_effect_and_says_so(sequences):
     assert torch.equal(found[conditions[1].key].losses, sequence_losses(model, sequences))
 
 
+def test_a_change_of_nothing_is_the_feature_as_it_is(model):
+    for name, index in ((name, 13) for name in linear_maps(model)):
+        change = batched_single_weights.change_of(model, single(model, name, index))
+        assert change.changes_value
+        same = batched_single_weights.unchanged(change)
+        assert (same.module, same.feature, same.changes_value) == (change.module, change.feature, False)
+        assert (same.weights != change.weights).sum() == 1  # the one that is zero in the change
+
+
 def test_other_weights_go_the_other_way(sequences):
     model = build("llama_tied")
     named = named_parameters(model)
@@ -182,6 +196,15 @@ def test_other_weights_go_the_other_way(sequences):
     torch.testing.assert_close(outcome.losses, expected, rtol=1e-12, atol=0)
 
 
+def test_single_weights_are_gathered_among_other_conditions():
+    model = build("llama")
+    single_weights = some_of_every_map(model)
+    other = Condition(single_weights[0].target, "top_obd", ZERO, 2, None, torch.tensor([1, 2]))
+    units = group(model, [other, *single_weights])
+    assert units[0] is other
+    assert sum(len(unit.conditions) for unit in units[1:]) == len(single_weights)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_narrow_models_are_changed_in_their_weights(dtype):
     """There the rounding of a copy would be larger than what most weights do."""
@@ -189,14 +212,16 @@ def test_narrow_models_are_changed_in_their_weights(dtype):
 
 
 class Expert(nn.Module):
-    """A map that sees only some of the tokens, and one that is used twice."""
+    """A map that sees only some of the tokens, one that is used twice, one that is not used, and one with a keyword."""
 
     def __init__(self, inner):
         super().__init__()
-        self.inner, self.some, self.twice = inner, nn.Linear(8, 8, dtype=torch.float64), nn.Linear(8, 8).double()
+        self.inner = inner
+        self.some, self.twice, self.never, self.keyword = (nn.Linear(8, 8).double() for _ in range(4))
 
     def forward(self, x):
         self.some(x[:, :2])
+        self.keyword(input=x)
         return self.inner(x) + self.twice(self.twice(x))
 
 
@@ -205,7 +230,33 @@ def test_maps_that_do_not_see_each_token_once_are_left_out():
     model.model.layers[1].mlp = Expert(model.model.layers[1].mlp)
     maps = linear_maps(model)
     assert "model.layers.1.mlp.inner.up_proj.weight" in maps
-    assert not any(".some." in name or ".twice." in name for name in maps)
+    assert not any(part in name for part in ("some", "twice", "never", "keyword") for name in maps)
+
+
+def rows_of_tokens():
+    """What a map receives of two sequences of six tokens, the first two alike, the rest not."""
+    x = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64).clamp(-1.5, 1.5)
+    x[0, 5, 7] = -2  # the largest
+    x[1, :2] = x[0, :2]
+    return x
+
+
+def test_rows_are_tokens_where_those_in_common_are_alike_and_others_are_not():
+    x, rows_are_tokens = rows_of_tokens(), batched_single_weights._rows_are_tokens
+    assert rows_are_tokens(x) and rows_are_tokens(x.view(12, 8))
+    assert not rows_are_tokens(x.transpose(0, 1))
+    assert not rows_are_tokens(x[:, :5]) and not rows_are_tokens(torch.cat([x, x], 1))
+    for row in range(2):
+        for sign in (1, -1):
+            for change, are in ((0.9, True), (1.1, False)):
+                other = x.clone()
+                other[1, row, 3] += sign * change * 1e-3 * 2
+                assert rows_are_tokens(other) is are
+    alike = x.clone()
+    alike[1] = alike[0]
+    assert not rows_are_tokens(alike)
+    alike[1, 4, 2] += 1e-9
+    assert rows_are_tokens(alike)
 
 
 def test_a_weight_of_two_modules_is_left_out():

@@ -7,6 +7,8 @@ import pytest
 from llm_perturb import intervals
 from llm_perturb.intervals import (
     MIN_CLUSTERS,
+    Spread,
+    combined_spread,
     effective_number,
     few_texts_decide,
     perplexity_change_interval,
@@ -81,12 +83,24 @@ def test_the_end_on_the_side_of_a_long_tail_lies_further_out_and_the_other_stays
     assert high > value + 5 * se
 
 
-def test_every_leading_index_is_computed_on_its_own():
+CLUSTERS_OF_14 = np.repeat(list("bahgfcde"), [1, 2, 1, 4, 2, 2, 1, 1])
+
+
+@pytest.mark.parametrize("clusters", [None, CLUSTERS_OF_14])
+def test_every_leading_index_is_computed_on_its_own(clusters):
     differences, n_tokens = sample(14)
-    both = np.stack([differences, differences[::-1] ** 2])
-    together = ratio_interval(both, n_tokens)
-    for row, low, high in zip(both, *together, strict=True):
-        assert (low, high) == ratio_interval(row, n_tokens)
+    three = np.stack([differences, differences[::-1] ** 2 / 100, np.eye(14)[5]])
+    before = 3.0 * n_tokens + np.sin(n_tokens)
+    for function, rows in {
+        lambda d: ratio_interval(d, n_tokens, clusters): three,
+        lambda losses: perplexity_interval(losses, n_tokens, clusters): before + three,
+        lambda after: perplexity_change_interval(before, after, n_tokens, clusters): before + three,
+        lambda d: [effective_number(d, clusters)]: three,
+        lambda d: [few_texts_decide(d, clusters)]: three,
+    }.items():
+        alone = np.transpose([function(row) for row in rows])
+        np.testing.assert_allclose(function(rows), alone, rtol=1e-12)
+        assert len(np.unique(alone[0])) > 1
 
 
 def test_long_texts_count_by_their_tokens_and_leave_few_degrees_of_freedom():
@@ -111,8 +125,21 @@ def test_windows_of_one_text_are_one_cluster():
     assert ratio_interval(differences, n_tokens, clusters) == pytest.approx(
         ratio_interval(np.array(sums), np.array(lengths)), rel=1e-12
     )
+    assert perplexity_interval(differences, n_tokens, clusters) == pytest.approx(
+        perplexity_interval(np.array(sums), np.array(lengths)), rel=1e-12
+    )
+    assert perplexity_change_interval(n_tokens * 2.0, differences, n_tokens, clusters) == pytest.approx(
+        perplexity_change_interval(np.array(lengths) * 2.0, np.array(sums), np.array(lengths)), rel=1e-12
+    )
     assert effective_number(differences, clusters) == pytest.approx(effective_number(np.array(sums)), rel=1e-12)
     assert ratio_interval(differences, n_tokens, np.arange(24)) == ratio_interval(differences, n_tokens)
+
+
+def test_two_independent_terms_have_the_moments_of_both_and_degrees_of_freedom_between():
+    """Satterthwaite: 6² / (4² / 3 + 2² / 6) = 36 / 6."""
+    assert combined_spread(Spread(4.0, 1.0, 3), Spread(2.0, -0.5, 6)) == pytest.approx((6, 0.5, 6), rel=1e-15)
+    assert combined_spread(Spread(2.0, -0.5, 6), Spread(4.0, 1.0, 3)) == pytest.approx((6, 0.5, 6), rel=1e-15)
+    assert combined_spread(Spread(4.0, 1.0, 3), Spread(0.0, 0.0, 7)) == (4, 1, 3)
 
 
 def test_fewer_than_six_texts_have_no_interval():
@@ -154,6 +181,13 @@ def test_hall_inverse_undoes_the_transformation(skewness, x):
     t = float(intervals._hall_inverse(x, np.array(skewness)))
     g = t + skewness * (2 * t * t + 1) / 6 + skewness**2 * t**3 / 27
     assert g == pytest.approx(x, abs=1e-9)
+
+
+@pytest.mark.parametrize("skewness", [0.9e-5, -0.9e-5, 1e-5, 1.1e-5, -1.1e-5])
+def test_hall_inverse_is_linear_in_a_small_skewness(skewness):
+    """The exact formula loses as many digits there as the limit is wrong."""
+    limit = 2.2 - skewness * (2 * 2.2**2 + 1) / 6
+    assert (intervals._hall_inverse(np.array(2.2), np.array(skewness)) == limit) == (abs(skewness) < 1e-5)
 
 
 @pytest.mark.parametrize("effect", [-0.4, 1e-4, 0.5, 6.0])
@@ -203,6 +237,8 @@ def test_n_eff_is_n_of_equal_effects_and_one_of_a_single_one():
 def test_few_texts_decide_below_a_quarter_of_them():
     assert not few_texts_decide(np.array([1.0, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0]))  # 3 of 12
     assert few_texts_decide(np.array([1.0, 1, 0.9, 0, 0, 0, 0, 0, 0, 0, 0, 0]))  # 2.99 of 12
+    assert few_texts_decide(np.array([1.0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]), np.arange(12) // 2)  # 1 of 6
+    assert not few_texts_decide(np.array([1.0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0]), np.arange(12) // 2)  # 2 of 6
     assert not few_texts_decide(np.zeros(12))
 
 

@@ -120,6 +120,14 @@ def test_the_divergence_of_the_same_predictions_is_nothing():
     assert lm_loss.token_divergence(output, hidden, output, hidden).abs().max() < 1e-14
 
 
+def test_the_divergence_of_large_logits_does_not_overflow():
+    output, hidden = linear(2500, 6, True), 1e4 * torch.randn(2, 7, 6, dtype=torch.float64)
+    expected = naive_divergence(output(hidden[0]), output(hidden[1]))
+    found = lm_loss.token_divergence(output, hidden[0], output, hidden[1])
+    assert expected.max() > 1000
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-9)
+
+
 def test_a_tiny_divergence_is_not_lost_in_rounding():
     """A millionth of a change makes a divergence of a million-millionth, in float32 too."""
     output, hidden = linear(2500, 6, False), 5 * torch.randn(7, 6, dtype=torch.float64)
@@ -138,3 +146,24 @@ def test_a_token_is_correct_where_it_is_the_most_probable(vocabulary):
     expected = torch.arange(40) % 3 != 0
     assert torch.equal(lm_loss.token_scores(output, hidden, targets).correct, expected)
     assert torch.equal(lm_loss.exact_scores(output(hidden), targets).correct, expected)
+
+
+def test_the_most_probable_token_of_a_block_is_wrong_where_that_of_another_is_more_probable():
+    output, hidden = linear(5000, 6, True), torch.randn(40, 6, dtype=torch.float64)
+    logits = output(hidden)
+    blocks = [slice(0, 2048), slice(2048, 4096), slice(4096, 5000)]
+    best = torch.stack([block.start + logits[:, block].argmax(1) for block in blocks])
+    for targets in best:
+        expected = logits.argmax(1) == targets
+        assert not expected.all()
+        assert torch.equal(lm_loss.token_scores(output, hidden, targets).correct, expected)
+
+
+def test_equally_probable_tokens_are_all_correct():
+    output, hidden = linear(5, 6, True), torch.randn(4, 6, dtype=torch.float64)
+    output.weight[:3] = output.weight[0]
+    output.bias[:3] = 9
+    for target in range(5):
+        targets = torch.full((4,), target)
+        assert lm_loss.token_scores(output, hidden, targets).correct.tolist() == [target < 3] * 4
+        assert lm_loss.exact_scores(output(hidden), targets).correct.tolist() == [target < 3] * 4

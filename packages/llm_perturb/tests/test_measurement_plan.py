@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 import torch
 from bridge.exchange.errors import RequestError
+from llm_perturb.batched_single_weights import Copies
 from llm_perturb.choose_weights import choose_weights
 from llm_perturb.evaluation.corpus import Corpus
 from llm_perturb.evaluation.parameters import match, named_parameters
 from llm_perturb.measurement_plan import Plan, lines, share, single_weights
 from llm_perturb.perturbation import Perturbation
-from llm_perturb.selection import Target, draw_matched
+from llm_perturb.selection import Target, draw, draw_matched
 from llm_perturb.weights_csv import WeightList
 from reference import naive_highest, naive_lowest, naive_score
 from tiny_models import build
@@ -188,8 +189,18 @@ def test_targets_in_several_passes_have_the_weights_of_one_pass(neox, sequences,
 
     plan = plan_of(neox, [UP, DENSE, "lm_head"])
     once = {c.key: c.positions.tolist() for c in chosen(plan, neox, sequences)}
-    monkeypatch.setattr(module, "_WEIGHTS_AT_ONCE", 200)
-    assert {c.key: c.positions.tolist() for c in chosen(plan, neox, sequences)} == once
+    for limit in (200, 50):  # also below the weights of a single target
+        monkeypatch.setattr(module, "_WEIGHTS_AT_ONCE", limit)
+        assert {c.key: c.positions.tolist() for c in chosen(plan, neox, sequences)} == once
+
+
+def test_conditions_whose_weights_are_known_come_first_and_as_they_are(neox, sequences):
+    plan = plan_of(neox, [DENSE], selections=["random"], seeds=[0])
+    first, second = single_weights(listed(f"{UP}.weight", [17, 3]), named_parameters(neox), [Perturbation("zero")], [0])
+    copies = Copies((second,))
+    units = choose_weights(plan, [*plan.conditions(), first, copies], neox, Corpus(sequences, {}))
+    assert units[:2] == [first, copies]
+    assert [len(unit.positions) for unit in units[2:]] == [2, 5]
 
 
 def test_a_control_that_cannot_avoid_the_top_is_refused(neox, sequences):
@@ -212,23 +223,14 @@ def test_matched_controls_are_others_of_nearly_the_same_magnitude(neox, sequence
         gap = (magnitude[matched] - magnitude[by["top_obd", None]]).abs().mean()
         assert gap < 0.5 * (magnitude[by["random", seed]] - magnitude[by["top_obd", None]]).abs().mean()
     assert by["matched_obd", 0].tolist() != by["matched_obd", 1].tolist()
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_a_match_lies_among_the_nearest_in_rank(seed):
-    magnitudes = torch.rand(1000, generator=torch.Generator().manual_seed(seed))
-    top = torch.tensor([3, 500, 999])
-    drawn = draw_matched(magnitudes, top, top, [seed]).tolist()
-    rank = magnitudes.argsort().argsort()
-    assert all(abs(int(rank[a] - rank[b])) <= 30 for a, b in zip(drawn, top.tolist(), strict=True))
-    assert drawn == draw_matched(magnitudes, top, top, [seed]).tolist()
-
-
-def test_when_few_are_left_every_one_of_them_is_matched_once():
-    magnitudes, top = torch.arange(10.0), torch.tensor([9, 8, 7, 6, 5])
-    assert sorted(draw_matched(magnitudes, top, top, ["x"]).tolist()) == [0, 1, 2, 3, 4]
-    with pytest.raises(RequestError, match="matched control of 6 weights is impossible: 4 are outside"):
-        draw_matched(magnitudes, torch.arange(4, 10), torch.arange(4, 10), ["x"])
+    excluded = torch.tensor(sorted(tops))
+    for seed in (0, 1):
+        for metric in ("obd", "magnitude"):
+            key = [seed, "matched control", metric, "lm_head", 20]
+            expected = draw_matched(magnitude, by[f"top_{metric}", None], excluded, key)
+            assert by[f"matched_{metric}", seed].tolist() == expected.tolist()
+        expected = draw(neox.lm_head.weight.numel(), 20, excluded, [seed, "random control", "", "lm_head", 20])
+        assert by["random", seed].tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize(("axis", "label", "n"), [(0, "row", 20), (1, "col", 8)])

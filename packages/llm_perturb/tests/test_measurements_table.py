@@ -14,6 +14,7 @@ from llm_perturb.measurement_condition import Condition, Outcome
 from llm_perturb.measurements_table import failures, record_of, write_records
 from llm_perturb.perturbation import Perturbation
 from llm_perturb.selection import Target
+from llm_perturb.top_against_random import difference_interval
 from torch.nn import Parameter
 
 LENGTHS = [4, 6, 10, 10, 10, 10, 10]
@@ -48,6 +49,7 @@ def written(folder, records, texts=None, **options):
 def test_a_record_holds_the_row_and_the_losses_behind_it():
     whole = record(0.5)
     assert whole["key"] == "a|a.0|None|None|top_obd|zero|2|None"
+    assert record(0.5, "weight", 4, row=3, col=5, k=1)["key"] == "a|a.0|3|5|weight|zero|1|4"
     assert whole["losses"] == pytest.approx([10.5, 14.5, 25.1, 24.9, 25.2, 24.8, 25.0], rel=1e-15)
     assert whole["correct"] == [1, 2, 4, 4, 4, 4, 4]
     assert whole["divergence"] == pytest.approx([0.25, 0.25, 0.01, 0.01, 0.04, 0.04, 0], rel=1e-15)
@@ -56,6 +58,10 @@ def test_a_record_holds_the_row_and_the_losses_behind_it():
     assert row["delta_accuracy"] == pytest.approx(-7 / 60, rel=1e-12)
     assert (row["baseline_nll"], row["perturbed_nll"]) == (2, pytest.approx(2.5, rel=1e-12))
     assert (row["baseline_ppl"], row["perturbed_ppl"]) == (pytest.approx(math.e**2), pytest.approx(math.e**2.5))
+    assert row["delta_ppl"] == pytest.approx(math.e**2.5 - math.e**2, rel=1e-12)
+    assert row["ppl_ratio"] == pytest.approx(math.e**0.5, rel=1e-12)
+    assert record(1.5)["row"]["delta_ppl"] == pytest.approx(math.e**3.5 - math.e**2, rel=1e-12)
+    assert record(-1.5)["row"]["delta_ppl"] == pytest.approx(math.e**0.5 - math.e**2, rel=1e-12)
     assert (row["parameter"], row["score_sum"], row["n_tokens"], row["n_sequences"]) == ("a.0", 0.25, 60, 7)
     d = 0.5 * np.array(LENGTHS) + SPREAD.numpy()
     assert row["n_eff"] == pytest.approx(d.sum() ** 2 / (d**2).sum(), rel=1e-12)
@@ -85,6 +91,10 @@ def test_the_losses_of_every_condition_and_sequence_are_written(tmp_path):
     texts = corpus([5, 5, 6, 7, 8, 9, 10])
     written(tmp_path, [record(0.5, texts=texts), record(0.1, "random", 3, texts=texts)], texts)
     losses = pd.read_parquet(tmp_path / "sequence_losses.parquet")
+    assert list(losses) == [
+        "target_layer", "selection", "perturbation", "k", "seed", "row", "col", "sequence", "cluster", "n_tokens",
+        "baseline_nats", "perturbed_nats", "baseline_correct", "perturbed_correct", "kl_nats",
+    ]  # fmt: skip
     assert losses["selection"].tolist() == ["top_obd"] * 7 + ["random"] * 7
     assert losses["seed"].tolist() == [pd.NA] * 7 + [3] * 7
     assert losses["sequence"].tolist() == [*range(7)] * 2
@@ -116,6 +126,9 @@ def test_top_sets_are_compared_with_random_ones_and_every_line_is_printed(tmp_pa
     (row,) = comparison.itertuples()
     assert (row.n_draws, row.n_beaten) == (2, 2)
     assert row.difference == pytest.approx(0.35, rel=1e-12)
+    drawn = np.outer([0.1, 0.2], LENGTHS) + SPREAD.numpy()
+    expected = difference_interval(0.5 * np.array([LENGTHS]) + SPREAD.numpy(), drawn, np.array(LENGTHS))
+    assert (row.ci_low, row.ci_high) == pytest.approx(expected, rel=1e-12)
     low, high = table["ci_low"], table["ci_high"]
     lines = capsys.readouterr().out.splitlines()
     assert lines == [
@@ -132,6 +145,19 @@ def test_top_sets_are_compared_with_random_ones_and_every_line_is_printed(tmp_pa
     ]
 
 
+def test_top_sets_are_compared_text_by_text(tmp_path):
+    texts = corpus([9, 9, 0, 1, 2, 3, 4])
+    other = SPREAD * torch.arange(7)
+    records = [record(0.5, texts=texts), *(record(0.1, "random", seed, texts, seed * other) for seed in range(3))]
+    written(tmp_path, records, texts)
+    (row,) = pd.read_csv(tmp_path / "comparisons.csv").itertuples()
+    top = 0.5 * np.array([LENGTHS]) + SPREAD.numpy()
+    drawn = 0.1 * np.array([LENGTHS]) + np.outer(range(3), other)
+    expected = difference_interval(top, drawn, np.array(LENGTHS), np.array([9, 9, 0, 1, 2, 3, 4]))
+    assert (row.ci_low, row.ci_high) == pytest.approx(expected, rel=1e-12)
+    assert row.ci_low < row.difference < row.ci_high
+
+
 def test_a_p_value_is_printed_where_the_draws_allow_one(tmp_path, capsys):
     written(tmp_path, [record(0.5), *(record(0.01 * seed, "random", seed) for seed in range(19))])
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("TOP_OBD AGAINST"))
@@ -146,7 +172,7 @@ def test_nothing_is_compared_without_random_sets_or_for_a_part_of_a_request(tmp_
 
 def test_other_selections_are_named_by_their_kind_and_single_weights_by_their_index(tmp_path, capsys):
     records = [record(0.5, "bottom_obd"), record(0.5, "matched_obd", 1), record(0.5, "weight", row=3, col=5, k=1)]
-    written(tmp_path, [*records, record(0.5, "row", row=3), record(0.5, "col", col=5)])
+    assert written(tmp_path, [*records, record(0.5, "row", row=3), record(0.5, "col", col=5)]) == []
     lines = capsys.readouterr().out.splitlines()
     starts = [line.partition("_PERPLEXITY: 12.1825  (")[::2] for line in lines[:5]]
     assert [kind for kind, _ in starts] == ["BOTTOMK", "MATCHED", "WEIGHT", "ROW", "COL"]
@@ -162,7 +188,8 @@ def test_what_may_mislead_is_warned_of(tmp_path):
     random = record(0.0, "random", 0)
     random["row"]["delta_nll"] = 0.0
     few, broken = record(0.5, "top_wanda", k=3), record(math.inf, "top_taylor2")
-    assert written(tmp_path, [unchanged, nothing, random, few, broken], comparisons=False) == [
+    records = [unchanged, nothing, random, few, broken, record(-1.0, "top_better"), record(1.0, "top_one", n_changed=1)]
+    assert written(tmp_path, records, comparisons=False) == [
         "zero of top_obd, k=2, in a changed no weight of the model",
         "zero of top_magnitude, k=2, in a changed 2 weights and no loss at all",
         "zero of top_wanda, k=3, in a: the CSV holds 2 weights of this target, fewer than k",

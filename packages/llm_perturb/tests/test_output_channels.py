@@ -93,15 +93,29 @@ def test_modules_of_torch_and_of_gpt2_have_one_convention_each():
 
 
 class Plain(nn.Module):
-    """Tensors of its own: a matrix used as x W, one used as W x, and one with three axes that no product sees."""
+    """Tensors of its own: matrices used as x W and as W x, in several ways, and one that no product sees."""
 
     def __init__(self):
         super().__init__()
         self.right = nn.Parameter(torch.randn(8, 8))
         self.left = nn.Parameter(torch.randn(8, 8))
+        self.first = nn.Parameter(torch.randn(8, 8))
+        self.added = nn.Parameter(torch.randn(8, 8))
+        self.vector = nn.Parameter(torch.randn(8, 8))
         self.scale = nn.Parameter(torch.randn(2, 2, 2))
+        self.both_ways = nn.Parameter(torch.randn(2, 4, 8))
+        self.one_row, self.table = nn.Parameter(torch.randn(1, 1, 8)), nn.Parameter(torch.randn(1, 2, 4))
+        self.number = nn.Parameter(torch.randn(1, 1))
 
     def forward(self, x):
+        columns = x.reshape(-1, 8).T  # (H, B T)
+        columns = torch.mm(self.first, columns)
+        columns = torch.addmm(columns, self.added, columns)
+        columns = columns + torch.mv(self.vector, columns[:, 0])[:, None]
+        columns = columns + torch.mv(columns.T, self.one_row.view(8))
+        columns = torch.mm(self.both_ways.view(8, 8), columns)
+        columns = torch.mm(columns.T, self.both_ways.view(8, 8)).T
+        x = columns.T.reshape(x.shape)
         return (self.left @ (x @ self.right).mT).mT * self.scale.view(-1)
 
 
@@ -110,11 +124,20 @@ def test_a_tensor_of_a_module_of_its_own_is_watched_in_a_forward_pass():
     model.model.layers[0].mlp.act_fn = nn.SiLU()
     model.model.norm = Plain().requires_grad_(False)
     assert channel_axes(model, "model.norm.right") == (1,)
-    assert channel_axes(model, "model.norm.left") == (0,)
+    for name in ("left", "first", "added", "vector"):
+        assert channel_axes(model, f"model.norm.{name}") == (0,)
+    assert channel_axes(model, "model.norm.one_row") == ()  # a vector, as it has one axis that is longer than 1
+    assert channel_axes(model, "model.norm.number") == ()
+    assert channel_axes(model, "model.norm.table") == (1,)
     with pytest.raises(
         RequestError, match=r"quantize: which axes of model.norm.scale \(2, 2, 2\) are its output channel"
     ):
         check_channels(model, ["model.norm.right", "model.norm.scale"])
+    with pytest.raises(RequestError, match=r"which axes of model.norm.both_ways \(2, 4, 8\) are its output channel"):
+        check_channels(model, ["model.norm.both_ways"])
+    scale, index = model.model.norm.scale.data, torch.tensor([3, 0])
+    for kind in ("zero", "sign_flip", "scale", "gaussian_noise", "bit_flip"):  # need no channel
+        assert len(values_under(Perturbation(kind), 0, model)("model.norm.scale", scale, index)) == 2
 
 
 def test_strides_tell_which_axes_a_view_runs_over():
@@ -122,6 +145,10 @@ def test_strides_tell_which_axes_a_view_runs_over():
     assert axes_under(weight, *_last(weight[2])) == (2,)
     assert axes_under(weight, *_last(weight[2].T)) == (1,)
     assert axes_under(weight, *_last(weight.view(15, 4).T)) == (0, 1)
+    assert axes_under(weight, *_last(weight.view(60))) == (0, 1, 2)
+    assert axes_under(torch.empty(2, 1, 2), stride=1, size=4) == (0, 2)
+    assert axes_under(weight, *_last(weight[:, :, :1])) == ()
+    assert axes_under(torch.empty(5, 1, 4), *_last(weight[:, 0].reshape(20))) == (0, 2)
     assert axes_under(weight, *_last(weight.expand(2, 5, 3, 4)[..., None].expand(-1, -1, -1, -1, 6))) == ()
 
 

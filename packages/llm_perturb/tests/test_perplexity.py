@@ -3,13 +3,13 @@ import math
 
 import pytest
 import torch
-from bridge.exchange.errors import RunError
+from bridge.exchange.errors import RequestError, RunError
 from llm_perturb.evaluation import perplexity
 from llm_perturb.evaluation.corpus import Corpus
 from llm_perturb.evaluation.perplexity import Perplexity, measure, reference_of, sequence_losses, summarize
 from llm_perturb.suffix_forward import SuffixForward
 from reference import naive_losses
-from tiny_models import build
+from tiny_models import build, random_sequences
 
 
 def test_losses_are_those_of_each_sequence_alone(model, sequences):
@@ -87,14 +87,82 @@ def test_a_loss_that_is_not_finite_is_a_result_where_that_is_asked_for(sequences
     with torch.no_grad():
         model.model.norm.weight[0] = math.nan
     assert sequence_losses(model, sequences, check=False).isnan().all()
+    assert measure(model, sequences, check=False).losses.isnan().all()
+    for batch_size, hint in ((1, ""), (2, "; it may be in a batch of its own: --batch-size 1")):
+        for function in (measure, sequence_losses):
+            with pytest.raises(RunError, match=f"^the loss of sequence 0 is not finite{hint}$"):
+                function(model, sequences, batch_size)
+
+
+def test_a_batch_is_padded_on_the_right_under_a_mask_where_one_is_needed():
+    model = build("llama")
+    ids, predicted, more = perplexity.pad(model, [torch.tensor([7, 8, 9, 6]), torch.tensor([5, 4])])
+    assert ids.tolist() == [[7, 8, 9, 6], [5, 4, 0, 0]]
+    assert predicted.tolist() == [[True, True, True], [True, False, False]]
+    assert {name: mask.tolist() for name, mask in more.items()} == {"attention_mask": [[1, 1, 1, 1], [1, 1, 0, 0]]}
+    ids, predicted, more = perplexity.pad(model, [torch.tensor([7, 8, 9]), torch.tensor([5, 4, 0])])
+    assert (ids.tolist(), predicted.tolist(), more) == ([[7, 8, 9], [5, 4, 0]], [[True, True]] * 2, {})
+
+
+def test_nothing_is_padded_unless_a_batch_size_is_named(model, sequences, monkeypatch):
+    seen, real = [], perplexity.measure_batch
+    monkeypatch.setattr(perplexity, "measure_batch", lambda m, s, r=None: seen.append(len(s)) or real(m, s, r))
+    measure(model, sequences)
+    sequence_losses(model, sequences)
+    assert seen == [1] * 16
+
+
+def test_what_is_measured_is_named_on_stderr_where_it_is_asked_for(sequences, monkeypatch):
+    loops = []
+    monkeypatch.setattr(perplexity, "over", lambda items, what, shown: loops.append((what, shown)) or items)
+    for function in (measure, sequence_losses):
+        function(build("llama"), sequences[:2], progress="baseline")
+        function(build("llama"), sequences[:2])
+    assert loops == 2 * [("baseline", True), ("", False)]
 
 
 def test_exp_never_overflows():
     assert perplexity.exp(1.0) == math.e
-    assert perplexity.exp(708.9) < math.inf
+    assert perplexity.exp(709.7) == math.exp(709.7)
+    assert perplexity.exp(709.8) == math.inf  # the largest float is e^709.78
     assert perplexity.exp(1e6) == math.inf
     assert perplexity.exp(math.inf) == math.inf
     assert math.isnan(perplexity.exp(math.nan))
+
+
+def test_the_most_padded_batch_is_that_with_the_most_padding_in_all():
+    sequences = [torch.zeros(n) for n in (9, 4, 2, 5, 7, 9)]
+    order = perplexity.batches(sequences, 2)
+    assert order == [[2, 1], [3, 4], [0, 5]]  # lengths 2 4, 5 7, 9 9
+    assert perplexity.most_padded(order, sequences) == [2, 1]  # of two with as much, the first
+    assert perplexity.most_padded([[2, 1], [3, 4, 0]], sequences) == [3, 4, 0]
+    assert perplexity.most_padded([[2], [0, 5]], sequences) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_padding_may_change_a_loss_by_a_tenth_of_the_rounding_of_a_logit(dtype):
+    model = build("llama", dtype)
+    sequences = random_sequences()
+    chosen = perplexity.most_padded(perplexity.batches(sequences, 3), sequences)
+    allowed = {torch.float64: 1e-4, torch.bfloat16: 1.6 * 2**-7}[dtype]
+    losses = sequence_losses(model, sequences)
+    for sign in (1, -1):
+        for at in chosen:
+            other = losses.clone()
+            other[at] *= 1 + sign * 0.95 * allowed
+            perplexity.check_padding(model, sequences, other, 3)
+            other[at] = losses[at] * (1 + sign * 1.05 * allowed)
+            with pytest.raises(RequestError, match="a padded batch changes .*: --batch-size 1, not 3"):
+                perplexity.check_padding(model, sequences, other, 3)
+    elsewhere = torch.ones(len(sequences), dtype=torch.bool)
+    elsewhere[chosen] = False
+    perplexity.check_padding(model, sequences, torch.where(elsewhere, 2 * losses, losses), 3)
+
+
+def test_texts_that_cost_nothing_may_cost_nothing_in_a_batch(monkeypatch, sequences):
+    alone = torch.tensor([0.0, -1e-17, 0.0], dtype=torch.float64)
+    monkeypatch.setattr(perplexity, "sequence_losses", lambda model, chosen: alone)
+    perplexity.check_padding(build("llama"), [torch.zeros(n) for n in (2, 3, 4)], alone, 3)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 8, 50])

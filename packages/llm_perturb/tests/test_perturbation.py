@@ -67,6 +67,13 @@ def test_noise_is_standard_normal_times_the_spread_of_the_whole_tensor():
     assert abs((np.abs(noise) < 1).mean() - 0.6827) < 0.02
 
 
+def test_noise_is_that_of_the_generator_weight_by_weight():
+    tensor = matrix(torch.float64, (2, 3))
+    expected = tensor.view(-1).numpy()[[4, 1]] + 2.5 * tensor.numpy().std() * np.random.default_rng(7).normal(size=2)
+    found = changed("gaussian_noise", tensor, [4, 1], seed=7, sigma=2.5)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-12)
+
+
 def test_noise_follows_its_generator():
     tensor, index = matrix(), [1, 2, 3]
     first = changed("gaussian_noise", tensor, index)
@@ -180,6 +187,30 @@ def test_quantize_keeps_the_largest_of_a_channel_and_all_of_a_zero_channel():
 def test_quantize_of_a_vector_has_one_grid():
     found = round_to_grid(torch.tensor([7.0, 3.4, -3.6, 0.2]), torch.arange(4), (), 4)
     assert found.tolist() == [7.0, 3.0, -4.0, 0.0]
+    assert round_to_grid(torch.tensor(-0.3), torch.tensor([0]), (), 4) == -torch.tensor(0.3)
+
+
+def test_quantize_of_a_channel_with_nan_keeps_it():
+    found = round_to_grid(torch.tensor([[0.3, -2.0, torch.nan], [0.5, 0.7, 0.1]]), torch.arange(5), (0,), 4)
+    assert found[:2].tolist() == torch.tensor([0.3, -2.0]).tolist()
+    assert found[2].isnan()
+    assert found[3:].tolist() == pytest.approx([0.5, 0.7])
+
+
+def test_each_kind_is_its_own_formula_with_its_own_numbers():
+    tensor, index = matrix(), [7, 0, 19]
+    numbers = {"factor": 3.0, "sigma": 2.0, "bit": 5, "n_bits": 3}
+    assert torch.equal(changed("bit_flip", tensor, index, **numbers), flip_bit(tensor.view(-1)[index], 5))
+    for axes in ((0,), (1,)):
+        rounded = Perturbation("quantize", **numbers).new_values(tensor, torch.tensor(index), axes, None)
+        assert torch.equal(rounded, round_to_grid(tensor, torch.tensor(index), axes, 3))
+    assert torch.equal(changed("scale", tensor, index, **numbers), 3 * tensor.view(-1)[index])
+
+
+def test_the_numbers_of_a_kind_unless_others_are_named():
+    assert [Perturbation(kind).label for kind in KINDS] == [
+        "zero", "sign_flip", "scale(0.5)", "gaussian_noise(1.0)", "bit_flip(exponent)", "quantize(4)"
+    ]  # fmt: skip
 
 
 def test_labels_tell_kinds_and_numbers_apart():
@@ -349,3 +380,13 @@ def test_numbers_at_the_ends_of_their_range_are_taken():
         perturbation.check(torch.float32)
     with pytest.raises(RequestError, match="numbered 0 to 15"):
         Perturbation("bit_flip", bit=16).check(torch.bfloat16)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_numbers_of_other_kinds_are_not_looked_at(kind):
+    own = {"bit_flip": "bit", "quantize": "n_bits", "gaussian_noise": "sigma"}.get(kind)
+    wrong = {"factor": 0.0, "sigma": -1.0, "bit": 99, "n_bits": 99}
+    Perturbation(kind, **{name: number for name, number in wrong.items() if name != own}).check(torch.float32)
+    if own is not None:
+        with pytest.raises(RequestError, match=f"--{own.replace('_', '-')}"):
+            Perturbation(kind, **{own: wrong[own]}).check(torch.float32)

@@ -69,6 +69,14 @@ def test_a_draw_is_sorted_different_in_range_and_never_excluded(n_excluded):
         assert set(drawn) <= set(range(13)) - set(excluded.tolist())
 
 
+def test_a_draw_is_that_of_its_generator_among_the_free_positions():
+    excluded = [19, 0, 7, 1, 12]
+    free = [position for position in range(20) if position not in excluded]
+    for seed in range(20):
+        expected = sorted(generator([seed, "x"]).choice(free, size=6, replace=False).tolist())
+        assert draw(20, 6, torch.tensor(excluded), [seed, "x"]).tolist() == expected
+
+
 def test_the_order_of_the_excluded_does_not_matter():
     key = [0, "control", "layer", 3]
     excluded = [7, 0, 1, 19, 12]
@@ -136,3 +144,47 @@ def test_a_match_is_any_of_the_25_nearest_on_either_side(chosen, nearest):
     magnitudes, position = torch.arange(101.0), torch.tensor([chosen])
     draws = {draw_matched(magnitudes, position, NONE, [seed]).item() for seed in range(500)}
     assert draws == set(nearest)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_match_lies_among_the_nearest_in_rank(seed):
+    magnitudes = torch.rand(1000, generator=torch.Generator().manual_seed(seed))
+    top = torch.tensor([3, 500, 999])
+    drawn = draw_matched(magnitudes, top, top, [seed]).tolist()
+    rank = magnitudes.argsort().argsort()
+    assert all(abs(int(rank[a] - rank[b])) <= 30 for a, b in zip(drawn, top.tolist(), strict=True))
+    assert drawn == draw_matched(magnitudes, top, top, [seed]).tolist()
+
+
+def test_when_few_are_left_every_one_of_them_is_matched_once():
+    magnitudes, top = torch.arange(10.0), torch.tensor([9, 8, 7, 6, 5])
+    assert sorted(draw_matched(magnitudes, top, top, ["x"]).tolist()) == [0, 1, 2, 3, 4]
+    with pytest.raises(RequestError, match="matched control of 6 weights is impossible: 4 are outside"):
+        draw_matched(magnitudes, torch.arange(4, 10), torch.arange(4, 10), ["x"])
+
+
+def naive_matched(magnitudes, chosen, excluded, key):
+    """Free weights by magnitude, then position; one of 25 on either side, or of twice as many where none is left."""
+    free = [j for j in range(len(magnitudes)) if j not in chosen and j not in excluded]
+    free.sort(key=lambda j: (magnitudes[j], j))
+    rng, left, drawn = generator(key), set(free), []
+    for position in chosen:
+        rank, reach, near = sum(magnitudes[j] < magnitudes[position] for j in free), 25, []
+        while not near:
+            near = [j for j in free[max(0, rank - reach) : rank + reach] if j in left]
+            reach *= 2
+        drawn.append(int(rng.choice(near)))
+        left.remove(drawn[-1])
+    return drawn
+
+
+@pytest.mark.parametrize("n_levels", [2, 40, 10**6])
+def test_matches_are_those_of_a_search_in_loops(n_levels):
+    """Ties of magnitude go by position; where 25 on either side are used up, the reach is doubled."""
+    for seed in range(3):
+        rng = torch.Generator().manual_seed(seed)
+        magnitudes = torch.randint(n_levels, (400,), generator=rng).float()
+        chosen = magnitudes.argsort()[120:220] if seed else magnitudes.argsort()[300:]
+        excluded = torch.cat([chosen, torch.arange(0, 400, 7)]).unique()
+        expected = naive_matched(magnitudes.tolist(), chosen.tolist(), excluded.tolist(), [seed])
+        assert draw_matched(magnitudes, chosen, excluded, [seed]).tolist() == expected

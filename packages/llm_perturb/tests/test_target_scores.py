@@ -85,6 +85,14 @@ def test_one_metric_alone_is_the_same_as_among_all(metric, sequences):
     assert torch.equal(alone[metric][name], scores_of(model, sequences, [name])[metric][name])
 
 
+def test_magnitudes_need_no_pass_of_the_model():
+    model, name = build("gpt2"), "transformer.h.1.mlp.c_fc.weight"
+    assert torch.equal(
+        scores_of(model, [None], [name], ["magnitude"])["magnitude"][name], model.get_parameter(name).abs()
+    )
+    assert scores_of(model, [torch.tensor([1, 2])], [name], []) == {}
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_scores_of_narrow_weights_are_wide(sequences, dtype):
     model, name = build("llama", dtype), "model.layers.1.mlp.up_proj.weight"

@@ -67,6 +67,12 @@ def test_the_p_value_counts_draws_that_do_as_much(worse):
     assert rank_p_value(top, drawn) == (1 + worse) / 6
 
 
+def test_p_values_of_many_worlds_are_computed_at_once():
+    top, drawn = np.array([[3.0, 3, 3, 3], [5, 1, 5, 1]]), np.array([[3.0, 2, 4, 1], [2, 2, 2, 2]])
+    assert rank_p_value(top, drawn).tolist() == [3 / 5, 3 / 5]
+    assert rank_p_value(top[:, :1], drawn).tolist() == [3 / 5, 1 / 5]
+
+
 def test_effects_that_are_not_finite_rank_as_the_largest():
     drawn = np.array([1.0, math.nan, math.inf, -math.inf, 2])
     assert rank_p_value(np.array([5.0]), drawn) == 4 / 6
@@ -76,6 +82,9 @@ def test_effects_that_are_not_finite_rank_as_the_largest():
 def test_a_p_value_is_given_where_it_can_reach_one_in_twenty():
     assert draws_needed() == 19
     assert draws_needed(0.01) == 99
+    assert draws_needed(0.03) == 33  # 1 / 34 is below, 1 / 33 above
+    assert draws_needed(1 / 49) == 48  # although 1 / (1 / 49) is above 49
+    assert [draws_needed(1 / (20 + above)) for above in (4e-10, 6e-10)] == [19, 20]  # less than a billionth is rounding
     assert [can_reach(n) for n in (3, 18, 19, 20)] == [False, False, True, True]
     assert smallest_p_value(19) == 0.05
     for n_draws in (18, 19):
@@ -161,7 +170,33 @@ def test_the_draws_range_from_the_smallest_to_the_largest_with_the_unbounded_sha
     differences = np.outer([5.0, 1, 2, math.nan, 3, 4], TOKENS)
     (row,) = compare(rows_of(TOP_AND_RANDOM, differences), differences, TOKENS).itertuples()
     assert (row.control_low, row.control_high) == (1, math.inf)
-    assert row.control_unbounded_share == 0.2
+    assert (row.unbounded_share, row.control_unbounded_share) == (0, 0.2)
+    assert row.note.startswith("a loss is not finite; no p")
+
+
+def test_a_draw_that_does_as_much_is_not_beaten():
+    differences = np.outer([3.0, 3, 2, 4, 3, 1], TOKENS)
+    (row,) = compare(rows_of(TOP_AND_RANDOM, differences), differences, TOKENS).itertuples()
+    assert row.n_beaten == 2
+
+
+def test_sequences_of_one_text_count_as_one(differences):
+    clusters = np.array([3, 3, 0, 0, 9, 9, 1, 2, 2, 4, 5, 5])  # eleven sequences of seven texts
+    ids = [0, 1, 2, 3, 4, 5, 9]
+    sums, tokens = (np.stack([a[..., clusters == i].sum(-1) for i in ids], -1) for a in (differences, TOKENS))
+    (row,) = compare(rows_of(TOP_AND_RANDOM, differences), differences, TOKENS, clusters).itertuples()
+    assert (row.ci_low, row.ci_high) == pytest.approx(difference_interval(sums[:1], sums[1:], tokens), rel=1e-12)
+    excess = np.abs(sums[0] - sums[1:].mean(0))
+    assert row.n_eff == pytest.approx(excess.sum() ** 2 / (excess**2).sum(), rel=1e-12)
+
+
+def test_the_table_has_its_columns_in_order(differences):
+    table = compare(rows_of(TOP_AND_RANDOM, differences), differences, TOKENS)
+    assert list(table) == [
+        "target_layer", "parameter", "selection", "perturbation", "k", "row", "col", "control", "n_draws",
+        "delta_nll", "control_mean", "control_low", "control_high", "difference", "ci_low", "ci_high", "n_eff",
+        "n_beaten", "p_value", "unbounded_share", "control_unbounded_share", "note",
+    ]  # fmt: skip
 
 
 def test_few_texts_have_no_interval(differences):
@@ -221,6 +256,17 @@ def test_the_interval_adds_the_variances_of_texts_and_draws(differences, n_draws
     assert difference_interval(top, drawn, TOKENS) == pytest.approx(expected, rel=1e-8)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("n_draws", [5, 20])
+def test_each_end_is_the_outer_one_by_the_skewness_of_the_draws_or_a_shrunk_one(sign, n_draws):
+    """One draw does much more, or less, than the others: of 5 their own skewness gives the outer end, of 20 not."""
+    noise = np.random.default_rng(1).normal(size=(21, N)) / 10
+    one_else = sign * np.array([1.0] * (n_draws - 1) + [30])
+    top, drawn = noise[:1] + 2 * TOKENS, noise[1 : n_draws + 1] + np.outer(one_else, TOKENS)
+    expected = naive_interval(top.tolist() * n_draws, drawn.tolist(), TOKENS.tolist())
+    assert difference_interval(top, drawn, TOKENS) == pytest.approx(expected, rel=1e-8)
+
+
 def test_draws_that_all_do_the_same_leave_the_interval_of_the_texts(differences):
     same = np.outer(np.ones(4), TOKENS + np.sin(TOKENS))
     found = difference_interval(differences[:1], same, TOKENS)
@@ -252,9 +298,13 @@ def test_one_draw_has_no_interval(differences):
 
 def test_many_worlds_are_computed_at_once(differences):
     drawn = np.stack([differences[1:], differences[1:] ** 2])
+    n_tokens = np.stack([TOKENS, TOKENS[::-1] ** 2])
     low, high = difference_interval(differences[:1], drawn, TOKENS)
+    low_too, high_too = difference_interval(differences[:1], drawn, n_tokens)
     for world in range(2):
         assert (low[world], high[world]) == difference_interval(differences[:1], drawn[world], TOKENS)
+        expected = difference_interval(differences[:1], drawn[world], n_tokens[world])
+        assert (low_too[world], high_too[world]) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("n", [MIN_CLUSTERS, 10])

@@ -32,8 +32,10 @@ def test_many_tokens_approach_the_entropy_of_their_frequencies():
 def test_a_model_worse_than_that_is_warned_about():
     corpus = corpus_of([7, 7, 7, 8])
     bound = unigram_nll(corpus, 10)
-    assert baseline_warnings(corpus, bound, 10) == []
+    assert baseline_warnings(corpus, bound, 10) == baseline_warnings(corpus, bound - 0.01, 10) == []
     (warning,) = baseline_warnings(corpus, bound + 0.01, 10)
-    assert "perplexity of" in warning
+    assert f"has a perplexity of {math.exp(bound + 0.01):.4g}, and who" in warning
+    assert f"in these texts has {math.exp(bound):.4g}: " in warning
     assert "--window-bos" in warning
-    assert len(baseline_warnings(corpus, 1e6, 10)) == 1
+    (warning,) = baseline_warnings(corpus, 1e6, 10)
+    assert "has a perplexity of inf, and who" in warning

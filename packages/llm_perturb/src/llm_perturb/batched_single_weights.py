@@ -140,8 +140,8 @@ def change_of(model: PreTrainedModel, condition: Condition) -> Change:
     row, col = divmod(int(index), tensor.shape[1])
     transposed = isinstance(module, Conv1D)
     weights = (tensor[:, col] if transposed else tensor[row]).clone()
-    weights[row if transposed else col] = new[0]
-    changes_value = bool(changed(tensor.view(-1)[index], new).any())
+    weights[row if transposed else col] = new
+    changes_value = bool(changed(tensor.view(-1)[index], new))
     return Change(module, col if transposed else row, weights, changes_value)
 
 
@@ -162,7 +162,7 @@ def in_copies(changes: Sequence[Change]) -> Iterator[None]:
         for copy, change in enumerate(changes):
             if change.module is module:
                 bias = None if module.bias is None else module.bias[change.feature, None]
-                y[copy, :, change.feature] = F.linear(x[copy], change.weights[None], bias)[:, 0]
+                y[copy, :, change.feature] = F.linear(x[copy], change.weights[None], bias).flatten()
 
     hooks = [module.register_forward_hook(correct) for module in {change.module for change in changes}]
     try:

@@ -140,9 +140,8 @@ def by_cluster(values: np.ndarray, clusters: np.ndarray | None) -> np.ndarray:
     values = np.asarray(values)
     if clusters is None:
         return values
-    _, index = np.unique(np.asarray(clusters), return_inverse=True)
-    order = np.argsort(index, kind="stable")
-    starts = np.flatnonzero(np.diff(index[order], prepend=-1))
+    order = np.argsort(clusters, kind="stable")
+    _, starts = np.unique(np.asarray(clusters)[order], return_index=True)
     return np.add.reduceat(values[..., order], starts, axis=-1)
 
 
@@ -217,7 +216,7 @@ def interval_around(estimate: float | np.ndarray, spread: Spread, n_clusters: in
     q = np.asarray(stats.t.ppf((1 + LEVEL) / 2, spread.dof))
     se = np.sqrt(spread.variance)
     with np.errstate(divide="ignore", invalid="ignore"):
-        skewness = np.where(se > 0, spread.third / se**3, 0.0)
+        skewness = spread.third / se**3
         low = estimate - np.maximum(q, _hall_inverse(q, skewness)) * se
         high = estimate - np.minimum(-q, _hall_inverse(-q, skewness)) * se
     constant = spread.variance == 0

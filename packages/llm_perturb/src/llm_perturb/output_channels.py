@@ -130,7 +130,7 @@ def _factors(func: OpOverload, args: Sequence[Any]) -> list[tuple[Tensor, int]]:
     if name not in _PRODUCTS:
         return []
     left, right = args[1:3] if name.startswith(("add", "badd")) else args[:2]
-    return [(left, -1), (right, -2 if right.ndim > 1 else -1)]
+    return [(left, -1), (right, -min(right.ndim, 2))]
 
 
 def axes_under(tensor: Tensor, stride: int, size: int) -> tuple[int, ...]:
@@ -139,7 +139,7 @@ def axes_under(tensor: Tensor, stride: int, size: int) -> tuple[int, ...]:
     >>> axes_under(torch.empty(5, 3, 4), stride=1, size=4), axes_under(torch.empty(5, 3, 4), stride=1, size=12)
     ((2,), (1, 2))
     """
-    if stride == 0 or size == 1:
+    if stride == 0:
         return ()
     return tuple(
         axis

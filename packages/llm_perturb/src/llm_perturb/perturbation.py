@@ -74,18 +74,19 @@ class Perturbation:
             rng: the source of ``gaussian_noise``.
         """
         values = tensor.view(-1)[index]
-        if self.kind == "zero":
-            return torch.zeros_like(values)
-        if self.kind == "sign_flip":
-            return -values
-        if self.kind == "scale":
-            return values * self.factor
-        if self.kind == "gaussian_noise":
-            return add_noise(tensor, values, self.sigma, rng)
-        if self.kind == "bit_flip":
-            return flip_bit(values, self.bit)
-        assert self.kind == "quantize", self.kind
-        return round_to_grid(tensor, index, channel_axes, self.n_bits)
+        match self.kind:
+            case "zero":
+                return torch.zeros_like(values)
+            case "sign_flip":
+                return -values
+            case "scale":
+                return values * self.factor
+            case "gaussian_noise":
+                return add_noise(tensor, values, self.sigma, rng)
+            case "bit_flip":
+                return flip_bit(values, self.bit)
+            case "quantize":
+                return round_to_grid(tensor, index, channel_axes, self.n_bits)
 
 
 def add_noise(tensor: Tensor, values: Tensor, sigma: float, rng: np.random.Generator) -> Tensor:
@@ -103,7 +104,7 @@ def flip_bit(values: Tensor, bit: int | None) -> Tensor:
     """
     width = values.element_size() * 8
     bit = width - 2 if bit is None else bit
-    mask = 1 << bit if bit < width - 1 else -(1 << bit)
+    mask = torch.ones_like(bits(values)) << bit
     return (bits(values) ^ mask).view(values.dtype)
 
 

@@ -59,8 +59,8 @@ def highest(scores: Tensor, k: int) -> Ranked:
     """The k highest of scores (m,); of equal ones, those that come first."""
     k = min(k, len(scores))
     threshold = scores.topk(k).values[-1]
-    above = (scores > threshold).nonzero()[:, 0]
-    level = (scores == threshold).nonzero()[: k - len(above), 0]
+    above = (scores > threshold).nonzero().flatten()
+    level = (scores == threshold).nonzero().flatten()[: k - len(above)]
     positions = torch.cat([above, level])
     order = torch.argsort(scores[positions], descending=True, stable=True)
     return Ranked(positions[order].cpu(), scores[positions[order]].double().cpu())

@@ -59,17 +59,18 @@ def target_scores(
         first = weight * grad[name] / N  # θ dL/dθ
         second = 0.5 * weight**2 * square_sum[name] / N  # ½θ²h
         for metric in metrics:
-            if metric == "grad_x_weight":
-                score = first.abs()
-            elif metric == "grad_squared":
-                score = square[name] / n
-            elif metric == "obd":
-                score = second
-            elif metric == "taylor2":
-                score = (second - first).abs()
-            else:
-                assert metric == "magnitude", metric
-                score = weight.abs()
+            match metric:
+                case "grad_x_weight":
+                    score = first.abs()
+                case "grad_squared":
+                    score = square[name] / n
+                case "obd":
+                    score = second
+                case "taylor2":
+                    score = (second - first).abs()
+                case _:
+                    assert metric == "magnitude", metric
+                    score = weight.abs()
             scores[metric][name] = _finite(metric, name, score)
     return scores
 
@@ -81,7 +82,6 @@ def _finite(metric: str, name: str, scores: Tensor) -> Tensor:
 
 
 def _sequence_loss(model: PreTrainedModel, sequence: Tensor) -> Tensor:
-    ids = sequence[None].to(model.device)
-    logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return exact_nats(logits, ids[0, 1:]).sum()
+    ids = sequence.to(model.device)
+    (logits,) = model(input_ids=ids[None], use_cache=False).logits  # (T, V)
+    return exact_nats(logits[:-1], ids[1:]).sum()

@@ -23,7 +23,7 @@ class TokenScores(NamedTuple):
 
 def exact_scores(logits: Tensor, targets: Tensor) -> TokenScores:
     """The scores from all logits (T, V)."""
-    chosen = logits.gather(-1, targets[:, None])[:, 0]
+    chosen = logits.gather(-1, targets[:, None]).flatten()
     return TokenScores(exact_nats(logits, targets), chosen >= logits.amax(-1))
 
 
@@ -33,7 +33,7 @@ def exact_nats(logits: Tensor, targets: Tensor) -> Tensor:
     Not ``F.cross_entropy``, which on the CPU loses most of a digit more in float32 over 49,152 words.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return logits.logsumexp(-1) - logits.gather(-1, targets[:, None])[:, 0]
+    return logits.logsumexp(-1) - logits.gather(-1, targets[:, None]).flatten()
 
 
 def token_scores(head: nn.Linear, hidden: Tensor, targets: Tensor) -> TokenScores:
@@ -49,7 +49,7 @@ def token_scores(head: nn.Linear, hidden: Tensor, targets: Tensor) -> TokenScore
     partial, highest = [], []
     for block in blocks(head):
         z = logits_of(head, hidden, block).to(wide)  # (T, C)
-        here = ((targets >= block.start) & (targets < block.stop)).nonzero()[:, 0]
+        here = ((targets >= block.start) & (targets < block.stop)).nonzero().flatten()
         chosen[here] = z[here, targets[here] - block.start]
         largest = z.amax(1)
         highest.append(largest)
@@ -91,7 +91,7 @@ def token_divergence(head: nn.Linear, hidden: Tensor, other_head: nn.Linear, oth
 def blocks(head: nn.Linear) -> list[slice]:
     """The vocabulary in pieces of ``COLUMNS``."""
     n_words = head.weight.shape[0]
-    return [slice(start, min(start + COLUMNS, n_words)) for start in range(0, n_words, COLUMNS)]
+    return [slice(start, start + COLUMNS) for start in range(0, n_words, COLUMNS)]
 
 
 def logits_of(head: nn.Linear, hidden: Tensor, block: slice) -> Tensor:

@@ -34,9 +34,10 @@ class Perplexity:
 
 def exp(nll: float) -> float:
     """e^nll, infinite where a float cannot hold it; NaN of NaN."""
-    if math.isnan(nll):
-        return math.nan
-    return math.exp(nll) if nll < 709 else math.inf
+    try:
+        return math.exp(nll)
+    except OverflowError:
+        return math.inf
 
 
 def summarize(losses: Tensor, corpus: Corpus) -> Perplexity:

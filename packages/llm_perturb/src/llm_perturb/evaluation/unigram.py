@@ -5,6 +5,7 @@ import math
 import torch
 
 from llm_perturb.evaluation.corpus import Corpus
+from llm_perturb.evaluation.perplexity import exp
 
 
 def unigram_nll(corpus: Corpus, vocabulary: int) -> float:
@@ -42,11 +43,7 @@ def baseline_warnings(corpus: Corpus, nll: float, vocabulary: int) -> list[str]:
     if nll <= bound:
         return []
     return [
-        f"the unperturbed model has a perplexity of {_exp(nll):.4g}, and who knows only how often each token occurs in "
-        f"these texts has {_exp(bound):.4g}: the model is untrained or broken, the texts are not of its kind, or it "
+        f"the unperturbed model has a perplexity of {exp(nll):.4g}, and who knows only how often each token occurs in "
+        f"these texts has {exp(bound):.4g}: the model is untrained or broken, the texts are not of its kind, or it "
         "needs a BOS token (--window-bos always)"
     ]
-
-
-def _exp(nll: float) -> float:
-    return math.exp(nll) if nll < 700 else math.inf
