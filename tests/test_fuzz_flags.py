@@ -99,7 +99,7 @@ def spellings(flag: Flag) -> st.SearchStrategy[list[str]]:
 def changes(command: str) -> st.SearchStrategy[dict[str, list[str]]]:
     """One or two flags of a command, each with what is typed for it."""
     table = flags_of(command_of(command)) | EVERY_COMMAND
-    del table["debug"]  # which asks for a traceback
+    del table["debug"], table["verbose"]  # which ask for a traceback, and for what the libraries log
     keys = st.lists(st.sampled_from(sorted(table)), min_size=1, max_size=2, unique=True)
     chosen = keys.map(lambda names: [table[name] for name in names])
     return chosen.flatmap(lambda flags: st.fixed_dictionaries({flag.name: spellings(flag) for flag in flags}))
