@@ -51,6 +51,21 @@ def test_few_units_or_an_infinite_effect_give_no_ratio():
     assert np.isnan(population_ratio(ones, np.array([1, 1, 1, 1, 1, np.inf]), 0.5 * ones)).all()
 
 
+def test_a_total_score_of_zero_gives_no_ratio_and_one_of_one_does():
+    effect, score = np.arange(6.0), np.array([1.0, -1, 2, -2, 3, -3])
+    assert np.isnan(population_ratio(score, effect, np.full(6, 0.5))).all()
+    score[0] = 1.5
+    estimate = population_ratio(score, effect, np.full(6, 0.5))
+    assert estimate.value == 30 and estimate.low < 30 < estimate.high
+
+
+def test_a_census_and_an_effect_in_proportion_have_a_ratio_without_an_interval():
+    score = np.arange(1.0, 7)
+    for effect, inclusion, ratio in ((score**2, 1.0, 91 / 21), (3 * score, 0.5, 3.0)):
+        estimate = population_ratio(score, effect, np.full(6, inclusion))
+        assert estimate.value == pytest.approx(ratio) and np.isnan(estimate[1:]).all()
+
+
 def test_a_head_of_exactly_ten_units_has_an_interval():
     x = np.arange(40.0)
     estimate = population_precision(x, x, np.ones(40), 0.25)

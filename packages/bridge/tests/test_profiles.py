@@ -19,6 +19,11 @@ NEOX = TWO_HEADS | {"model_type": "gpt_neox", "hidden_size": 16, "head_dim": 8}
 GPT2 = TWO_HEADS | {"model_type": "gpt2", "hidden_size": 64, "head_dim": 32}
 
 
+def test_depths_are_five_parts_and_what_is_outside():
+    parts = ("depth 1 of 5", "depth 2 of 5", "depth 3 of 5", "depth 4 of 5", "depth 5 of 5")
+    assert DEPTHS == (*parts, "outside")
+
+
 def test_relative_depth_is_the_middle_of_the_layer():
     assert [relative_depth(depth, 4) for depth in range(4)] == [0.125, 0.375, 0.625, 0.875]
 

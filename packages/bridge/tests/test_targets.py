@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from bridge import cli
-from bridge.analysis.targets import choose_targets, render, target_names
+from bridge.analysis.targets import choose_targets, is_restricted, render, target_names
 from bridge.exchange.discovery_run import choose_discovery
 from bridge.exchange.errors import RequestError
 from bridge.exchange.tables import TARGETS
@@ -111,6 +111,20 @@ def test_name_means_one_parameter_and_no_other():
         "h.norm.bias",
         "h.experts.gate_up_proj",
     ]
+
+
+@pytest.mark.parametrize(
+    ("roles", "n_layers", "restricted"),
+    [
+        (["top", "top"], 3, True),
+        (["top", "top"], 2, False),
+        (["top", "control"], 9, False),
+        (["control", "control"], 9, False),
+        (["top", "all"], 2, False),
+    ],
+)
+def test_the_range_is_restricted_where_only_the_highest_of_more_layers_were_chosen(roles, n_layers, restricted):
+    assert is_restricted(pd.DataFrame({"role": roles, "n_layers": n_layers})) is restricted
 
 
 def test_render():

@@ -77,6 +77,10 @@ def test_the_standard_error_is_that_of_the_jackknife():
     z, rho = stats.t.ppf(0.975, 298), stats.spearmanr(x, y).statistic
     half = z * interval.error / (1 - rho**2)
     assert [interval.low, interval.high] == pytest.approx(np.tanh(np.arctanh(rho) + np.array([-half, half])))
+    p_value = 2 * stats.t.sf(np.arctanh(rho) * (1 - rho**2) / interval.error, 298)
+    assert interval.p_value == pytest.approx(p_value) and p_value < 1e-6
+    mirrored = rho_interval(weighted_rho(x, -y), np.ones(300))
+    assert mirrored == pytest.approx((interval.error, -interval.high, -interval.low, p_value))
 
 
 def test_units_that_were_certain_add_nothing_to_the_interval():
