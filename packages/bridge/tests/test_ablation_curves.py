@@ -1,4 +1,5 @@
 import numpy as np
+import pandas as pd
 import pytest
 import synthetic
 from bridge.analysis.ablation_curves import ablation_curves, curves_of_layers, mean_height
@@ -44,4 +45,8 @@ def test_layers_have_curves_from_two_k_on_if_they_were_measured_at_each():
     assert ks == [2, 200]
     assert heights["delta_nll"].to_dict() == {first: 2.5, third: 8.0}
     assert heights["score_sum"].to_dict() == {first: 0.5, third: 4.5}
+    turned = points.drop(missing).iloc[::-1]
+    again, _ = curves_of_layers(pd.concat([turned, turned.assign(score_sum=7, delta_nll=9)]))  # two seeds
+    assert again.index.tolist() == sorted([first, third])
+    assert again.loc[[first, third]].to_numpy().ravel().tolist() == pytest.approx([3.75, 5.75, 5.75, 8.5])
     assert curves_of_layers(points[points["k"] == 2])[1] == []

@@ -75,6 +75,8 @@ def test_a_row_is_judged_within_kinds_where_there_are_several():
     assert claim_of_row(within).verdict is Verdict.ABSENT
     assert claim_of_row(row(p_adjusted=0.5, within_low=-0.1, within_high=0.1, n_kinds=1)).verdict is Verdict.NOT_SHOWN
     assert claim_of_row(row(p_adjusted=0.5, within_low=np.nan)).verdict is Verdict.NOT_SHOWN
+    assert claim_of_row(row(p_adjusted=0.5, within_low=-0.3, within_high=0.1)).verdict is Verdict.NOT_SHOWN
+    assert claim_of_row(row(p_adjusted=0.5, within_low=-0.1, within_high=0.3)).verdict is Verdict.NOT_SHOWN
 
 
 def test_units_of_different_probabilities_are_judged_by_the_estimate_for_all():

@@ -35,6 +35,11 @@ def test_unknown_where_nothing_is_known_so_far_down(scores):
     assert np.isnan(top_score_share(np.zeros(50), 0.0, 50))
 
 
+def test_no_share_is_interpolated_from_a_score_of_zero():
+    beyond = SampledScores(scores=np.array([1.0]), shares=np.array([0.5]))
+    assert np.isnan(top_score_share(np.array([5.0, 0.0]), 6.0, 30_000, beyond))
+
+
 @pytest.mark.parametrize("values", [[1, 1, 1], [0, 0, 5], [1, 2, 3, 10], [0.1, 7, 7, 0, 2], [0.25, 0.75], [0.3]])
 def test_gini_is_half_the_relative_mean_difference(values):
     assert gini(np.array(values)) == pytest.approx(reference.gini(values))

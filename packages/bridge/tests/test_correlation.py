@@ -15,7 +15,7 @@ from bridge.analysis.single_weights import weight_effects
 from bridge.analysis.targets import is_restricted
 from bridge.analysis.top_against_random import top_against_random
 from bridge.analysis.weighted_rho import effective_number, rho_interval, weighted_rho
-from bridge.analysis.within_kinds import kind_and_depth
+from bridge.analysis.within_kinds import kind_and_depth, within_kinds
 from bridge.exchange.discovery_run import open_discovery
 from bridge.exchange.errors import RequestError
 from bridge.exchange.tables import CORRELATIONS, MEASUREMENTS, TARGETS, read_table, write_table
@@ -196,6 +196,10 @@ def test_several_k_give_a_correlation_of_the_areas():
     measurements = synthetic.measurements(n=12, metrics=("obd",), ks=(1, 10, 1000))
     table = correlate(measurements)
     assert table["unit"].tolist() == ["layers"] * 3 + ["ablation_curve"]
+    curve = "mean height of the curve over log k, k = 1, 10, 1000"
+    assert table["note"].tolist() == ["", "", "", curve]
+    few = correlate(measurements[measurements["target_layer"].isin(synthetic.layer_names(6))], n_resamples=9)
+    assert few["note"].iloc[-1] == f"only 6 layers: the interval is rough; {curve}"
     tops = measurements[(measurements["selection"] == "top_obd") & (measurements["target_layer"] != "ALL")]
     areas = {}
     for column in ["score_sum", "delta_nll"]:
@@ -275,7 +279,8 @@ def test_units_of_different_probabilities_count_by_them():
         layers = tops["target_layer"]
         parts = [decoder_part(layer) for layer in layers]
         weights = 1 / inclusion[layers].to_numpy()
-        covariates = kind_and_depth([part.component for part in parts], [part.depth for part in parts])
+        kinds, depths = [part.component for part in parts], [part.depth for part in parts]
+        covariates = kind_and_depth(kinds, depths)
         x, y = tops["score_sum"].to_numpy(), tops["delta_nll"].to_numpy()
         rhos[metric] = weighted_rho(x, y, weights, covariates)
         interval = rho_interval(rhos[metric], weights)
@@ -284,6 +289,9 @@ def test_units_of_different_probabilities_count_by_them():
             [rhos[metric].rho, *interval[1:3]]
         )
         assert abs(row["within_rho"] - weighted_rho(x, y, covariates=covariates).rho) > 1e-3
+        rng = np.random.default_rng([0, *f"within kinds/correlation/layers/{metric}/zero/100".encode()])
+        assert row["within_p"] == within_kinds(x, y, kinds, depths, rng, weights, n_resamples=99).p_value
+        assert (row["n_kinds"], row["n_fitted"]) == (len(set(kinds)), rhos[metric].n_fitted)
         assert row["n_effective"] == pytest.approx(effective_number(weights))
     for pair in compare_metrics(rhos, weights):
         if pair.second == "magnitude" or pair.first == "magnitude":

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from bridge.analysis.layer_sample import draw_layers
+from bridge.analysis.layer_sample import DEFAULT_LAYERS, draw_layers
 
 KINDS = ["q", "v", "q", "v", "q"]
 SCORES = np.array([3.0, 1.0, 1.0, 5.0, 2.0])  # q ascending: 2, 4, 0; then v descending: 3, 1
@@ -46,6 +46,10 @@ def test_all_layers_are_certain_where_there_are_no_more(n):
     sample = draw_layers(SCORES, KINDS, n, Start(0.7))
     assert sample.chosen.tolist() == [0, 1, 2, 3, 4]
     assert sample.inclusion.tolist() == [1.0] * 5
+
+
+def test_forty_layers_are_drawn_by_default():
+    assert DEFAULT_LAYERS == 40  # in the guide, with the agreement that so many show
 
 
 def test_none():

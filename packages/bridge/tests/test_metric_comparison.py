@@ -39,6 +39,25 @@ def test_the_error_of_a_difference_is_about_that_of_the_jackknife():
     assert (pair.high - pair.low) / 2 / stats.t.ppf(0.975, 78) == pytest.approx(jackknife, rel=0.05)
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_larger_number_fitted_and_the_larger_leverage_count(turned):
+    rng = np.random.default_rng(4)
+    x, y = rng.normal(size=12), rng.normal(size=12)
+    kinds = np.eye(3)[[0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 2, 2]]
+    weights = rng.uniform(1, 2, 12)
+    within, plain = weighted_rho(x, y, weights, kinds), weighted_rho(y + x, y, weights)
+    rhos_of = {"plain": plain, "within": within} if turned else {"within": within, "plain": plain}
+    (pair,) = compare_metrics(rhos_of, weights)
+    of_kind = kinds @ (kinds.T @ weights)
+    assert within.leverage == pytest.approx(weights / of_kind)  # larger than weights / weights.sum()
+    parts = weights / weights.sum() * (within.influence - plain.influence) / (1 - weights / of_kind)
+    error, degrees = np.sqrt((parts**2).sum()), weights.sum() ** 2 / (weights**2).sum() - 3 - 1
+    assert pair.difference == (-1 if turned else 1) * (within.rho - plain.rho)
+    assert pair.high - pair.difference == pytest.approx(stats.t.ppf(0.975, degrees) * error)
+    assert pair.difference - pair.low == pytest.approx(stats.t.ppf(0.975, degrees) * error)
+    assert pair.p_value == pytest.approx(2 * stats.t.sf(abs(pair.difference) / error, degrees))
+
+
 def test_holm_is_the_literal_procedure():
     p_values = np.array([0.04, 0.01, np.nan, 0.03, 0.005])
     ordered = sorted(p for p in p_values if p == p)

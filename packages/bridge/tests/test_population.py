@@ -13,6 +13,9 @@ def test_of_a_census_precision_is_the_share_of_the_common_head():
     wilson = stats.binomtest(len(common), 40).proportion_ci(method="wilson")
     assert estimate.low == pytest.approx(wilson.low, abs=0.02) and estimate.high == pytest.approx(wilson.high, abs=0.02)
     assert estimate.low < wilson.low < wilson.high < estimate.high  # t for z
+    z = stats.t.ppf(0.975, 39)  # the ends p solve (p - value)^2 = z^2 p (1 - p) / 40
+    ends = np.roots([1 + z**2 / 40, -2 * estimate.value - z**2 / 40, estimate.value**2])
+    assert [estimate.low, estimate.high] == pytest.approx(sorted(ends))
 
 
 def test_a_unit_stands_for_as_many_as_its_probability_says():
@@ -57,6 +60,7 @@ def test_a_total_score_of_zero_gives_no_ratio_and_one_of_one_does():
     score[0] = 1.5
     estimate = population_ratio(score, effect, np.full(6, 0.5))
     assert estimate.value == 30 and estimate.low < 30 < estimate.high
+    assert population_ratio(-score, effect, np.full(6, 0.5)).value == -30
 
 
 def test_a_census_and_an_effect_in_proportion_have_a_ratio_without_an_interval():

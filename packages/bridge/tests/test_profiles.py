@@ -44,6 +44,10 @@ def test_fused_projections_make_one_component_for_all_models():
     ]
     profiles = top_weight_profiles([llama, neox], summaries, [{}, {}])
     assert [profile.loc["attention query_key_value"].sum() for profile in profiles] == [1, 1]
+    mixed = pd.concat([neox, neox.assign(parameter="gpt_neox.layers.0.attention.dense.weight")])
+    of_mixed = top_weight_profiles([llama, mixed], [summaries[0], summaries[1]], [{}, {}])
+    assert of_mixed[0].loc["attention query_key_value"].sum() == 1
+    assert of_mixed[1].loc[["attention query_key_value", "attention out"]].sum(axis=1).tolist() == [0.5, 0.5]
     alone = top_weight_profiles([llama, llama], [summaries[0]] * 2, [{}, {}])[0]
     assert alone.loc["attention query"].sum() == 1
 

@@ -79,6 +79,21 @@ def test_the_head_of_the_report_in_full(example):
     ]
 
 
+def test_the_head_of_the_report_is_that_of_the_first_measurement(example):
+    first = example.measurements.iloc[:1]
+    others = example.measurements.iloc[1:].assign(model="another", baseline_ppl=9.0, baseline_nll=9.0, n_tokens=9)
+    manifest = {"identity": {"corpus": example.corpus}}
+    for table in (first, pd.concat([first, others])):
+        changed = replace(example, measurements=table, discovery_manifest=manifest)
+        items = dict(setup_items(changed))
+        assert items["Model"] == "SmolLM2-135M-Instruct (dtype unknown)"
+        assert (items["Parameters"], items["Size"]) == ("–", "100 sequences, 18,211 tokens")
+        assert items["Baseline"] == "perplexity 37.04, loss 3.612"
+        assert summary_lines(changed)[0] == (
+            "SmolLM2-135M-Instruct on embedded texts (100 sequences, 18,211 tokens): baseline perplexity 37.04."
+        )
+
+
 def test_one_random_draw_is_called_one(example):
     one = without(example, lambda m: (m["selection"] == "random") & (m["seed"] != 0))
     sentences = answer(one)

@@ -73,6 +73,12 @@ def test_measurements_of_single_weights_come_back_from_their_file(tmp_path):
     pd.testing.assert_frame_equal(weight_effects(back, sampled), weight_effects(with_weights, sampled))
 
 
+def test_no_effects_without_single_weights_or_without_their_scores():
+    sampled, layers = synthetic.sampled(), synthetic.measurements(n=2)
+    assert weight_effects(layers, sampled).empty
+    assert weight_effects(synthetic.with_single_weights(layers, sampled), None).empty
+
+
 def test_seeds_of_one_weight_are_one_effect_of_mean_size():
     sampled = synthetic.sampled(6, metrics=("obd",))
     once = synthetic.with_single_weights(synthetic.measurements(n=1, metrics=("obd",)), sampled)

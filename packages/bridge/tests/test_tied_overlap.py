@@ -38,6 +38,8 @@ def test_without_ties_it_is_the_infinite_sum(p):
     x, y = points(15, seed=4)
     first, second = ([int(i) for i in np.argsort(-v)] for v in (x, y))
     assert expected_rank_biased_overlap(x, y, p) == pytest.approx(reference.rank_biased_overlap(first, second, p))
+    by_default = reference.rank_biased_overlap(first, second, 0.9)
+    assert expected_rank_biased_overlap(x, y) == pytest.approx(by_default)
     assert expected_precision(x, y, 4) == len(set(first[:4]) & set(second[:4])) / 4
 
 

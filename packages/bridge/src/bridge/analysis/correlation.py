@@ -173,7 +173,7 @@ def _differences(compared: Sequence[Comparison]) -> list[Difference]:
     """
     shared = compared[0].scored.index
     for other in compared[1:]:
-        shared = shared.intersection(other.scored.index, sort=False)
+        shared = shared.intersection(other.scored.index)
     if len(shared) == 0:
         return []
     rhos: dict[str, WeightedRho] = {}
