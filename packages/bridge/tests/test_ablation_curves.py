@@ -49,4 +49,10 @@ def test_layers_have_curves_from_two_k_on_if_they_were_measured_at_each():
     again, _ = curves_of_layers(pd.concat([turned, turned.assign(score_sum=7, delta_nll=9)]))  # two seeds
     assert again.index.tolist() == sorted([first, third])
     assert again.loc[[first, third]].to_numpy().ravel().tolist() == pytest.approx([3.75, 5.75, 5.75, 8.5])
-    assert curves_of_layers(points[points["k"] == 2])[1] == []
+    for too_few in (points[points["k"] == 2], points[(points["k"] == 2) ^ (points["target_layer"] == first)]):
+        heights, ks = curves_of_layers(too_few)
+        assert len(heights) == 0 and ks == []
+    three = pd.concat([points, points[points["k"] == 2].assign(k=20_000, score_sum=8, delta_nll=10)])
+    heights, ks = curves_of_layers(three)
+    assert ks == [2, 200, 20_000]
+    assert heights.loc[first].tolist() == pytest.approx([(0.5 + 4.5) / 2, (2.5 + 7) / 2])

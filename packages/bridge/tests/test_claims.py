@@ -87,6 +87,11 @@ def test_units_of_different_probabilities_are_judged_by_the_estimate_for_all():
     assert basis_of_claim(weighted) is POPULATION
     assert claim_of_row(weighted) == (Verdict.WRONG_WAY, detectable_rho(20, 8), np.nan)
     assert claim_of_row(row(n_kinds=1, n_effective=20.0, p_adjusted=0.5)).verdict is Verdict.ABSENT
+    for n_effective in (20.0, 30.0):
+        for low, high in ((-0.3, 0.1), (-0.1, 0.3)):
+            ends = {"population_low": low, "population_high": high, "ci_low": low, "ci_high": high}
+            unsure = row(n_kinds=1, n_effective=n_effective, p_adjusted=0.5, **ends)
+            assert claim_of_row(unsure).verdict is Verdict.NOT_SHOWN
     few = claim_of_row(row(n_kinds=1, n_effective=5.9, p_adjusted=1e-6))
     assert few.verdict is Verdict.NOT_SHOWN and np.isnan(few.detectable)
     assert claim_of_row(row(n_effective=20.0)).detectable == detectable_rho(20, 8)

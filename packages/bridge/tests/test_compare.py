@@ -47,6 +47,11 @@ def test_folders_are_compared_and_the_tables_written(tmp_path, capsys):
     assert (manifest["status"], manifest["kind"], manifest["warnings"]) == ("complete", "comparison", [])
     assert manifest["identity"]["runs"]["large"]["folder"] == str(second)
     assert manifest["identity"]["validations"] == {"small": str(validation)}
+    header = (folder / "comparison.csv").read_text().splitlines()[0]
+    assert header.startswith("metric,model,run,baseline_ppl,model_id,")
+    pairs = (folder / "comparison_pairs.csv").read_text().splitlines()
+    assert pairs[0] == "metric,first,second,top_k_cosine,score_spearman,n_cells"
+    assert pairs[1].startswith(f"{METRIC},small,large,")
     before = (folder / "comparison.csv").read_bytes()
     with pytest.raises(RequestError, match="is already complete"):
         compare_folders([tmp_path / "one", second], None, tmp_path / "out", "x")
@@ -71,9 +76,13 @@ def test_different_texts_are_a_warning(tmp_path, capsys):
     assert len(read_manifest(compared)["warnings"]) == 1
 
 
-def test_one_folder_may_hold_several_models(tmp_path):
-    write_run(tmp_path, "small"), write_run(tmp_path, "large")
-    assert len(pd.read_csv(compare_folders([tmp_path], METRIC, tmp_path) / "comparison.csv")) == 2
+def test_one_folder_may_hold_several_models(tmp_path, capsys):
+    write_run(tmp_path, "small"), write_run(tmp_path, "large"), write_run(tmp_path, "third")
+    folder = compare_folders([tmp_path], METRIC, tmp_path)
+    assert pd.read_csv(folder / "comparison.csv")["model"].tolist() == ["large", "small", "third"]
+    header, first = capsys.readouterr().out.splitlines()[:2]  # without the columns of a validation
+    assert header.split() == "metric model k baseline_ppl top_k_score_share top_fraction_score_share gini_layers".split()
+    assert first.split()[:4] == [METRIC, "large", "100", "20.1"]
 
 
 def test_the_same_run_twice_is_no_comparison(tmp_path):
@@ -100,11 +109,22 @@ def write_validation(discovery, name, **changes):
     return folder, table
 
 
+def test_a_run_without_a_validation_beside_it_hides_no_other(tmp_path):
+    runs = [write_run(tmp_path / name, name) for name in ("small", "large")]
+    validation, _ = write_validation(runs[1], "1")
+    compared = compare_folders(runs, METRIC, tmp_path)
+    assert read_manifest(compared)["identity"]["validations"] == {"large": str(validation)}
+    assert pd.read_csv(compared / "comparison.csv")["ppl_ratio"].notna().tolist() == [False, True]
+
+
 def test_the_columns_that_are_printed(tmp_path, capsys):
     for name in ("small", "large"):
         write_validation(write_run(tmp_path / name, name), name)
     compare_folders([tmp_path / "small", tmp_path / "large"], METRIC, tmp_path)
-    header, *rows = capsys.readouterr().out.splitlines()
+    header, *rows, pairs, pair, where = capsys.readouterr().out.splitlines()
+    assert pairs.split() == ["metric", "first", "second", "top_k_cosine", "score_spearman", "n_cells"]
+    assert pair.split() == [METRIC, "small", "large", "1.000", "1.000", "26"]
+    assert where == f"comparison: {next(tmp_path.glob('comparison_*'))}/comparison.csv"
     columns = "metric model k baseline_ppl top_k_score_share top_fraction_score_share gini_layers ppl_ratio"
     assert header.split() == [*columns.split(), "equal_fraction", "ppl_ratio_at_equal_fraction"]
     assert rows[0].split()[:4] == [METRIC, "small", "100", "20.1"]

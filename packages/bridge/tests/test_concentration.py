@@ -29,6 +29,24 @@ def test_beyond_it_is_interpolated_between_sampled_ranks(scores, k):
     assert share == pytest.approx(scores[:200].sum() / scores.sum(), rel=0.02)
 
 
+def test_beyond_it_every_rank_counts_with_its_interpolated_score():
+    """Scores 8 / rank lie on a line in log score over log rank, so that interpolation gives them back."""
+    top, sampled = np.array([4.0, 8]), SampledScores(scores=np.array([8.0, 2, 0.25]), shares=np.array([1, 4, 32]) / 2e5)
+    total = 8 * sum(1 / rank for rank in range(1, 21))
+    assert top_score_share(top, 50.0, 200_000, sampled) == pytest.approx(total / 50, rel=1e-12)
+
+
+def test_far_beyond_it_ranks_are_added_in_two_thousand_pieces_each_by_its_middle_rank():
+    top, sampled = np.array([16.0]), SampledScores(scores=np.array([1e-4]), shares=np.array([1e-3]))
+    n_top = 50_000
+    edges = sorted({round(n_top ** (i / 1999)) for i in range(2000)})
+    slope = np.log(1e-4 / 16) / np.log(500_000)
+    total = 16.0
+    for before, last in zip(edges, edges[1:], strict=False):
+        total += (last - before) * 16 * ((before + 1 + last) / 2) ** slope
+    assert top_score_share(top, 1e6, 500_000_000, sampled) == pytest.approx(total / 1e6, rel=1e-11)
+
+
 def test_unknown_where_nothing_is_known_so_far_down(scores):
     assert np.isnan(top_score_share(scores[:50], scores.sum(), N))
     assert np.isnan(top_score_share(scores[:50], scores.sum(), N, sampled_at(scores, [1, 60, 199])))

@@ -146,7 +146,7 @@ def test_every_metric_is_compared_on_the_same_single_weights(with_weights):
         x = [scores[w.parameter, w.row][f"score_{metric}"] for w in weights.itertuples()]
         assert rows.loc[metric, "spearman"] == pytest.approx(reference.spearman(x, weights["delta_nll"].abs().tolist()))
     assert set(rows["n"]) == {30} and set(rows["k"]) == {1}
-    assert set(rows["n_kinds"]) == {1} and rows["within_rho"].isna().all()
+    assert set(rows["n_kinds"]) == {1} and set(rows["n_fitted"]) == {1} and rows["within_rho"].isna().all()
     assert not rows["note"].str.contains("restricted").any()
 
 

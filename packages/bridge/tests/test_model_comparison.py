@@ -50,6 +50,22 @@ def test_overlap_of_a_model_with_itself_is_whole():
     assert [pair["top_k_cosine"], pair["score_spearman"]] == pytest.approx([1, 1])
 
 
+def test_by_default_the_metrics_that_every_model_has_are_compared_in_the_order_of_the_first():
+    tables = [synthetic.summary(), synthetic.top_weights()]
+    models = []
+    for name, metrics in (("a", ("obd", "only_a", "magnitude")), ("b", ("only_b", "magnitude", "obd"))):
+        summaries, top_weights = (dict.fromkeys(metrics, table) for table in tables)
+        models.append(ComparedModel(name=name, summaries=summaries, top_weights=top_weights))
+    compared = compare_models(models)
+    assert compared.models[["metric", "model"]].to_numpy().tolist() == [
+        ["obd", "a"],
+        ["obd", "b"],
+        ["magnitude", "a"],
+        ["magnitude", "b"],
+    ]
+    assert compare_models(models, ["magnitude"]).models["metric"].tolist() == ["magnitude"] * 2
+
+
 def test_robustness_at_an_equal_fraction():
     measured = synthetic.measurements(n=2)
     models = [compared_model("a", measurements=measured), compared_model("b", seed=2, measurements=measured)]

@@ -59,7 +59,18 @@ def test_an_interval_without_ends_is_nothing():
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(37.0444, "37.04"), (2117.3, "2,120"), (4.04e6, "4.04×10⁶"), (math.inf, "∞")]
+    ("value", "text"), 
+    [
+        (37.0444, "37.04"),
+        (999.994, "999.99"),
+        (1000.0, "1,000"),
+        (2117.3, "2,120"),
+        (4.04e6, "4.04×10⁶"),
+        (math.inf, "∞"),
+        (math.nan, "–"),
+        (None, "–"),
+    ],
+
 )
 def test_perplexity(value, text):
     assert number_format.perplexity(value) == text

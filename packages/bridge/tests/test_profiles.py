@@ -47,7 +47,7 @@ def test_fused_projections_make_one_component_for_all_models():
     mixed = pd.concat([neox, neox.assign(parameter="gpt_neox.layers.0.attention.dense.weight")])
     of_mixed = top_weight_profiles([llama, mixed], [summaries[0], summaries[1]], [{}, {}])
     assert of_mixed[0].loc["attention query_key_value"].sum() == 1
-    assert of_mixed[1].loc[["attention query_key_value", "attention out"]].sum(axis=1).tolist() == [0.5, 0.5]
+    assert of_mixed[1].loc[["attention query_key_value", "attention output"]].sum(axis=1).tolist() == [0.5, 0.5]
     alone = top_weight_profiles([llama, llama], [summaries[0]] * 2, [{}, {}])[0]
     assert alone.loc["attention query"].sum() == 1
 
@@ -100,6 +100,30 @@ def test_a_profile_of_equal_cells_has_no_correlation(constant):
 def test_cells_that_range_from_zero_to_one_have_a_correlation():
     first, second = pd.DataFrame([[0.0, 1.0, 0.2, 0.3]]), pd.DataFrame([[0.0, 0.5, 1.0, 0.7]])
     assert profile_correlation(first, second) == (pytest.approx(0.2), 4)
+
+
+def test_cells_that_one_of_the_models_lacks_do_not_count():
+    first = pd.DataFrame([[0.1, np.nan, 0.4, 0.2, 0.3, 0.6]])
+    second = pd.DataFrame([[0.2, 0.9, np.nan, 0.1, 0.3, 0.4]])
+    assert profile_correlation(first, second) == (pytest.approx(0.8), 4)
+    assert np.isnan(profile_correlation(first.iloc[:, :5], second.iloc[:, :5]).rho)
+
+
+def test_scores_that_are_all_zero_have_no_shares():
+    (profile,) = score_profiles([synthetic.summary(2).assign(score_sum=0.0)])
+    assert np.nansum(profile) == 0
+
+
+def test_shares_of_the_score_in_each_cell():
+    summary = pd.DataFrame(
+        {
+            "parameter": [f"model.layers.{layer}.mlp.up_proj.weight" for layer in (0, 0, 1)] + ["model.norm.weight"],
+            "score_sum": [1.0, 2.0, 4.0, 1.0],
+        }
+    )
+    (profile,) = score_profiles([summary])
+    cells = {("mlp in", "depth 2 of 5"): 3 / 8, ("mlp in", "depth 4 of 5"): 4 / 8, ("norm", "outside"): 1 / 8}
+    assert profile.stack().dropna().to_dict() == cells
 
 
 def test_cosine_is_the_product_over_the_norms():

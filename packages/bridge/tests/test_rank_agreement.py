@@ -74,6 +74,11 @@ def test_the_interval_is_of_95_percent_its_lower_end_first():
     assert [result.ci_low, result.ci_high] == pytest.approx(expected.tolist(), rel=1e-12)
 
 
+def test_the_top_is_a_third_of_the_units_and_five_at_most():
+    sizes = {n: rank_agreement.default_top_n(n) for n in (4, 5, 6, 8, 9, 12, 14, 15, 18, 100)}
+    assert sizes == {4: 1, 5: 1, 6: 2, 8: 2, 9: 3, 12: 4, 14: 4, 15: 5, 18: 5, 100: 5}
+
+
 @pytest.mark.parametrize(("n", "note"), [(9, "only 9 units: the interval is rough"), (10, "")])
 def test_ten_units_are_enough_for_an_interval_without_a_note(n, note):
     x = np.arange(float(n))

@@ -95,6 +95,8 @@ def test_more_than_there_are():
 def test_negative_number():
     with pytest.raises(RequestError, match="cannot be negative: -1"):
         choose_targets(top({0: 1}), summary([3.0]), -1, 0)
+    with pytest.raises(RequestError, match="cannot be negative: -1"):
+        choose_targets(top({0: 1}), summary([3.0]), 0, -1)
 
 
 def test_name_means_one_parameter_and_no_other():

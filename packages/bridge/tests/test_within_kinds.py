@@ -79,6 +79,12 @@ def test_p_is_that_of_the_same_shuffles_one_by_one(sign, weighted):
     assert 2 / 201 < p < 0.5
 
 
+def test_p_is_one_at_most():
+    x, y = np.array([2.0, 0, 0, 0]), np.array([1.0, 2, 1, 0])  # rho is 0, and that of half of all shuffles
+    kinds_apart = within_kinds(x, y, ["a"] * 4, [None] * 4, np.random.default_rng(0), n_resamples=50)
+    assert (kinds_apart.result.rho, kinds_apart.p_value) == (0, 1)
+
+
 def test_p_given_the_depth_is_that_of_the_same_shuffles():
     x, y = points(21, seed=4)
     kinds, depths = ["a", "b", "c"] * 7, [unit // 3 for unit in range(21)]

@@ -74,7 +74,7 @@ def curves_of_layers(points: pd.DataFrame) -> tuple[pd.DataFrame, list[int]]:
     complete = effects.notna().all(axis=1)
     ks = effects.columns.to_numpy(float)
     if len(ks) < 2 or not complete.any():
-        return pd.DataFrame(columns=["score_sum", "delta_nll"]), []
+        return pd.DataFrame(), []
     heights = {
         "score_sum": mean_height(ks, scores[complete].to_numpy(float)),
         "delta_nll": mean_height(ks, effects[complete].to_numpy(float)),
