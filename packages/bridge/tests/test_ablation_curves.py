@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -16,6 +18,14 @@ def test_ablation_curve_is_the_mean_height_over_log_k():
     assert (row["n_k"], row["k_low"], row["k_high"]) == (3, 1, 1000)
     assert row["area"] == pytest.approx((1 * 1.0 + 2 * 3.0) / 3)
     assert row["area_excess"] == pytest.approx(row["area"] - 0.5)
+
+
+def test_curves_come_in_the_order_of_the_measurements():
+    table = synthetic.measurements(n=3, metrics=("obd", "magnitude"), ks=(1, 10), perturbations=("zero", "sign_flip"))
+    curves = ablation_curves(table)[["perturbation", "target_layer", "metric"]]
+    targets = [*synthetic.layer_names(3), "ALL"]
+    expected = itertools.product(("zero", "sign_flip"), targets, ("obd", "magnitude"))
+    assert list(curves.itertuples(index=False, name=None)) == list(expected)
 
 
 def test_no_curve_from_a_single_k():

@@ -81,7 +81,8 @@ def test_one_folder_may_hold_several_models(tmp_path, capsys):
     folder = compare_folders([tmp_path], METRIC, tmp_path)
     assert pd.read_csv(folder / "comparison.csv")["model"].tolist() == ["large", "small", "third"]
     header, first = capsys.readouterr().out.splitlines()[:2]  # without the columns of a validation
-    assert header.split() == "metric model k baseline_ppl top_k_score_share top_fraction_score_share gini_layers".split()
+    columns = "metric model k baseline_ppl top_k_score_share top_fraction_score_share gini_layers"
+    assert header.split() == columns.split()
     assert first.split()[:4] == [METRIC, "large", "100", "20.1"]
 
 

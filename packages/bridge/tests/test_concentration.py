@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import reference
@@ -42,7 +44,7 @@ def test_far_beyond_it_ranks_are_added_in_two_thousand_pieces_each_by_its_middle
     edges = sorted({round(n_top ** (i / 1999)) for i in range(2000)})
     slope = np.log(1e-4 / 16) / np.log(500_000)
     total = 16.0
-    for before, last in zip(edges, edges[1:], strict=False):
+    for before, last in itertools.pairwise(edges):
         total += (last - before) * 16 * ((before + 1 + last) / 2) ** slope
     assert top_score_share(top, 1e6, 500_000_000, sampled) == pytest.approx(total / 1e6, rel=1e-11)
 

@@ -59,7 +59,7 @@ def test_an_interval_without_ends_is_nothing():
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), 
+    ("value", "text"),
     [
         (37.0444, "37.04"),
         (999.994, "999.99"),
@@ -70,7 +70,6 @@ def test_an_interval_without_ends_is_nothing():
         (math.nan, "–"),
         (None, "–"),
     ],
-
 )
 def test_perplexity(value, text):
     assert number_format.perplexity(value) == text

@@ -21,7 +21,7 @@ GPT2 = TWO_HEADS | {"model_type": "gpt2", "hidden_size": 64, "head_dim": 32}
 
 def test_depths_are_five_parts_and_what_is_outside():
     parts = ("depth 1 of 5", "depth 2 of 5", "depth 3 of 5", "depth 4 of 5", "depth 5 of 5")
-    assert DEPTHS == (*parts, "outside")
+    assert list(DEPTHS) == [*parts, "outside"]
 
 
 def test_relative_depth_is_the_middle_of_the_layer():

@@ -233,7 +233,9 @@ def test_exploratory_claims_are_listed_as_one_family(with_weights):
     many = many.assign(k=range(1, 11), p_adjusted=[0.01] * 8 + [0.5] * 2, within_rho=0.5, spearman=0.5)
     for n, more in ((8, "and 2 more."), (6, "and {} (zero, k = 6).")):
         (sentence,) = exploratory(replace(with_weights, correlations=pd.concat([table[:1], many[:n]])))
-        assert sentence.startswith(f"Exploratory, one false-discovery family of {n}: better than chance: obd over layers ")
+        assert sentence.startswith(
+            f"Exploratory, one false-discovery family of {n}: better than chance: obd over layers "
+        )
         assert sentence.endswith(more.format(f"{many['metric'][5]} over {many['unit'][5]}"))
         assert sentence.count("(zero, k = ") == 6
     (nothing,) = exploratory(replace(with_weights, correlations=table.assign(p_adjusted=0.5)))

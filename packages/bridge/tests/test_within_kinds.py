@@ -50,7 +50,9 @@ def literal_p(x, y, kinds, covariates, weights, seed, n):
         return (weights * first) @ second / np.sqrt(weights @ first**2 * (weights @ second**2))
 
     def ranks(values):
-        return [sum(w * ((v < value) + (v == value) / 2) for v, w in zip(values, weights, strict=True)) for value in values]
+        return [
+            sum(w * ((v < value) + (v == value) / 2) for v, w in zip(values, weights, strict=True)) for value in values
+        ]
 
     rng = np.random.default_rng(seed)
     order = np.tile(np.arange(n_units), (n, 1))
