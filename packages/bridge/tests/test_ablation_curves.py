@@ -14,7 +14,19 @@ def test_ablation_curve_is_the_mean_height_over_log_k():
     base["delta_nll"] = [
         effect[k] if s == "top_obd" else 0.5 for k, s in zip(base["k"], base["selection"], strict=True)
     ]
-    row = ablation_curves(base).iloc[0]
+    table = ablation_curves(base)
+    assert list(table) == [
+        "target_layer",
+        "metric",
+        "perturbation",
+        "n_k",
+        "k_low",
+        "k_high",
+        "area",
+        "area_random",
+        "area_excess",
+    ]
+    row = table.iloc[0]
     assert (row["n_k"], row["k_low"], row["k_high"]) == (3, 1, 1000)
     assert row["area"] == pytest.approx((1 * 1.0 + 2 * 3.0) / 3)
     assert row["area_excess"] == pytest.approx(row["area"] - 0.5)
@@ -38,6 +50,8 @@ def test_curves_of_two_k_and_without_random_draws():
     row = ablation_curves(table).iloc[0]
     assert (row["n_k"], row["k_low"], row["k_high"], row["area"]) == (2, 2, 200, 2.5)
     assert np.isnan([row["area_random"], row["area_excess"]]).all()
+    seeds = pd.concat([table, table.assign(delta_nll=[2.0, 9.0])])
+    assert ablation_curves(seeds)["area"].tolist() == pytest.approx([(1.5 + 6.5) / 2])
 
 
 def test_mean_height_of_each_curve():

@@ -97,6 +97,17 @@ def test_units_of_different_probabilities_are_judged_by_the_estimate_for_all():
     assert claim_of_row(row(n_effective=20.0)).detectable == detectable_rho(20, 8)
 
 
+@pytest.mark.parametrize("changes", [{"n_kinds": 2}, {"n_kinds": 1}, {"n_kinds": 1, "n_effective": 20.0}])
+def test_the_direction_is_that_of_the_estimate_and_not_of_an_end(changes):
+    for sign, verdict in ((1, Verdict.BETTER), (-1, Verdict.WRONG_WAY)):
+        low, high = sorted([-0.1 * sign, 0.5 * sign])
+        figures = {"within_rho": 0.3, "population_rho": 0.3, "spearman": 0.3}
+        figures = {name: sign * rho for name, rho in figures.items()}
+        figures |= {f"{name}_low": low for name in ("within", "population", "ci")}
+        figures |= {f"{name}_high": high for name in ("within", "population", "ci")}
+        assert claim_of_row(row(**changes, **figures)).verdict is verdict
+
+
 def test_an_exploratory_row_takes_half_the_p_value_of_the_primary_one():
     verdicts = [claim_of_row(row(primary=primary, p_adjusted=0.03)).verdict for primary in (0, 1)]
     assert verdicts == [Verdict.NOT_SHOWN, Verdict.WRONG_WAY]

@@ -43,6 +43,15 @@ def test_the_setting_is_the_first_perturbation_at_its_largest_k():
     assert set(both.layer_correlations["perturbation"]) == {"zero"}
 
 
+def test_the_sampled_metrics_are_those_of_the_scores(example):
+    assert example.sampled_metrics == [] and example.weight_effects.empty
+    weights = synthetic.sampled(6, metrics=("obd", "magnitude"))
+    measured = synthetic.with_single_weights(synthetic.measurements(n=2), weights)
+    sampled = replace(example, sampled=weights, measurements=measured)
+    assert sampled.sampled_metrics == ["obd", "magnitude"]
+    assert sampled.weight_effects["score_obd"].tolist() == weights["score_obd"].tolist()
+
+
 def test_layers_above_random_are_those_of_the_metric_in_the_setting(example):
     above = example.layers_above_random("grad_x_weight")
     effects = example.layer_effects

@@ -58,12 +58,23 @@ def test_the_larger_number_fitted_and_the_larger_leverage_count(turned):
     assert pair.p_value == pytest.approx(2 * stats.t.sf(abs(pair.difference) / error, degrees))
 
 
+@pytest.mark.parametrize(("n", "n_kinds", "tell"), [(6, 1, True), (5, 1, False), (8, 6, True), (8, 7, False)])
+def test_six_units_and_one_degree_of_freedom_tell(n, n_kinds, tell):
+    rng = np.random.default_rng(6)
+    y, kinds = rng.normal(size=n), np.eye(n_kinds)[np.minimum(np.arange(n), n_kinds - 1)]
+    both = {metric: weighted_rho(rng.normal(size=n), y, covariates=kinds) for metric in "ab"}
+    (pair,) = compare_metrics(both)
+    assert np.isfinite([pair.low, pair.high, pair.p_value, pair.p_adjusted]).all() == tell
+
+
 def test_holm_is_the_literal_procedure():
     p_values = np.array([0.04, 0.01, np.nan, 0.03, 0.005])
     ordered = sorted(p for p in p_values if p == p)
     literal = {p: max(min(1, (4 - j) * ordered[j]) for j in range(i + 1)) for i, p in enumerate(ordered)}
     assert holm(p_values)[[0, 1, 3, 4]].tolist() == [literal[p] for p in p_values if p == p]
     assert np.isnan(holm(p_values)[2])
+    assert holm(np.array([0.6, 0.9, 0.1])).tolist() == pytest.approx([1, 1, 0.3])
+    assert holm(np.array([0.2, 0.21, 0.2])).tolist() == pytest.approx([0.6, 0.6, 0.6])
 
 
 def test_a_primary_pair_keeps_its_p_value():

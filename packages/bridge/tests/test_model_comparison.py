@@ -44,6 +44,34 @@ def test_concentration_is_over_the_score_of_all_weights(comparison):
     assert row["largest_layer_share"] == pytest.approx(summary["score_sum"].max() / summary["score_sum"].sum())
 
 
+def test_each_row_says_what_the_model_and_its_texts_are():
+    described = ComparedModel(
+        name="a",
+        model={"id": "org/a", "dtype": "bfloat16", "n_parameters": 7},
+        corpus={"source": "some texts", "n_tokens": 5},
+        summaries={METRIC: synthetic.summary()},
+        top_weights={METRIC: synthetic.top_weights()},
+    )
+    bare = ComparedModel(name="b", summaries=described.summaries, top_weights=described.top_weights)
+    columns = ["model", "model_id", "dtype", "n_parameters", "corpus", "n_tokens"]
+    first, second = compare_models([described, bare]).models[columns].to_numpy(object).tolist()
+    assert first == ["a", "org/a", "bfloat16", 7, "some texts", 5]
+    assert second[:3] == ["b", "", ""] and second[4] == "" and np.isnan([second[3], second[5]]).all()
+
+
+def test_a_model_without_any_score_has_no_shares():
+    nothing = synthetic.summary().assign(score_sum=0.0), synthetic.top_weights().assign(score=0.0)
+    half = synthetic.summary(2).assign(score_sum=[0.5] + [0.0] * 9 + [0.25]), synthetic.top_weights(2, k=2)
+    models = [
+        ComparedModel(name=name, summaries={METRIC: summary}, top_weights={METRIC: top})
+        for name, (summary, top) in {"nothing": nothing, "little": half}.items()
+    ]
+    rows = compare_models(models).models
+    assert rows[["top_k_score_share", "largest_layer_share", "gini_layers"]].iloc[0].isna().all()
+    assert rows["largest_layer_share"].iloc[1] == pytest.approx(2 / 3)
+    assert rows["top_k_score_share"].iloc[1] == pytest.approx(half[1]["score"].sum() / 0.75)
+
+
 def test_overlap_of_a_model_with_itself_is_whole():
     pair = compare_models([compared_model("a"), compared_model("b")]).pairs.iloc[0]
     assert (pair["first"], pair["second"]) == ("a", "b")

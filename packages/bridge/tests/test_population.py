@@ -70,6 +70,14 @@ def test_a_census_and_an_effect_in_proportion_have_a_ratio_without_an_interval()
         assert estimate.value == pytest.approx(ratio) and np.isnan(estimate[1:]).all()
 
 
+def test_an_overlap_of_none_and_of_all_ends_at_zero_and_one_exactly():
+    x = np.arange(64.0)
+    none, whole = (population_precision(x, y, np.ones(64), 0.25) for y in (-x, x))
+    z = stats.t.ppf(0.975, 15)
+    assert none == (0, 0, pytest.approx(z**2 / (16 + z**2)), 16)
+    assert whole == (1, pytest.approx(16 / (16 + z**2)), 1, 16)
+
+
 def test_a_head_of_exactly_ten_units_has_an_interval():
     x = np.arange(40.0)
     estimate = population_precision(x, x, np.ones(40), 0.25)

@@ -60,6 +60,14 @@ def test_rows_are_the_sampled_ones_and_the_draw_depends_on_the_seed():
     assert not choose_weights(sampled, ["magnitude"], 7, N, seed=1).equals(chosen)
 
 
+def test_the_first_metric_gives_the_rank():
+    sampled = shares(20)
+    for metrics in (["obd", "magnitude", "grad_x_weight"], ["magnitude", "obd", "grad_x_weight"]):
+        chosen = choose_weights(sampled, metrics, 9, N)
+        scores = sampled.set_index("row").loc[chosen["row"], f"score_{metrics[0]}"]
+        assert chosen["score"].tolist() == scores.tolist() == sorted(scores, reverse=True)
+
+
 def test_equal_scores_stay_in_model_order():
     sampled = shares(9).assign(score_obd=1.0, share_obd=0.5)
     assert choose_weights(sampled, ["obd"], 9, N)["row"].tolist() == list(range(9))

@@ -83,6 +83,33 @@ def test_the_standard_error_is_that_of_the_jackknife():
     assert mirrored == pytest.approx((interval.error, -interval.high, -interval.low, p_value))
 
 
+def test_the_p_value_has_the_effective_degrees_of_freedom():
+    x, y = points(14, seed=12)
+    weights, z = np.linspace(1, 2, 14), np.column_stack([np.ones(14), np.arange(14) % 2])
+    result = weighted_rho(x, y, weights, z)
+    parts = weights / weights.sum() * result.influence
+    error = np.sqrt(14 / 12 * (parts**2).sum())
+    degrees = weights.sum() ** 2 / (weights**2).sum() - 2 - 1
+    scale = error / (1 - result.rho**2)
+    half = stats.t.ppf(0.9, degrees) * scale
+    p_value = 2 * stats.t.sf(abs(np.arctanh(result.rho)) / scale, degrees)
+    assert 0.001 < p_value < 0.9
+    expected = (error, np.tanh(np.arctanh(result.rho) - half), np.tanh(np.arctanh(result.rho) + half), p_value)
+    assert rho_interval(result, weights, level=0.8) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_rho_of_one_is_taken_as_one_less_a_trifle(sign):
+    result = weighted_rho(np.arange(8.0), sign * np.arange(8.0))
+    interval = rho_interval(result._replace(influence=np.full(8, 4e-12)), np.ones(8))
+    error = np.sqrt(8 / 7 * 8 * (4e-12 / 8) ** 2)
+    centre = np.arctanh(1 - 1e-12)
+    scale = error / (1 - np.tanh(centre) ** 2)
+    nearer = np.arctanh(interval.low if sign > 0 else -interval.high)
+    assert nearer == pytest.approx(centre - stats.t.ppf(0.975, 6) * scale, rel=1e-4)
+    assert interval.p_value == pytest.approx(2 * stats.t.sf(centre / scale, 6), rel=1e-6, abs=0)
+
+
 def test_units_that_were_certain_add_nothing_to_the_interval():
     x, y = points(30, seed=7)
     weights, result = np.ones(30), weighted_rho(*points(30, seed=7))
@@ -99,3 +126,6 @@ def test_fewer_than_six_effective_units_have_no_interval():
     assert np.isnan(rho_interval(weighted_rho(x, y, lopsided), lopsided)).all()
     assert np.isnan(rho_interval(weighted_rho(x[:5], y[:5]), np.ones(5))).all()
     assert np.isfinite(rho_interval(weighted_rho(x[:6], y[:6]), np.ones(6))).all()
+    for n_kinds, tell in ((6, True), (7, False)):  # one degree of freedom, none
+        kinds = np.eye(n_kinds)[np.minimum(np.arange(8), n_kinds - 1)]
+        assert np.isfinite(rho_interval(weighted_rho(x[:8], y[:8], covariates=kinds), np.ones(8))).all() == tell
