@@ -42,6 +42,10 @@ def test_curves_come_in_the_order_of_the_measurements():
 
 def test_no_curve_from_a_single_k():
     assert ablation_curves(synthetic.measurements(n=2)).empty
+    table = synthetic.measurements(n=2, ks=(1, 10))
+    first, second = synthetic.layer_names(2)
+    table = table[(table["k"] == 1) | (table["target_layer"] != first)]
+    assert ablation_curves(table)["target_layer"].unique().tolist() == [second, "ALL"]
 
 
 def test_curves_of_two_k_and_without_random_draws():

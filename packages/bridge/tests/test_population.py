@@ -82,4 +82,5 @@ def test_a_head_of_exactly_ten_units_has_an_interval():
     x = np.arange(40.0)
     estimate = population_precision(x, x, np.ones(40), 0.25)
     assert estimate.n_effective == 10
+    assert np.isnan(population_precision(x[:36], x[:36], np.ones(36), 0.25)[1:3]).all()  # nine
     assert 0 < estimate.low < estimate.value == 1

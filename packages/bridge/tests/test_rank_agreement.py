@@ -111,6 +111,12 @@ def test_four_units_have_a_rho_and_a_p_value():
     assert result.p_value == pytest.approx(reference.permutation_p([0, 1, 2, 3], [0, 1, 3, 2]))
 
 
+def test_the_first_unit_may_be_the_largest_or_the_smallest_by_both():
+    for order in ([3, 0, 2, 1], [0, 2, 3, 1]):
+        result = rank_agreement.agreement(np.array(order), np.array(order), np.random.default_rng(0))
+        assert result.spearman == pytest.approx(1)
+
+
 def test_columns_of_objects_are_read_as_numbers():
     x, y = np.array([3, None, 1.5, 2, "4"], dtype=object), np.array([1, 2, 3, 5, None], dtype=object)
     result = rank_agreement.agreement(x, y, np.random.default_rng(0))

@@ -123,6 +123,7 @@ def test_name_means_one_parameter_and_no_other():
         (["top", "control"], 9, False),
         (["control", "control"], 9, False),
         (["top", "all"], 2, False),
+        ([], [], False),
     ],
 )
 def test_the_range_is_restricted_where_only_the_highest_of_more_layers_were_chosen(roles, n_layers, restricted):

@@ -25,6 +25,13 @@ def test_top_is_compared_with_each_random_draw_of_its_target(measurements):
     assert row["difference_low"] < row["difference"] == row["delta_nll"] - drawn.mean() < row["difference_high"]
 
 
+def test_the_columns_of_the_table(measurements):
+    columns = "target_layer metric perturbation k delta_nll ci_low ci_high random_mean random_low random_high n_random"
+    columns += " n_draws n_beaten difference difference_low difference_high n_eff p_value unbounded_share"
+    columns += " control_unbounded_share note"
+    assert list(top_against_random(measurements, synthetic.comparisons(measurements))) == columns.split()
+
+
 def test_only_the_comparison_with_random_sets_is_taken(measurements):
     compared = synthetic.comparisons(measurements)
     matched = compared.assign(control="matched_obd", difference=7.0)

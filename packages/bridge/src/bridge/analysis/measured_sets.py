@@ -45,7 +45,7 @@ def top_sets(measurements: pd.DataFrame) -> pd.DataFrame:
 def random_effects(measurements: pd.DataFrame) -> dict[tuple[str, str, int], np.ndarray]:
     """The effects of the random sets, one for each draw, by (target_layer, perturbation, k)."""
     drawn = measurements[measurements["selection"] == layout.RANDOM]
-    groups = drawn.groupby(["target_layer", "perturbation", "k"], sort=False)["delta_nll"]
+    groups = drawn.groupby(["target_layer", "perturbation", "k"])["delta_nll"]
     return {cast(tuple[str, str, int], key): infinite_where_undefined(effects).to_numpy() for key, effects in groups}
 
 
