@@ -289,8 +289,6 @@ def test_units_of_different_probabilities_count_by_them():
             [rhos[metric].rho, *interval[1:3]]
         )
         assert abs(row["within_rho"] - weighted_rho(x, y, covariates=covariates).rho) > 1e-3
-        rng = np.random.default_rng([0, *f"within kinds/correlation/layers/{metric}/zero/100".encode()])
-        assert row["within_p"] == within_kinds(x, y, kinds, depths, rng, weights, n_resamples=99).p_value
         assert (row["n_kinds"], row["n_fitted"]) == (len(set(kinds)), rhos[metric].n_fitted)
         assert row["n_effective"] == pytest.approx(effective_number(weights))
     for pair in compare_metrics(rhos, weights):
@@ -300,6 +298,20 @@ def test_units_of_different_probabilities_count_by_them():
             assert table.loc[other, "above_magnitude"] == pytest.approx(sign * pair.difference)
             ends = sorted([sign * pair.low, sign * pair.high])
             assert table.loc[other, ["above_low", "above_high"]].tolist() == pytest.approx(ends)
+
+
+def test_the_effects_are_shuffled_among_layers_of_a_kind():
+    measurements = synthetic.measurements(n=30, metrics=("obd",), seeds=(), with_all=False)
+    tops = measurements[measurements["selection"] == "top_obd"].sort_values("target_layer")
+    x, y = np.random.default_rng(1).normal(size=30), tops["delta_nll"].to_numpy()
+    row = correlate(tops.assign(score_sum=x), n_resamples=199).iloc[0]
+    parts = [decoder_part(layer) for layer in tops["target_layer"]]
+    kinds, depths = [part.component for part in parts], [part.depth for part in parts]
+    rng = np.random.default_rng([0, *b"within kinds/correlation/layers/obd/zero/100"])
+    within = within_kinds(x, y, kinds, depths, rng, n_resamples=199)
+    assert 0.02 < within.p_value < 0.98
+    assert (row["within_p"], row["within_rho"]) == (within.p_value, within.result.rho)
+    assert (row["within_low"], row["within_high"]) == (within.interval.low, within.interval.high)
 
 
 def test_single_weights_are_judged_by_the_p_value_for_all_of_the_model():

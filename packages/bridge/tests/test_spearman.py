@@ -73,6 +73,8 @@ def test_resamples_without_a_rho_are_left_out_of_the_interval():
     x, y = np.array([1.0, 1, 1, 2]), np.array([1.0, 2, 3, 4])
     low, high = spearman.rho_interval(x, y, np.random.default_rng(0), n_resamples=2000)
     assert -1 <= low <= spearman.spearman_rho(x, y) <= high <= 1
+    two = np.array([0.0, 1])
+    assert spearman.rho_interval(two, -two, np.random.default_rng(0), n_resamples=50) == (-1, -1)
 
 
 @pytest.mark.parametrize(("level", "percentiles"), [(0.95, [2.5, 97.5]), (0.5, [25, 75])])
