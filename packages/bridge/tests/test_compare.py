@@ -86,6 +86,17 @@ def test_one_folder_may_hold_several_models(tmp_path, capsys):
     assert first.split()[:4] == [METRIC, "large", "100", "20.1"]
 
 
+def test_models_of_one_name_are_told_apart_by_their_folders(tmp_path):
+    runs = [write_run(tmp_path / parent, "small") for parent in ("one", "two")]
+    runs.append(write_run(tmp_path / "two", "large"))
+    manifest = synthetic.manifest(model="another/small")
+    manifest["identity"]["options"]["metric"] = [METRIC]
+    (runs[1] / "manifest.json").write_text(json.dumps(manifest))
+    compared = compare_folders(runs, METRIC, tmp_path)
+    names = [f"small ({parent}/critical_analysis_small)" for parent in ("one", "two")]
+    assert pd.read_csv(compared / "comparison.csv")["model"].tolist() == [*names, "large"]
+
+
 def test_the_same_run_twice_is_no_comparison(tmp_path):
     folder = write_run(tmp_path, "small")
     with pytest.raises(RequestError, match="at least two discovery runs, --from names 1"):
