@@ -35,6 +35,11 @@ def test_depth_is_relative():
     assert deep.loc["mlp in", "depth 1 of 5"] == 1
 
 
+def test_without_weights_every_share_is_zero():
+    (profile,) = top_weight_profiles([synthetic.top_weights(k=1)[:0]], [synthetic.summary(2)], [{}])
+    assert (profile == 0).all().all()
+
+
 def test_fused_projections_make_one_component_for_all_models():
     llama = pd.DataFrame({"parameter": ["model.layers.0.self_attn.q_proj.weight"], "row": 0, "col": 0})
     neox = pd.DataFrame({"parameter": ["gpt_neox.layers.0.attention.query_key_value.weight"], "row": 0, "col": 0})

@@ -8,7 +8,7 @@ from bridge.analysis.correlation import correlate
 from bridge.report.caveats import caveats
 from bridge.report.number_format import nats
 from bridge.report.phrases import perplexity_after
-from bridge.report.sentences import answer, setup_items, summary_lines
+from bridge.report.sentences import answer, most_critical_weight, setup_items, summary_lines
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +111,17 @@ def test_without_random_draws_the_line_says_so(example):
     alone = without(example, lambda m: m["selection"] == "random")
     assert "no random set of the same size was measured" in summary_lines(alone)[2]
     assert "no top set of a layer was compared with random ones" in answer(alone)[2]
+
+
+def test_the_most_critical_weight_is_the_first_of_the_ranking_that_is_known(example):
+    ranking = synthetic.top_weights(k=3)
+    for metrics, named in ((["obd", "grad_x_weight"], "grad_x_weight"), (["obd", "magnitude"], "obd")):
+        sentence = most_critical_weight(replace(example, top_weights=dict.fromkeys(metrics, ranking[::-1])))
+        assert sentence == most_critical_weight(replace(example, top_weights={named: ranking}))
+        assert sentence.startswith(f"Most critical weight by {named}: {ranking['parameter'][0]}[")
+    for nothing in ({}, {"grad_x_weight": ranking[:0]}):
+        sentence = most_critical_weight(replace(example, top_weights=nothing))
+        assert sentence == "No ranking of single weights was given."
 
 
 def test_without_layers_the_lines_say_so(example):
