@@ -124,6 +124,8 @@ def write_validation(discovery, name, **changes):
 def test_a_run_without_a_validation_beside_it_hides_no_other(tmp_path):
     runs = [write_run(tmp_path / name, name) for name in ("small", "large")]
     validation, _ = write_validation(runs[1], "1")
+    for other in ("critical_analysis_a", "critical_analysis_z"):  # of runs that are not compared
+        write_validation(runs[1], other, discovery_folder=str(runs[1].parent / other), ended="2027")
     compared = compare_folders(runs, METRIC, tmp_path)
     assert read_manifest(compared)["identity"]["validations"] == {"large": str(validation)}
     assert pd.read_csv(compared / "comparison.csv")["ppl_ratio"].notna().tolist() == [False, True]

@@ -218,6 +218,26 @@ def test_a_metric_is_compared_with_magnitude_over_the_same_layers(measurements):
     assert correlate(without)["above_magnitude"].isna().all()
 
 
+def test_metrics_are_compared_over_the_layers_that_all_of_them_have(measurements):
+    """The second of three metrics lacks four layers, which the first and the third were measured on."""
+    missing = synthetic.layer_names()[3:7]
+    lacks = (measurements["selection"] == "top_magnitude") & measurements["target_layer"].isin(missing)
+    table = correlate(measurements[~lacks], n_resamples=9).set_index("metric")
+    assert table.index.tolist() == ["grad_x_weight", "magnitude", "obd"] and table["n"].tolist() == [30, 26, 30]
+    shared = sorted(set(synthetic.layer_names()) - set(missing))
+    parts = [decoder_part(layer) for layer in shared]
+    covariates = kind_and_depth([part.component for part in parts], [part.depth for part in parts])
+    rhos = {}
+    for metric in table.index:
+        tops = measurements[measurements["selection"] == f"top_{metric}"].set_index("target_layer").loc[shared]
+        rhos[metric] = weighted_rho(tops["score_sum"].to_numpy(), tops["delta_nll"].to_numpy(), covariates=covariates)
+    for pair in compare_metrics(rhos)[::2]:
+        metric, sign = (pair.first, 1) if pair.second == "magnitude" else (pair.second, -1)
+        assert table.loc[metric, "above_magnitude"] == pytest.approx(sign * pair.difference)
+        ends = table.loc[metric, ["above_low", "above_high"]].tolist()
+        assert ends == pytest.approx(sorted([sign * pair.low, sign * pair.high]))
+
+
 def test_another_metric_may_be_the_baseline(measurements):
     table = correlate(measurements, baseline="obd").set_index("metric")
     rhos = table.loc[["magnitude", "obd"], "within_rho"].tolist()

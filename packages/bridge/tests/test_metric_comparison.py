@@ -92,6 +92,14 @@ def test_equal_metrics_differ_by_nothing_and_few_units_tell_nothing():
     assert np.isnan([pair.low, pair.high, pair.p_value, pair.p_adjusted]).all()
 
 
+def test_a_metric_without_a_rho_is_told_apart_from_none_and_does_not_count():
+    compared = rhos(20, 3, a=1, b=2)
+    compared["equal"] = weighted_rho(np.ones(20), np.arange(20.0))
+    pairs = compare_metrics(compared)
+    assert np.isnan([[pair.difference, pair.low, pair.p_value, pair.p_adjusted] for pair in pairs[1:]]).all()
+    assert pairs[0].p_adjusted == pairs[0].p_value
+
+
 def pair(first, second, difference, p):
     return Difference(first, second, difference, np.nan, np.nan, np.nan, p)
 

@@ -128,4 +128,7 @@ def test_fewer_than_six_effective_units_have_no_interval():
     assert np.isfinite(rho_interval(weighted_rho(x[:6], y[:6]), np.ones(6))).all()
     for n_kinds, tell in ((6, True), (7, False)):  # one degree of freedom, none
         kinds = np.eye(n_kinds)[np.minimum(np.arange(8), n_kinds - 1)]
+        uneven = np.linspace(1, 4, 8)  # fewer than none
+        assert effective_number(uneven) > 6
+        assert np.isnan(rho_interval(weighted_rho(x[:8], y[:8], uneven, kinds), uneven)).all()
         assert np.isfinite(rho_interval(weighted_rho(x[:8], y[:8], covariates=kinds), np.ones(8))).all() == tell
