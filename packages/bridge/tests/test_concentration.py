@@ -75,6 +75,10 @@ def test_gini_takes_some_values_and_no_negative_one(values):
         gini(np.array(values))
 
 
+def test_a_share_is_one_at_most():
+    assert top_score_share(np.array([0.25, 0.5]), 0.4, 10_000) == 1
+
+
 @pytest.mark.parametrize("total", [1.0, 0.8])
 def test_the_share_of_a_small_total_is_known_too(total):
     assert top_score_share(np.array([0.25, 0.5]), total, 10_000) == 0.5 / total

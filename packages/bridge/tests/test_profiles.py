@@ -126,9 +126,9 @@ def test_shares_of_the_score_in_each_cell():
             "score_sum": [1.0, 2.0, 4.0, 1.0],
         }
     )
-    (profile,) = score_profiles([summary])
+    profiles = score_profiles([summary, summary.assign(score_sum=summary["score_sum"] / 16)])
     cells = {("mlp in", "depth 2 of 5"): 3 / 8, ("mlp in", "depth 4 of 5"): 4 / 8, ("norm", "outside"): 1 / 8}
-    assert profile.stack().dropna().to_dict() == cells
+    assert [profile.stack().dropna().to_dict() for profile in profiles] == [cells] * 2
 
 
 def test_cosine_is_the_product_over_the_norms():
