@@ -58,6 +58,18 @@ def test_folders_are_compared_and_the_tables_written(tmp_path, capsys):
     assert (folder / "comparison.csv").read_bytes() == before
 
 
+def test_a_comparison_that_was_interrupted_is_made_again(tmp_path):
+    write_run(tmp_path, "small"), write_run(tmp_path, "large")
+    folder = compare_folders([tmp_path], None, tmp_path, "x")
+    before = (folder / "comparison.csv").read_bytes()
+    (folder / "comparison.csv").unlink()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"status": "running"}))
+    assert compare_folders([tmp_path], None, tmp_path, "x") == folder
+    assert (folder / "comparison.csv").read_bytes() == before
+    assert read_manifest(folder)["status"] == "complete"
+
+
 def test_the_name_of_a_model_cannot_speak_to_the_terminal(tmp_path, capsys):
     folders = [make_discovery(tmp_path / name, model={"id": f"{name}\x1b[2J\nx"}) for name in "ab"]
     compare_folders(folders, None, tmp_path)

@@ -37,6 +37,8 @@ def test_the_setting_is_the_first_perturbation_at_its_largest_k():
     both = synthetic.evidence_of(pd.concat([zero, flipped]))
     assert both.setting == ("zero", 100)
     assert replace(both, correlations=both.correlations.assign(primary=0)).setting == ("zero", 100)
+    mixed = replace(both, measurements=pd.concat([zero[:1], flipped, zero[1:]]))
+    assert replace(mixed, correlations=both.correlations.assign(primary=0)).setting == ("zero", 100)
     assert both.settings == [("zero", 100), ("zero", 1), ("sign_flip", 7), ("sign_flip", 700)]
     assert set(both.layer_effects["perturbation"]) == {"zero"}
     assert set(both.layer_effects["k"]) == {100}

@@ -218,6 +218,16 @@ def test_an_order_of_single_weights_that_may_be_chance_is_not_claimed(with_weigh
     assert ": no agreement is shown (with 80 % power a rho of " in sentence
 
 
+def test_ablation_curves_are_called_so():
+    example = synthetic.evidence(metrics=("obd",), ks=(1, 100))
+    table = example.correlations
+    assert table["unit"].tolist() == ["layers", "layers", "ablation_curve"]
+    table = table.assign(p_adjusted=[0.9, 0.9, 0.01], within_rho=-0.5)
+    (sentence,) = exploratory(replace(example, correlations=table))
+    family = "Exploratory, one false-discovery family of 2"
+    assert sentence == f"{family}: the wrong way round: obd over ablation curves (zero, k = 100)."
+
+
 def test_exploratory_claims_are_listed_as_one_family(with_weights):
     table = with_weights.correlations.copy()
     assert table["primary"].tolist() == [1, 0, 0, 0, 0, 0]
