@@ -96,8 +96,12 @@ def test_by_default_the_metrics_that_every_model_has_are_compared_in_the_order_o
 
 def test_robustness_at_an_equal_fraction():
     measured = synthetic.measurements(n=2)
-    models = [compared_model("a", measurements=measured), compared_model("b", seed=2, measurements=measured)]
+    models = [compared_model(name, seed=seed, measurements=measured) for seed, name in enumerate("abc", start=1)]
+    models.append(compared_model("unmeasured"))
     table = compare_models(models).models
+    assert table.pop("model").tolist() == ["a", "b", "c", "unmeasured"]
+    assert table["ppl_ratio_at_equal_fraction"].isna().tolist() == [False, False, False, True]
+    table = table.iloc[:3]
     assert table["ppl_ratio_at_equal_fraction"].tolist() == pytest.approx(table["ppl_ratio"].tolist())
     assert (table["equal_fraction"] == table["ablation_k"] / table["n_weights"]).all()
 
