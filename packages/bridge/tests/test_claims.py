@@ -80,7 +80,8 @@ def test_a_row_is_judged_within_kinds_where_there_are_several():
 
 
 def test_units_of_different_probabilities_are_judged_by_the_estimate_for_all():
-    assert [is_weighted(row(n_effective=n)) for n in (20.0, 30 * (1 - 1e-12), 30.0, np.nan)] == [True] + [False] * 3
+    numbers = (20.0, 29.5, 30 * (1 - 1e-12), 30.0, np.nan)
+    assert [is_weighted(row(n_effective=n)) for n in numbers] == [True] * 2 + [False] * 3
     assert basis_of_claim(row(n_effective=20.0)) is WITHIN_KINDS
     assert basis_of_claim(row(n_kinds=1)) is MEASURED
     weighted = row(n_kinds=1, n_effective=20.0)

@@ -39,14 +39,15 @@ def test_beyond_it_every_rank_counts_with_its_interpolated_score():
 
 
 def test_far_beyond_it_ranks_are_added_in_two_thousand_pieces_each_by_its_middle_rank():
-    top, sampled = np.array([16.0]), SampledScores(scores=np.array([1e-4]), shares=np.array([1e-3]))
-    n_top = 50_000
+    n_weights, n_top, slope = 50_000_000_000, 5_000_000, -0.3
+    far = np.array([0.01])
+    sampled = SampledScores(scores=16 * (far * n_weights) ** slope, shares=far)
     edges = sorted({round(n_top ** (i / 1999)) for i in range(2000)})
-    slope = np.log(1e-4 / 16) / np.log(500_000)
-    total = 16.0
-    for before, last in itertools.pairwise(edges):
-        total += (last - before) * 16 * ((before + 1 + last) / 2) ** slope
-    assert top_score_share(top, 1e6, 500_000_000, sampled) == pytest.approx(total / 1e6, rel=1e-11)
+    total = 16.0 + sum(
+        (end - start) * 16 * ((start + 1 + end) / 2) ** slope for start, end in itertools.pairwise(edges)
+    )
+    share = top_score_share(np.array([16.0]), 1e9, n_weights, sampled)
+    assert share == pytest.approx(total / 1e9, rel=1e-12)
 
 
 def test_unknown_where_nothing_is_known_so_far_down(scores):

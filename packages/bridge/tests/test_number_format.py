@@ -67,6 +67,8 @@ def test_an_interval_without_ends_is_nothing():
     assert number_format.spread(math.nan, math.nan) == ""
     assert number_format.spread(-0.00021, 0.000013) == "[−0.00021,\u00a00.00001]"
     assert number_format.rho(0.5, math.nan, math.nan) == "0.50"
+    assert number_format.rho(0.5, math.nan, 0.75) == "0.50 [–,\u00a00.75]"
+    assert number_format.rho(0.5, 0.25, math.nan) == "0.50 [0.25,\u00a0–]"
     assert number_format.rho(-0.5, -0.75, 0.125) == "−0.50 [−0.75,\u00a00.12]"
 
 

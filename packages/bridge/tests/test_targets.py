@@ -31,6 +31,7 @@ def test_by_count_with_ties_broken_by_score_then_model_order():
     assert names(chosen, "top") == ["h.4", "h.2", "h.1", "h.3", "h.0"]
     assert chosen["n_top"].tolist() == [3, 2, 2, 2, 0]
     assert chosen["score_rank"].tolist() == [5, 2, 3, 4, 1]
+    assert choose_targets(top({4: 3}), summary([9.0, 1.0, 2.0]), 1, 2).index.tolist() == [0, 1, 2]
     assert list(chosen.columns) == list(TARGETS.columns)
 
 

@@ -64,7 +64,15 @@ def test_of_the_baseline_alone_one_rho_is_given(example):
     sentence = verdict_on_layers(replace(example, correlations=table))
     assert "; grad_x_weight " not in sentence and "and grad_x_weight " not in sentence
     assert "all 100 layers, estimated from 12 of them: magnitude " in sentence
-    assert sentence.partition("in which high scores are frequent: ")[2].startswith("magnitude 0.25 [")
+    design = sentence.partition("in which high scores are frequent: ")[2]
+    assert design.startswith("magnitude 0.25 [") and design.count("magnitude") == 1
+
+
+def test_the_baseline_stands_beside_whichever_comes_first_in_the_alphabet():
+    example = synthetic.evidence(metrics=("obd", "magnitude"), n_control=10)
+    design = verdict_on_layers(example).partition("in which high scores are frequent: ")[2]
+    obd, magnitude = (rho_of(row, MEASURED) for _, row in example.correlations.iterrows())
+    assert design == f"obd {obd} and magnitude {magnitude}."
 
 
 def test_without_magnitude_the_last_line_says_so():
