@@ -47,12 +47,13 @@ def test_equal_fraction_is_interpolated_in_log_k():
         "small": pd.DataFrame({"k": [100, 1, 10], "delta_nll": [3.0, 1.0, 2.0]}),
         "large": pd.DataFrame({"k": [100], "delta_nll": [0.5]}),
     }
-    n_weights = {"small": 10_000, "large": 10_000 * 10**1.5, "coarse": 10_000}
+    curves["near"] = curves["coarse"]
+    n_weights = {"small": 10_000, "large": 10_000 * 10**1.5, "coarse": 10_000, "near": 8000 * 10**1.5}
     fraction, ratios = ratios_at_equal_fraction(curves, n_weights)
     assert fraction == pytest.approx(100 / (10_000 * 10**1.5))
     assert ratios["small"] == pytest.approx(np.exp(1.5))  # half way from 1 to 10
     assert ratios["large"] == pytest.approx(np.exp(0.5))
-    assert np.isnan(ratios["coarse"])
+    assert np.isnan([ratios["coarse"], ratios["near"]]).all()  # 3 and 80 of 100
 
 
 def test_infinite_effect_is_an_infinite_ratio():
