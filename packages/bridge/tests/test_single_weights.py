@@ -93,5 +93,7 @@ def test_seeds_of_one_weight_are_one_effect_of_mean_size():
     weights = once[once["selection"] == "weight"]
     twice = pd.concat([weights.assign(seed=0), weights.assign(seed=1, delta_nll=-3 * weights["delta_nll"])])
     effects = weight_effects(twice, sampled)
+    columns = "perturbation parameter row col delta_nll ci_low ci_high size value score_obd"
+    assert list(effects) == columns.split()
     assert effects["size"].tolist() == pytest.approx((2 * weights["delta_nll"].abs()).tolist())
     assert effects["delta_nll"].tolist() == pytest.approx((-weights["delta_nll"]).tolist())

@@ -41,6 +41,15 @@ def test_covariates_are_taken_out_by_least_squares():
     assert result.leverage == pytest.approx(np.diag(hat))
 
 
+def test_covariates_that_others_span_are_not_fitted_twice():
+    x, y = points(20, seed=3)
+    kinds = np.eye(3)[np.arange(20) % 3]
+    alone, redundant = (weighted_rho(x, y, covariates=z) for z in (kinds, np.hstack([kinds, np.ones((20, 1)), kinds])))
+    assert (alone.n_fitted, redundant.n_fitted) == (3, 3)
+    assert redundant.rho == pytest.approx(alone.rho)
+    assert redundant.leverage == pytest.approx(alone.leverage)
+
+
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("with_covariates", [False, True])
 def test_influence_is_the_derivative_of_rho_by_a_weight(ties, with_covariates):

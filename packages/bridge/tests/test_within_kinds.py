@@ -47,7 +47,8 @@ def literal_p(x, y, kinds, covariates, weights, seed, n):
         return values - covariates @ np.linalg.lstsq(root[:, None] * covariates, root * values, rcond=None)[0]
 
     def rho(first, second):
-        return (weights * first) @ second / np.sqrt(weights @ first**2 * (weights @ second**2))
+        norm = np.sqrt(weights @ second**2)
+        return (weights * first) @ second / (np.sqrt(weights @ first**2) * norm) if norm > 1e-9 else 0.0
 
     def ranks(values):
         return [
@@ -95,6 +96,16 @@ def test_p_given_the_depth_is_that_of_the_same_shuffles():
     columns = np.hstack([np.tile(np.eye(3), (7, 1)), waves])
     assert kind_and_depth(kinds, depths) == pytest.approx(columns)
     assert p == pytest.approx(literal_p(x, y, kinds, columns, np.ones(21), 5, 100), rel=1e-12)
+
+
+def test_a_shuffle_that_the_depth_explains_is_no_agreement():
+    """Four layers of one kind at two depths: of six shuffles of two high effects, two leave nothing but the depth."""
+    kinds, depths = ["a"] * 4 + list("bcdefghijklm"), [0, 0, 1, 1] + [0] * 12
+    x, y = np.random.default_rng(2).permutation(16), np.array([0, 1, 0, 1] + [0] * 12)
+    p = within_kinds(x, y, kinds, depths, np.random.default_rng(9), n_resamples=100).p_value
+    columns = kind_and_depth(kinds, depths)
+    assert columns.shape == (16, 13 + 1)
+    assert p == pytest.approx(literal_p(x, y, kinds, columns, np.ones(16), 9, 100), rel=1e-12)
 
 
 def test_p_does_not_depend_on_the_size_of_the_blocks(monkeypatch):
