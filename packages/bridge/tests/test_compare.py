@@ -58,7 +58,7 @@ def test_folders_are_compared_and_the_tables_written(tmp_path, capsys):
     assert (folder / "comparison.csv").read_bytes() == before
 
 
-def test_a_comparison_that_was_interrupted_is_made_again(tmp_path):
+def test_a_comparison_that_was_interrupted_is_made_again(tmp_path, blank_figures):
     write_run(tmp_path, "small"), write_run(tmp_path, "large")
     folder = compare_folders([tmp_path], None, tmp_path, "x")
     before = (folder / "comparison.csv").read_bytes()
@@ -77,7 +77,7 @@ def test_the_name_of_a_model_cannot_speak_to_the_terminal(tmp_path, capsys):
     assert "\x1b" not in out + err and "a\\x1b[2J\\nx" in out
 
 
-def test_different_texts_are_a_warning(tmp_path, capsys):
+def test_different_texts_are_a_warning(tmp_path, capsys, blank_figures):
     write_run(tmp_path, "small")
     folder = write_run(tmp_path, "large")
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -88,7 +88,7 @@ def test_different_texts_are_a_warning(tmp_path, capsys):
     assert len(read_manifest(compared)["warnings"]) == 1
 
 
-def test_one_folder_may_hold_several_models(tmp_path, capsys):
+def test_one_folder_may_hold_several_models(tmp_path, capsys, blank_figures):
     write_run(tmp_path, "small"), write_run(tmp_path, "large"), write_run(tmp_path, "third")
     folder = compare_folders([tmp_path], METRIC, tmp_path)
     assert pd.read_csv(folder / "comparison.csv")["model"].tolist() == ["large", "small", "third"]
@@ -98,7 +98,7 @@ def test_one_folder_may_hold_several_models(tmp_path, capsys):
     assert first.split()[:4] == [METRIC, "large", "100", "20.1"]
 
 
-def test_models_of_one_name_are_told_apart_by_their_folders(tmp_path):
+def test_models_of_one_name_are_told_apart_by_their_folders(tmp_path, blank_figures):
     runs = [write_run(tmp_path / parent, "small") for parent in ("one", "two")]
     runs.append(write_run(tmp_path / "two", "large"))
     manifest = synthetic.manifest(model="another/small")
@@ -133,7 +133,7 @@ def write_validation(discovery, name, **changes):
     return folder, table
 
 
-def test_a_run_without_a_validation_beside_it_hides_no_other(tmp_path):
+def test_a_run_without_a_validation_beside_it_hides_no_other(tmp_path, blank_figures):
     runs = [write_run(tmp_path / name, name) for name in ("small", "large")]
     validation, _ = write_validation(runs[1], "1")
     for other in ("critical_analysis_a", "critical_analysis_z"):  # of runs that are not compared
@@ -143,7 +143,7 @@ def test_a_run_without_a_validation_beside_it_hides_no_other(tmp_path):
     assert pd.read_csv(compared / "comparison.csv")["ppl_ratio"].notna().tolist() == [False, True]
 
 
-def test_the_columns_that_are_printed(tmp_path, capsys):
+def test_the_columns_that_are_printed(tmp_path, capsys, blank_figures):
     for name in ("small", "large"):
         write_validation(write_run(tmp_path / name, name), name)
     compare_folders([tmp_path / "small", tmp_path / "large"], METRIC, tmp_path)
@@ -156,13 +156,13 @@ def test_the_columns_that_are_printed(tmp_path, capsys):
     assert rows[0].split()[:4] == [METRIC, "small", "100", "20.1"]
 
 
-def test_the_largest_list_of_weights_is_compared(tmp_path):
+def test_the_largest_list_of_weights_is_compared(tmp_path, blank_figures):
     for name in ("small", "large"):
         synthetic.top_weights(k=10).to_csv(write_run(tmp_path, name) / f"top_10_weights_{METRIC}.csv", index=False)
     assert pd.read_csv(compare_folders([tmp_path], METRIC, tmp_path) / "comparison.csv")["k"].tolist() == [100, 100]
 
 
-def test_the_newest_run_of_a_model_and_its_newest_validation_are_compared(tmp_path):
+def test_the_newest_run_of_a_model_and_its_newest_validation_are_compared(tmp_path, blank_figures):
     other = write_run(tmp_path / "other", "large")
     runs = [write_run(tmp_path / "one", f"small{number}") for number in range(3)]
     for folder, ended in zip(runs, ("02", "03", "01"), strict=True):

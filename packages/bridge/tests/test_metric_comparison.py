@@ -111,6 +111,9 @@ def test_a_metric_stands_where_the_pairs_put_it():
     assert [standing(pairs, metric).is_best for metric in "abc"] == [True, False, False]
     assert standing([pair("a", "b", np.nan, np.nan)], "b") == Standing((), (), ("a",))
     assert not standing([], "a").is_best
+    turned = [pair("c", "a", 0.3, 0.01), pair("d", "a", -0.2, 0.01)]
+    assert standing(turned, "a") == Standing(("d",), ("c",), ())
+    assert (standing(turned, "c").above, standing(turned, "d").below) == (("a",), ("a",))
 
 
 def test_a_row_names_them_with_spaces_between():
