@@ -15,6 +15,7 @@ def example():
 
 def test_no_effect_decides_which_metric_the_sentences_speak_of(example):
     assert example.metric == example.primary["metric"] == "grad_x_weight"
+    assert example.exploratory["metric"].tolist() == ["magnitude"]
     other = example.correlations.assign(primary=(example.correlations["metric"] == "magnitude").astype(int))
     assert replace(example, correlations=other).metric == "magnitude"
     exploratory = replace(example, correlations=example.correlations.assign(primary=0, spearman=-0.5))
