@@ -76,6 +76,10 @@ def test_gini_takes_some_values_and_no_negative_one(values):
         gini(np.array(values))
 
 
+def test_of_few_weights_the_highest_one_counts():
+    assert top_score_share(np.array([1.0, 3.0]), 8.0, 100) == 3 / 8
+
+
 def test_a_share_is_one_at_most():
     assert top_score_share(np.array([0.25, 0.5]), 0.4, 10_000) == 1
 
