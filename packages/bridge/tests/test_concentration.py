@@ -36,6 +36,8 @@ def test_beyond_it_every_rank_counts_with_its_interpolated_score():
     top, sampled = np.array([4.0, 8]), SampledScores(scores=np.array([8.0, 2, 0.25]), shares=np.array([1, 4, 32]) / 2e5)
     total = 8 * sum(1 / rank for rank in range(1, 21))
     assert top_score_share(top, 50.0, 200_000, sampled) == pytest.approx(total / 50, rel=1e-12)
+    with_zero = SampledScores(scores=np.append(sampled.scores, 0), shares=np.append(sampled.shares, 1e-3))
+    assert top_score_share(top, 50.0, 200_000, with_zero) == pytest.approx(total / 50, rel=1e-12)
 
 
 def test_far_beyond_it_ranks_are_added_in_two_thousand_pieces_each_by_its_middle_rank():
