@@ -6,6 +6,7 @@ stand in ``mutants.toml``, each with the reason; without ``after``, every mutant
 if a mutant survives.
 """
 
+import csv
 import gc
 import importlib
 import json
@@ -24,6 +25,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+EQUIVALENT = Path(__file__).with_name("equivalent.csv")
 SETTINGS = tomllib.loads(Path(__file__).with_name("mutants.toml").read_text())
 CPU_SECONDS, SECONDS = 60, 600
 # Loaded once, before the processes that run the tests are forked from this one.
@@ -72,7 +74,8 @@ def _run_tests(files: list[str], sources: Path, log: Path) -> None:
 
 def main(package: str, mutants: Path) -> int:
     """Try the mutants, print those that survive, and count."""
-    equivalent = {(row["module"], row["before"], row.get("after")) for row in SETTINGS.get("equivalent", [])}
+    with EQUIVALENT.open(encoding="utf-8", newline="") as stream:
+        equivalent = {(row["module"], row["before"], row["after"]) for row in csv.DictReader(stream)}
     for library in LIBRARIES:
         if importlib.util.find_spec(library.partition(".")[0]):
             importlib.import_module(library)
@@ -85,7 +88,7 @@ def main(package: str, mutants: Path) -> int:
         for i, line in enumerate(mutants.read_text().splitlines(), start=1):
             row = json.loads(line)
             module = row["module"]
-            if {(module, row["before"], after) for after in (row["after"], None)} & equivalent:
+            if {(module, row["before"], after) for after in (row["after"], "")} & equivalent:
                 outcomes["equivalent"] += 1
                 continue
             if module not in checked and not tests_pass(package, module, sources, log):

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from bridge.analysis import bootstrap
 from bridge.analysis.bootstrap import paired_bootstrap_interval
 
 
@@ -14,6 +15,15 @@ def test_interval_is_that_of_a_loop_over_the_same_draws():
     loop = np.random.default_rng(1)
     means = [np.mean(x[drawn] * y[drawn]) for drawn in loop.integers(0, 9, size=(400, 9))]
     assert [*interval] == pytest.approx(np.percentile(means, [2.5, 97.5]).tolist())
+
+
+def test_interval_does_not_depend_on_the_size_of_the_blocks(monkeypatch):
+    x, y = np.random.default_rng(0).normal(size=(2, 9))
+    intervals = set()
+    for size in (bootstrap.BLOCK_SIZE, 30, 5):  # all resamples at once, three, and less than one
+        monkeypatch.setattr(bootstrap, "BLOCK_SIZE", size)
+        intervals.add(paired_bootstrap_interval([x, y], mean_of_products, np.random.default_rng(1), n_resamples=50))
+    assert len(intervals) == 1
 
 
 def test_a_lower_level_gives_a_narrower_interval():

@@ -75,19 +75,38 @@ def test_a_row_is_judged_within_kinds_where_there_are_several():
     assert claim_of_row(within).verdict is Verdict.ABSENT
     assert claim_of_row(row(p_adjusted=0.5, within_low=-0.1, within_high=0.1, n_kinds=1)).verdict is Verdict.NOT_SHOWN
     assert claim_of_row(row(p_adjusted=0.5, within_low=np.nan)).verdict is Verdict.NOT_SHOWN
+    assert claim_of_row(row(p_adjusted=0.5, within_low=-0.3, within_high=0.1)).verdict is Verdict.NOT_SHOWN
+    assert claim_of_row(row(p_adjusted=0.5, within_low=-0.1, within_high=0.3)).verdict is Verdict.NOT_SHOWN
 
 
 def test_units_of_different_probabilities_are_judged_by_the_estimate_for_all():
-    assert [is_weighted(row(n_effective=n)) for n in (20.0, 30 * (1 - 1e-12), 30.0, np.nan)] == [True] + [False] * 3
+    numbers = (20.0, 29.5, 30 * (1 - 1e-12), 30.0, np.nan)
+    assert [is_weighted(row(n_effective=n)) for n in numbers] == [True] * 2 + [False] * 3
     assert basis_of_claim(row(n_effective=20.0)) is WITHIN_KINDS
     assert basis_of_claim(row(n_kinds=1)) is MEASURED
     weighted = row(n_kinds=1, n_effective=20.0)
     assert basis_of_claim(weighted) is POPULATION
     assert claim_of_row(weighted) == (Verdict.WRONG_WAY, detectable_rho(20, 8), np.nan)
     assert claim_of_row(row(n_kinds=1, n_effective=20.0, p_adjusted=0.5)).verdict is Verdict.ABSENT
+    for n_effective in (20.0, 30.0):
+        for low, high in ((-0.3, 0.1), (-0.1, 0.3)):
+            ends = {"population_low": low, "population_high": high, "ci_low": low, "ci_high": high}
+            unsure = row(n_kinds=1, n_effective=n_effective, p_adjusted=0.5, **ends)
+            assert claim_of_row(unsure).verdict is Verdict.NOT_SHOWN
     few = claim_of_row(row(n_kinds=1, n_effective=5.9, p_adjusted=1e-6))
     assert few.verdict is Verdict.NOT_SHOWN and np.isnan(few.detectable)
     assert claim_of_row(row(n_effective=20.0)).detectable == detectable_rho(20, 8)
+
+
+@pytest.mark.parametrize("changes", [{"n_kinds": 2}, {"n_kinds": 1}, {"n_kinds": 1, "n_effective": 20.0}])
+def test_the_direction_is_that_of_the_estimate_and_not_of_an_end(changes):
+    for sign, verdict in ((1, Verdict.BETTER), (-1, Verdict.WRONG_WAY)):
+        low, high = sorted([-0.1 * sign, 0.5 * sign])
+        figures = {"within_rho": 0.3, "population_rho": 0.3, "spearman": 0.3}
+        figures = {name: sign * rho for name, rho in figures.items()}
+        figures |= {f"{name}_low": low for name in ("within", "population", "ci")}
+        figures |= {f"{name}_high": high for name in ("within", "population", "ci")}
+        assert claim_of_row(row(**changes, **figures)).verdict is verdict
 
 
 def test_an_exploratory_row_takes_half_the_p_value_of_the_primary_one():

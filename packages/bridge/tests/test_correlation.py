@@ -15,7 +15,7 @@ from bridge.analysis.single_weights import weight_effects
 from bridge.analysis.targets import is_restricted
 from bridge.analysis.top_against_random import top_against_random
 from bridge.analysis.weighted_rho import effective_number, rho_interval, weighted_rho
-from bridge.analysis.within_kinds import kind_and_depth
+from bridge.analysis.within_kinds import kind_and_depth, within_kinds
 from bridge.exchange.discovery_run import open_discovery
 from bridge.exchange.errors import RequestError
 from bridge.exchange.tables import CORRELATIONS, MEASUREMENTS, TARGETS, read_table, write_table
@@ -146,7 +146,7 @@ def test_every_metric_is_compared_on_the_same_single_weights(with_weights):
         x = [scores[w.parameter, w.row][f"score_{metric}"] for w in weights.itertuples()]
         assert rows.loc[metric, "spearman"] == pytest.approx(reference.spearman(x, weights["delta_nll"].abs().tolist()))
     assert set(rows["n"]) == {30} and set(rows["k"]) == {1}
-    assert set(rows["n_kinds"]) == {1} and rows["within_rho"].isna().all()
+    assert set(rows["n_kinds"]) == {1} and set(rows["n_fitted"]) == {1} and rows["within_rho"].isna().all()
     assert not rows["note"].str.contains("restricted").any()
 
 
@@ -196,6 +196,10 @@ def test_several_k_give_a_correlation_of_the_areas():
     measurements = synthetic.measurements(n=12, metrics=("obd",), ks=(1, 10, 1000))
     table = correlate(measurements)
     assert table["unit"].tolist() == ["layers"] * 3 + ["ablation_curve"]
+    curve = "mean height of the curve over log k, k = 1, 10, 1000"
+    assert table["note"].tolist() == ["", "", "", curve]
+    few = correlate(measurements[measurements["target_layer"].isin(synthetic.layer_names(6))], n_resamples=9)
+    assert few["note"].iloc[-1] == f"only 6 layers: the interval is rough; {curve}"
     tops = measurements[(measurements["selection"] == "top_obd") & (measurements["target_layer"] != "ALL")]
     areas = {}
     for column in ["score_sum", "delta_nll"]:
@@ -212,6 +216,26 @@ def test_a_metric_is_compared_with_magnitude_over_the_same_layers(measurements):
     assert pd.isna(table.loc["magnitude", "above_magnitude"])
     without = measurements[measurements["selection"] != "top_magnitude"]
     assert correlate(without)["above_magnitude"].isna().all()
+
+
+def test_metrics_are_compared_over_the_layers_that_all_of_them_have(measurements):
+    """The second of three metrics lacks four layers, which the first and the third were measured on."""
+    missing = synthetic.layer_names()[3:7]
+    lacks = (measurements["selection"] == "top_magnitude") & measurements["target_layer"].isin(missing)
+    table = correlate(measurements[~lacks], n_resamples=9).set_index("metric")
+    assert table.index.tolist() == ["grad_x_weight", "magnitude", "obd"] and table["n"].tolist() == [30, 26, 30]
+    shared = sorted(set(synthetic.layer_names()) - set(missing))
+    parts = [decoder_part(layer) for layer in shared]
+    covariates = kind_and_depth([part.component for part in parts], [part.depth for part in parts])
+    rhos = {}
+    for metric in table.index:
+        tops = measurements[measurements["selection"] == f"top_{metric}"].set_index("target_layer").loc[shared]
+        rhos[metric] = weighted_rho(tops["score_sum"].to_numpy(), tops["delta_nll"].to_numpy(), covariates=covariates)
+    for pair in compare_metrics(rhos)[::2]:
+        metric, sign = (pair.first, 1) if pair.second == "magnitude" else (pair.second, -1)
+        assert table.loc[metric, "above_magnitude"] == pytest.approx(sign * pair.difference)
+        ends = table.loc[metric, ["above_low", "above_high"]].tolist()
+        assert ends == pytest.approx(sorted([sign * pair.low, sign * pair.high]))
 
 
 def test_another_metric_may_be_the_baseline(measurements):
@@ -275,7 +299,8 @@ def test_units_of_different_probabilities_count_by_them():
         layers = tops["target_layer"]
         parts = [decoder_part(layer) for layer in layers]
         weights = 1 / inclusion[layers].to_numpy()
-        covariates = kind_and_depth([part.component for part in parts], [part.depth for part in parts])
+        kinds, depths = [part.component for part in parts], [part.depth for part in parts]
+        covariates = kind_and_depth(kinds, depths)
         x, y = tops["score_sum"].to_numpy(), tops["delta_nll"].to_numpy()
         rhos[metric] = weighted_rho(x, y, weights, covariates)
         interval = rho_interval(rhos[metric], weights)
@@ -284,6 +309,7 @@ def test_units_of_different_probabilities_count_by_them():
             [rhos[metric].rho, *interval[1:3]]
         )
         assert abs(row["within_rho"] - weighted_rho(x, y, covariates=covariates).rho) > 1e-3
+        assert (row["n_kinds"], row["n_fitted"]) == (len(set(kinds)), rhos[metric].n_fitted)
         assert row["n_effective"] == pytest.approx(effective_number(weights))
     for pair in compare_metrics(rhos, weights):
         if pair.second == "magnitude" or pair.first == "magnitude":
@@ -292,6 +318,20 @@ def test_units_of_different_probabilities_count_by_them():
             assert table.loc[other, "above_magnitude"] == pytest.approx(sign * pair.difference)
             ends = sorted([sign * pair.low, sign * pair.high])
             assert table.loc[other, ["above_low", "above_high"]].tolist() == pytest.approx(ends)
+
+
+def test_the_effects_are_shuffled_among_layers_of_a_kind():
+    measurements = synthetic.measurements(n=30, metrics=("obd",), seeds=(), with_all=False)
+    tops = measurements[measurements["selection"] == "top_obd"].sort_values("target_layer")
+    x, y = np.random.default_rng(1).normal(size=30), tops["delta_nll"].to_numpy()
+    row = correlate(tops.assign(score_sum=x), n_resamples=199).iloc[0]
+    parts = [decoder_part(layer) for layer in tops["target_layer"]]
+    kinds, depths = [part.component for part in parts], [part.depth for part in parts]
+    rng = np.random.default_rng([0, *b"within kinds/correlation/layers/obd/zero/100"])
+    within = within_kinds(x, y, kinds, depths, rng, n_resamples=199)
+    assert 0.02 < within.p_value < 0.98
+    assert (row["within_p"], row["within_rho"]) == (within.p_value, within.result.rho)
+    assert (row["within_low"], row["within_high"]) == (within.interval.low, within.interval.high)
 
 
 def test_single_weights_are_judged_by_the_p_value_for_all_of_the_model():

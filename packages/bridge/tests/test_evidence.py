@@ -15,6 +15,7 @@ def example():
 
 def test_no_effect_decides_which_metric_the_sentences_speak_of(example):
     assert example.metric == example.primary["metric"] == "grad_x_weight"
+    assert example.exploratory["metric"].tolist() == ["magnitude"]
     other = example.correlations.assign(primary=(example.correlations["metric"] == "magnitude").astype(int))
     assert replace(example, correlations=other).metric == "magnitude"
     exploratory = replace(example, correlations=example.correlations.assign(primary=0, spearman=-0.5))
@@ -37,10 +38,21 @@ def test_the_setting_is_the_first_perturbation_at_its_largest_k():
     both = synthetic.evidence_of(pd.concat([zero, flipped]))
     assert both.setting == ("zero", 100)
     assert replace(both, correlations=both.correlations.assign(primary=0)).setting == ("zero", 100)
+    mixed = replace(both, measurements=pd.concat([zero[:1], flipped, zero[1:]]))
+    assert replace(mixed, correlations=both.correlations.assign(primary=0)).setting == ("zero", 100)
     assert both.settings == [("zero", 100), ("zero", 1), ("sign_flip", 7), ("sign_flip", 700)]
     assert set(both.layer_effects["perturbation"]) == {"zero"}
     assert set(both.layer_effects["k"]) == {100}
     assert set(both.layer_correlations["perturbation"]) == {"zero"}
+
+
+def test_the_sampled_metrics_are_those_of_the_scores(example):
+    assert example.sampled_metrics == [] and example.weight_effects.empty
+    weights = synthetic.sampled(6, metrics=("obd", "magnitude"))
+    measured = synthetic.with_single_weights(synthetic.measurements(n=2), weights)
+    sampled = replace(example, sampled=weights, measurements=measured)
+    assert sampled.sampled_metrics == ["obd", "magnitude"]
+    assert sampled.weight_effects["score_obd"].tolist() == weights["score_obd"].tolist()
 
 
 def test_layers_above_random_are_those_of_the_metric_in_the_setting(example):

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from bridge.analysis.layer_sample import draw_layers
+from bridge.analysis.layer_sample import DEFAULT_LAYERS, draw_layers
 
 KINDS = ["q", "v", "q", "v", "q"]
 SCORES = np.array([3.0, 1.0, 1.0, 5.0, 2.0])  # q ascending: 2, 4, 0; then v descending: 3, 1
@@ -34,11 +34,22 @@ def test_every_nth_of_the_order_by_kind_and_score(start, n, expected):
     assert sample.inclusion.tolist() == [n / 5] * n
 
 
+def test_kinds_are_gone_through_up_and_down_in_turn():
+    kinds, scores = list("ccbabaacb"), np.array([2.0, 1, 3, 5, 1, 4, 6, 3, 2])
+    starts = (np.arange(9) + 0.5) / 9
+    order = [draw_layers(scores, kinds, 1, Start(start)).chosen[0] for start in starts]
+    assert order == [5, 3, 6, 2, 8, 4, 1, 0, 7]  # a: 4, 5, 6; b: 3, 2, 1; c: 1, 2, 3
+
+
 @pytest.mark.parametrize("n", [5, 6, 100])
 def test_all_layers_are_certain_where_there_are_no_more(n):
     sample = draw_layers(SCORES, KINDS, n, Start(0.7))
     assert sample.chosen.tolist() == [0, 1, 2, 3, 4]
     assert sample.inclusion.tolist() == [1.0] * 5
+
+
+def test_forty_layers_are_drawn_by_default():
+    assert DEFAULT_LAYERS == 40  # in the guide, with the agreement that so many show
 
 
 def test_none():

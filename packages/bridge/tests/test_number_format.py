@@ -38,6 +38,18 @@ def test_numbers(value, text):
         (math.inf, math.inf, math.inf, "+∞ [∞,\u00a0∞]"),
         (0.5, math.nan, math.nan, "+0.500"),
         (0.2, 0.2, 0.2, "+0.200 [0.200,\u00a00.200]"),
+        (0.0, -0.5, 0.5, "0.0 [−0.5,\u00a00.5]"),
+        (-0.01, -0.5, 0.5, "0.0 [−0.5,\u00a00.5]"),
+        (1e-6, 0.0, 2e-6, "+0.0000010 [0.0000000,\u00a00.0000020]"),
+        (5e-7, 0.0, 1e-6, "+5.00×10⁻⁷ [0,\u00a01.00×10⁻⁶]"),
+        (1.0, 0.0, 1.5, "+1.0 [0.0,\u00a01.5]"),
+        (1.0, -9.0, 1.0, "+1 [−9,\u00a01]"),
+        (152_499.0, 100_999.0, 200_999.0, "+152,000 [101,000,\u00a0201,000]"),
+        (600_000.0, 0.0, 999_999.0, "+600,000 [0,\u00a01,000,000]"),
+        (600_000.0, 0.0, 1e6, "+600,000 [0,\u00a01.00×10⁶]"),
+        (600_000.0, -1e6, 0.5, "+600,000 [−1.00×10⁶,\u00a00.500]"),
+        (0.25, math.nan, 0.5, "+0.250 [–,\u00a00.500]"),
+        (math.nan, 0.25, 0.5, "– [0.25,\u00a00.50]"),
     ],
 )
 def test_no_digit_is_finer_than_the_interval(value, low, high, text):
@@ -55,11 +67,23 @@ def test_an_interval_without_ends_is_nothing():
     assert number_format.spread(math.nan, math.nan) == ""
     assert number_format.spread(-0.00021, 0.000013) == "[−0.00021,\u00a00.00001]"
     assert number_format.rho(0.5, math.nan, math.nan) == "0.50"
+    assert number_format.rho(0.5, math.nan, 0.75) == "0.50 [–,\u00a00.75]"
+    assert number_format.rho(0.5, 0.25, math.nan) == "0.50 [0.25,\u00a0–]"
     assert number_format.rho(-0.5, -0.75, 0.125) == "−0.50 [−0.75,\u00a00.12]"
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(37.0444, "37.04"), (2117.3, "2,120"), (4.04e6, "4.04×10⁶"), (math.inf, "∞")]
+    ("value", "text"),
+    [
+        (37.0444, "37.04"),
+        (999.994, "999.99"),
+        (1000.0, "1,000"),
+        (2117.3, "2,120"),
+        (4.04e6, "4.04×10⁶"),
+        (math.inf, "∞"),
+        (math.nan, "–"),
+        (None, "–"),
+    ],
 )
 def test_perplexity(value, text):
     assert number_format.perplexity(value) == text

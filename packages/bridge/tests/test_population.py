@@ -13,6 +13,9 @@ def test_of_a_census_precision_is_the_share_of_the_common_head():
     wilson = stats.binomtest(len(common), 40).proportion_ci(method="wilson")
     assert estimate.low == pytest.approx(wilson.low, abs=0.02) and estimate.high == pytest.approx(wilson.high, abs=0.02)
     assert estimate.low < wilson.low < wilson.high < estimate.high  # t for z
+    z = stats.t.ppf(0.975, 39)  # the ends p solve (p - value)^2 = z^2 p (1 - p) / 40
+    ends = np.roots([1 + z**2 / 40, -2 * estimate.value - z**2 / 40, estimate.value**2])
+    assert [estimate.low, estimate.high] == pytest.approx(sorted(ends))
 
 
 def test_a_unit_stands_for_as_many_as_its_probability_says():
@@ -51,8 +54,33 @@ def test_few_units_or_an_infinite_effect_give_no_ratio():
     assert np.isnan(population_ratio(ones, np.array([1, 1, 1, 1, 1, np.inf]), 0.5 * ones)).all()
 
 
+def test_a_total_score_of_zero_gives_no_ratio_and_one_of_one_does():
+    effect, score = np.arange(6.0), np.array([1.0, -1, 2, -2, 3, -3])
+    assert np.isnan(population_ratio(score, effect, np.full(6, 0.5))).all()
+    score[0] = 1.5
+    estimate = population_ratio(score, effect, np.full(6, 0.5))
+    assert estimate.value == 30 and estimate.low < 30 < estimate.high
+    assert population_ratio(-score, effect, np.full(6, 0.5)).value == -30
+
+
+def test_a_census_and_an_effect_in_proportion_have_a_ratio_without_an_interval():
+    score = np.arange(1.0, 7)
+    for effect, inclusion, ratio in ((score**2, 1.0, 91 / 21), (3 * score, 0.5, 3.0)):
+        estimate = population_ratio(score, effect, np.full(6, inclusion))
+        assert estimate.value == pytest.approx(ratio) and np.isnan(estimate[1:]).all()
+
+
+def test_an_overlap_of_none_and_of_all_ends_at_zero_and_one_exactly():
+    x = np.arange(64.0)
+    none, whole = (population_precision(x, y, np.ones(64), 0.25) for y in (-x, x))
+    z = stats.t.ppf(0.975, 15)
+    assert none == (0, 0, pytest.approx(z**2 / (16 + z**2)), 16)
+    assert whole == (1, pytest.approx(16 / (16 + z**2)), 1, 16)
+
+
 def test_a_head_of_exactly_ten_units_has_an_interval():
     x = np.arange(40.0)
     estimate = population_precision(x, x, np.ones(40), 0.25)
     assert estimate.n_effective == 10
+    assert np.isnan(population_precision(x[:36], x[:36], np.ones(36), 0.25)[1:3]).all()  # nine
     assert 0 < estimate.low < estimate.value == 1

@@ -4,7 +4,7 @@ import pytest
 import synthetic
 from bridge.analysis.correlation import correlate
 from bridge.analysis.layer_sample import draw_layers
-from bridge.analysis.population_estimates import SHARE, PopulationColumns, estimate_population
+from bridge.analysis.population_estimates import PopulationColumns, estimate_population
 from bridge.exchange import layout
 from bridge.exchange.tables import CORRELATIONS, read_table, write_table
 from bridge.exchange.weight_sample import draw_probability, draw_weights
@@ -23,7 +23,7 @@ def test_of_a_census_the_estimate_is_the_figure_itself_and_nothing_is_uncertain(
     common = set(np.argsort(-x)[:20]) & set(np.argsort(-y)[:20])
     assert estimate.population_precision == pytest.approx(len(common) / 20)
     assert estimate.population_ratio == pytest.approx(y.sum() / x.sum())
-    assert (estimate.n_effective, estimate.population_share) == (200, SHARE)
+    assert (estimate.n_effective, estimate.population_share) == (200, 0.1)
 
 
 def test_a_unit_of_probability_one_third_counts_three_times():

@@ -19,6 +19,11 @@ NEOX = TWO_HEADS | {"model_type": "gpt_neox", "hidden_size": 16, "head_dim": 8}
 GPT2 = TWO_HEADS | {"model_type": "gpt2", "hidden_size": 64, "head_dim": 32}
 
 
+def test_depths_are_five_parts_and_what_is_outside():
+    parts = ("depth 1 of 5", "depth 2 of 5", "depth 3 of 5", "depth 4 of 5", "depth 5 of 5")
+    assert list(DEPTHS) == [*parts, "outside"]
+
+
 def test_relative_depth_is_the_middle_of_the_layer():
     assert [relative_depth(depth, 4) for depth in range(4)] == [0.125, 0.375, 0.625, 0.875]
 
@@ -30,6 +35,11 @@ def test_depth_is_relative():
     assert deep.loc["mlp in", "depth 1 of 5"] == 1
 
 
+def test_without_weights_every_share_is_zero():
+    (profile,) = top_weight_profiles([synthetic.top_weights(k=1)[:0]], [synthetic.summary(2)], [{}])
+    assert (profile == 0).all().all()
+
+
 def test_fused_projections_make_one_component_for_all_models():
     llama = pd.DataFrame({"parameter": ["model.layers.0.self_attn.q_proj.weight"], "row": 0, "col": 0})
     neox = pd.DataFrame({"parameter": ["gpt_neox.layers.0.attention.query_key_value.weight"], "row": 0, "col": 0})
@@ -39,6 +49,10 @@ def test_fused_projections_make_one_component_for_all_models():
     ]
     profiles = top_weight_profiles([llama, neox], summaries, [{}, {}])
     assert [profile.loc["attention query_key_value"].sum() for profile in profiles] == [1, 1]
+    mixed = pd.concat([neox, neox.assign(parameter="gpt_neox.layers.0.attention.dense.weight")])
+    of_mixed = top_weight_profiles([llama, mixed], [summaries[0], summaries[1]], [{}, {}])
+    assert of_mixed[0].loc["attention query_key_value"].sum() == 1
+    assert of_mixed[1].loc[["attention query_key_value", "attention output"]].sum(axis=1).tolist() == [0.5, 0.5]
     alone = top_weight_profiles([llama, llama], [summaries[0]] * 2, [{}, {}])[0]
     assert alone.loc["attention query"].sum() == 1
 
@@ -91,6 +105,30 @@ def test_a_profile_of_equal_cells_has_no_correlation(constant):
 def test_cells_that_range_from_zero_to_one_have_a_correlation():
     first, second = pd.DataFrame([[0.0, 1.0, 0.2, 0.3]]), pd.DataFrame([[0.0, 0.5, 1.0, 0.7]])
     assert profile_correlation(first, second) == (pytest.approx(0.2), 4)
+
+
+def test_cells_that_one_of_the_models_lacks_do_not_count():
+    first = pd.DataFrame([[0.1, np.nan, 0.4, 0.2, 0.3, 0.6]])
+    second = pd.DataFrame([[0.2, 0.9, np.nan, 0.1, 0.3, 0.4]])
+    assert profile_correlation(first, second) == (pytest.approx(0.8), 4)
+    assert np.isnan(profile_correlation(first.iloc[:, :5], second.iloc[:, :5]).rho)
+
+
+def test_scores_that_are_all_zero_have_no_shares():
+    (profile,) = score_profiles([synthetic.summary(2).assign(score_sum=0.0)])
+    assert np.nansum(profile) == 0
+
+
+def test_shares_of_the_score_in_each_cell():
+    summary = pd.DataFrame(
+        {
+            "parameter": [f"model.layers.{layer}.mlp.up_proj.weight" for layer in (0, 0, 1)] + ["model.norm.weight"],
+            "score_sum": [1.0, 2.0, 4.0, 1.0],
+        }
+    )
+    profiles = score_profiles([summary, summary.assign(score_sum=summary["score_sum"] / 16)])
+    cells = {("mlp in", "depth 2 of 5"): 3 / 8, ("mlp in", "depth 4 of 5"): 4 / 8, ("norm", "outside"): 1 / 8}
+    assert [profile.stack().dropna().to_dict() for profile in profiles] == [cells] * 2
 
 
 def test_cosine_is_the_product_over_the_norms():

@@ -25,21 +25,35 @@ def test_no_ratios_where_the_whole_model_was_not_zeroed():
     assert ablation_ratios(table[table["target_layer"] != "ALL"], METRIC) is None
     assert ablation_ratios(table.assign(perturbation="sign_flip"), METRIC) is None
     without_draws = ablation_ratios(table[table["selection"] != "random"], METRIC)
-    assert np.isnan(without_draws.random_ppl_ratio)
+    assert np.isnan([without_draws.random_ppl_ratio, without_draws.random_unbounded_share]).all()
+
+
+def test_random_sets_without_a_finite_loss_have_the_largest_ratio():
+    table = synthetic.measurements(n=2, seeds=(0, 1, 2, 3))
+    assert ablation_ratios(table, METRIC).random_unbounded_share == 0
+    drawn = table.index[(table["target_layer"] == "ALL") & (table["selection"] == "random")]
+    table.loc[drawn[1], "delta_nll"] = np.nan
+    ratios = ablation_ratios(table, METRIC)
+    assert (ratios.random_ppl_ratio, ratios.random_unbounded_share) == (np.inf, 0.25)
+    top = (table["target_layer"] == "ALL") & (table["selection"] == f"top_{METRIC}")
+    table.loc[top, ["delta_nll", "ci_low", "ci_high"]] = [np.nan, 1.0, np.inf]
+    ratios = ablation_ratios(table, METRIC)
+    assert (ratios.ppl_ratio, ratios.ppl_ratio_low, ratios.ppl_ratio_high) == (np.inf, np.exp(1.0), np.inf)
 
 
 def test_equal_fraction_is_interpolated_in_log_k():
     curves = {
+        "coarse": pd.DataFrame({"k": [100], "delta_nll": [9.0]}),
         "small": pd.DataFrame({"k": [100, 1, 10], "delta_nll": [3.0, 1.0, 2.0]}),
         "large": pd.DataFrame({"k": [100], "delta_nll": [0.5]}),
-        "coarse": pd.DataFrame({"k": [100], "delta_nll": [9.0]}),
     }
-    n_weights = {"small": 10_000, "large": 10_000 * 10**1.5, "coarse": 10_000}
+    curves["near"] = curves["coarse"]
+    n_weights = {"small": 10_000, "large": 10_000 * 10**1.5, "coarse": 10_000, "near": 8000 * 10**1.5}
     fraction, ratios = ratios_at_equal_fraction(curves, n_weights)
     assert fraction == pytest.approx(100 / (10_000 * 10**1.5))
     assert ratios["small"] == pytest.approx(np.exp(1.5))  # half way from 1 to 10
     assert ratios["large"] == pytest.approx(np.exp(0.5))
-    assert np.isnan(ratios["coarse"])
+    assert np.isnan([ratios["coarse"], ratios["near"]]).all()  # 3 and 80 of 100
 
 
 def test_infinite_effect_is_an_infinite_ratio():

@@ -8,7 +8,7 @@ from bridge.analysis.correlation import correlate
 from bridge.report.caveats import caveats
 from bridge.report.number_format import nats
 from bridge.report.phrases import perplexity_after
-from bridge.report.sentences import answer, setup_items, summary_lines
+from bridge.report.sentences import answer, most_critical_weight, setup_items, summary_lines
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +79,21 @@ def test_the_head_of_the_report_in_full(example):
     ]
 
 
+def test_the_head_of_the_report_is_that_of_the_first_measurement(example):
+    first = example.measurements.iloc[:1]
+    others = example.measurements.iloc[1:].assign(model="another", baseline_ppl=9.0, baseline_nll=9.0, n_tokens=9)
+    manifest = {"identity": {"corpus": example.corpus}}
+    for table in (first, pd.concat([first, others])):
+        changed = replace(example, measurements=table, discovery_manifest=manifest)
+        items = dict(setup_items(changed))
+        assert items["Model"] == "SmolLM2-135M-Instruct (dtype unknown)"
+        assert (items["Parameters"], items["Size"]) == ("–", "100 sequences, 18,211 tokens")
+        assert items["Baseline"] == "perplexity 37.04, loss 3.612"
+        assert summary_lines(changed)[0] == (
+            "SmolLM2-135M-Instruct on embedded texts (100 sequences, 18,211 tokens): baseline perplexity 37.04."
+        )
+
+
 def test_one_random_draw_is_called_one(example):
     one = without(example, lambda m: (m["selection"] == "random") & (m["seed"] != 0))
     sentences = answer(one)
@@ -96,6 +111,17 @@ def test_without_random_draws_the_line_says_so(example):
     alone = without(example, lambda m: m["selection"] == "random")
     assert "no random set of the same size was measured" in summary_lines(alone)[2]
     assert "no top set of a layer was compared with random ones" in answer(alone)[2]
+
+
+def test_the_most_critical_weight_is_the_first_of_the_ranking_that_is_known(example):
+    ranking = synthetic.top_weights(k=3)
+    for metrics, named in ((["obd", "grad_x_weight"], "grad_x_weight"), (["obd", "magnitude"], "obd")):
+        sentence = most_critical_weight(replace(example, top_weights=dict.fromkeys(metrics, ranking[::-1])))
+        assert sentence == most_critical_weight(replace(example, top_weights={named: ranking}))
+        assert sentence.startswith(f"Most critical weight by {named}: {ranking['parameter'][0]}[")
+    for nothing in ({}, {"grad_x_weight": ranking[:0]}):
+        sentence = most_critical_weight(replace(example, top_weights=nothing))
+        assert sentence == "No ranking of single weights was given."
 
 
 def test_without_layers_the_lines_say_so(example):

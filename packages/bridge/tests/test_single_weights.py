@@ -60,6 +60,14 @@ def test_rows_are_the_sampled_ones_and_the_draw_depends_on_the_seed():
     assert not choose_weights(sampled, ["magnitude"], 7, N, seed=1).equals(chosen)
 
 
+def test_the_first_metric_gives_the_rank():
+    sampled = shares(20)
+    for metrics in (["obd", "magnitude", "grad_x_weight"], ["magnitude", "obd", "grad_x_weight"]):
+        chosen = choose_weights(sampled, metrics, 9, N)
+        scores = sampled.set_index("row").loc[chosen["row"], f"score_{metrics[0]}"]
+        assert chosen["score"].tolist() == scores.tolist() == sorted(scores, reverse=True)
+
+
 def test_equal_scores_stay_in_model_order():
     sampled = shares(9).assign(score_obd=1.0, share_obd=0.5)
     assert choose_weights(sampled, ["obd"], 9, N)["row"].tolist() == list(range(9))
@@ -73,11 +81,19 @@ def test_measurements_of_single_weights_come_back_from_their_file(tmp_path):
     pd.testing.assert_frame_equal(weight_effects(back, sampled), weight_effects(with_weights, sampled))
 
 
+def test_no_effects_without_single_weights_or_without_their_scores():
+    sampled, layers = synthetic.sampled(), synthetic.measurements(n=2)
+    assert weight_effects(layers, sampled).empty
+    assert weight_effects(synthetic.with_single_weights(layers, sampled), None).empty
+
+
 def test_seeds_of_one_weight_are_one_effect_of_mean_size():
     sampled = synthetic.sampled(6, metrics=("obd",))
     once = synthetic.with_single_weights(synthetic.measurements(n=1, metrics=("obd",)), sampled)
     weights = once[once["selection"] == "weight"]
     twice = pd.concat([weights.assign(seed=0), weights.assign(seed=1, delta_nll=-3 * weights["delta_nll"])])
     effects = weight_effects(twice, sampled)
+    columns = "perturbation parameter row col delta_nll ci_low ci_high size value score_obd"
+    assert list(effects) == columns.split()
     assert effects["size"].tolist() == pytest.approx((2 * weights["delta_nll"].abs()).tolist())
     assert effects["delta_nll"].tolist() == pytest.approx((-weights["delta_nll"]).tolist())

@@ -48,8 +48,24 @@ def test_interval_contains_rho_and_is_that_of_a_loop():
 def test_interval_does_not_depend_on_the_size_of_the_blocks(monkeypatch):
     x, y = points(10, seed=7)
     whole = spearman.rho_interval(x, y, np.random.default_rng(3), n_resamples=500)
-    monkeypatch.setattr(bootstrap, "BLOCK_SIZE", 70)
-    assert spearman.rho_interval(x, y, np.random.default_rng(3), n_resamples=500) == whole
+    for size in (70, 5):  # seven units at a time, and less than one
+        monkeypatch.setattr(bootstrap, "BLOCK_SIZE", size)
+        assert spearman.rho_interval(x, y, np.random.default_rng(3), n_resamples=500) == whole
+
+
+def test_p_does_not_depend_on_the_size_of_the_blocks(monkeypatch):
+    x, y = points(10, seed=7)
+    p_values = set()
+    for size in (spearman.BLOCK_SIZE, 70, 5):
+        monkeypatch.setattr(spearman, "BLOCK_SIZE", size)
+        p_values.add(spearman.permutation_p_value(x, y, np.random.default_rng(3), n_resamples=300))
+    assert len(p_values) == 1
+
+
+def test_by_default_9999_pairings_are_drawn():
+    x = np.arange(9.0)
+    p_value = spearman.permutation_p_value(x, x, np.random.default_rng(0))
+    assert p_value == pytest.approx(2 / 10_000)
 
 
 def test_resamples_without_a_rho_are_left_out_of_the_interval():
@@ -57,6 +73,8 @@ def test_resamples_without_a_rho_are_left_out_of_the_interval():
     x, y = np.array([1.0, 1, 1, 2]), np.array([1.0, 2, 3, 4])
     low, high = spearman.rho_interval(x, y, np.random.default_rng(0), n_resamples=2000)
     assert -1 <= low <= spearman.spearman_rho(x, y) <= high <= 1
+    two = np.array([0.0, 1])
+    assert spearman.rho_interval(two, -two, np.random.default_rng(0), n_resamples=50) == (-1, -1)
 
 
 @pytest.mark.parametrize(("level", "percentiles"), [(0.95, [2.5, 97.5]), (0.5, [25, 75])])

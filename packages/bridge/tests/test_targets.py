@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from bridge import cli
-from bridge.analysis.targets import choose_targets, render, target_names
+from bridge.analysis.targets import choose_targets, is_restricted, render, target_names
 from bridge.exchange.discovery_run import choose_discovery
 from bridge.exchange.errors import RequestError
 from bridge.exchange.tables import TARGETS
@@ -31,6 +31,7 @@ def test_by_count_with_ties_broken_by_score_then_model_order():
     assert names(chosen, "top") == ["h.4", "h.2", "h.1", "h.3", "h.0"]
     assert chosen["n_top"].tolist() == [3, 2, 2, 2, 0]
     assert chosen["score_rank"].tolist() == [5, 2, 3, 4, 1]
+    assert choose_targets(top({4: 3}), summary([9.0, 1.0, 2.0]), 1, 2).index.tolist() == [0, 1, 2]
     assert list(chosen.columns) == list(TARGETS.columns)
 
 
@@ -95,6 +96,8 @@ def test_more_than_there_are():
 def test_negative_number():
     with pytest.raises(RequestError, match="cannot be negative: -1"):
         choose_targets(top({0: 1}), summary([3.0]), -1, 0)
+    with pytest.raises(RequestError, match="cannot be negative: -1"):
+        choose_targets(top({0: 1}), summary([3.0]), 0, -1)
 
 
 def test_name_means_one_parameter_and_no_other():
@@ -111,6 +114,21 @@ def test_name_means_one_parameter_and_no_other():
         "h.norm.bias",
         "h.experts.gate_up_proj",
     ]
+
+
+@pytest.mark.parametrize(
+    ("roles", "n_layers", "restricted"),
+    [
+        (["top", "top"], 3, True),
+        (["top", "top"], 2, False),
+        (["top", "control"], 9, False),
+        (["control", "control"], 9, False),
+        (["top", "all"], 2, False),
+        ([], [], False),
+    ],
+)
+def test_the_range_is_restricted_where_only_the_highest_of_more_layers_were_chosen(roles, n_layers, restricted):
+    assert is_restricted(pd.DataFrame({"role": roles, "n_layers": n_layers})) is restricted
 
 
 def test_render():

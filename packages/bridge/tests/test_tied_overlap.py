@@ -19,7 +19,7 @@ def mean_over_orders(x, y, figure):
     return np.mean([figure(first, second) for first in orders(x) for second in orders(y)])
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 4])
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 6])
 def test_precision_is_the_mean_over_all_orders_of_ties(n):
     x, y = [3, 2, 2, 2, 1, 0], [np.inf, np.inf, 1, np.inf, 1, 0]
     literal = mean_over_orders(x, y, lambda a, b: len(set(a[:n]) & set(b[:n])) / n)
@@ -38,6 +38,8 @@ def test_without_ties_it_is_the_infinite_sum(p):
     x, y = points(15, seed=4)
     first, second = ([int(i) for i in np.argsort(-v)] for v in (x, y))
     assert expected_rank_biased_overlap(x, y, p) == pytest.approx(reference.rank_biased_overlap(first, second, p))
+    by_default = reference.rank_biased_overlap(first, second, 0.9)
+    assert expected_rank_biased_overlap(x, y) == pytest.approx(by_default)
     assert expected_precision(x, y, 4) == len(set(first[:4]) & set(second[:4])) / 4
 
 

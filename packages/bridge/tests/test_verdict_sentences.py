@@ -1,6 +1,7 @@
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import synthetic
 from bridge.analysis.claims import MEASURED, POPULATION, WITHIN_KINDS
@@ -32,6 +33,46 @@ def changed(example, **columns):
     for column, value in columns.items():
         table.loc[table["primary"] == 1, column] = value
     return replace(example, correlations=table)
+
+
+def test_the_agreement_over_layers_in_full(example):
+    """Of a primary row p itself, of another the adjusted one; of the baseline no rho where it has none."""
+    table = example.correlations.copy()
+    assert table["metric"].tolist() == ["grad_x_weight", "magnitude"]
+    table = table.assign(spearman=[0.9, 0.5], ci_low=[0.8, -0.25], ci_high=[0.95, 0.75], p_adjusted=[0.01, 0.3])
+    table = table.assign(within_rho=[0.7, 0.25], within_low=[0.5, -0.5], within_high=[0.8, 0.6])
+    own = (
+        "Spearman's rho between score and effect over 12 layers: grad_x_weight 0.90 [0.80, 0.95] (within kinds of "
+        "matrix 0.70 [0.50, 0.80], p = 0.010); magnitude "
+    )
+    both = f"{own}0.50 [−0.25, 0.75] (within kinds of matrix 0.25 [−0.50, 0.60], adjusted p = 0.30)."
+    assert agreement_of_layers(replace(example, correlations=table)).replace("\u00a0", " ") == both
+    table.loc[1, "spearman"] = np.nan
+    assert agreement_of_layers(replace(example, correlations=table)).replace("\u00a0", " ") == f"{own}none."
+    table = table.assign(spearman=np.nan, note=["too few", "other"])
+    assert agreement_of_layers(replace(example, correlations=table)) == (
+        "Spearman's rho for grad_x_weight: none (too few)."
+    )
+    assert verdict_on_layers(replace(example, correlations=table)).endswith("for grad_x_weight: none (too few).")
+    nothing = "No rank agreement was computed: no top weights of single layers were perturbed."
+    assert agreement_of_layers(replace(example, correlations=table[table["metric"] == "magnitude"])) == nothing
+    assert verdict_on_layers(replace(example, correlations=table[:0])) == nothing
+
+
+def test_of_the_baseline_alone_one_rho_is_given(example):
+    table = example.correlations.assign(primary=[0, 1], n_effective=[12.0, 4.0], spearman=[0.5, 0.25])
+    sentence = verdict_on_layers(replace(example, correlations=table))
+    assert "; grad_x_weight " not in sentence and "and grad_x_weight " not in sentence
+    assert "all 100 layers, estimated from 12 of them: magnitude " in sentence
+    design = sentence.partition("in which high scores are frequent: ")[2]
+    assert design.startswith("magnitude 0.25 [") and design.count("magnitude") == 1
+
+
+def test_the_baseline_stands_beside_whichever_comes_first_in_the_alphabet():
+    example = synthetic.evidence(metrics=("obd", "magnitude"), n_control=10)
+    design = verdict_on_layers(example).partition("in which high scores are frequent: ")[2]
+    obd, magnitude = (rho_of(row, MEASURED) for _, row in example.correlations.iterrows())
+    assert design == f"obd {obd} and magnitude {magnitude}."
 
 
 def test_without_magnitude_the_last_line_says_so():
@@ -161,6 +202,16 @@ def test_single_weights_that_say_less(sampled, words):
     assert words in answer(synthetic.evidence(sampled=sampled))[3]
 
 
+def test_the_reason_why_single_weights_have_no_rho_is_that_of_the_first_metric(with_weights):
+    rows = with_weights.correlations.copy()
+    of_weights = rows["unit"] == "weights"
+    rows.loc[of_weights, "spearman"] = np.nan
+    rows.loc[of_weights, "note"] = ["first", "second", "third"]
+    rows.loc[of_weights, "n"] = [38, 40, 39]
+    (sentence,) = agreement_of_single_weights(replace(with_weights, correlations=rows))
+    assert sentence == "Over 40 single weights no metric has a rank correlation (first)."
+
+
 def test_without_magnitude_the_first_other_metric_stands_beside():
     evidence = synthetic.evidence(sampled=synthetic.sampled(metrics=("grad_x_weight", "obd", "taylor2")))
     assert evidence.weight_correlations["metric"].tolist() == ["grad_x_weight", "obd", "taylor2"]
@@ -175,6 +226,16 @@ def test_an_order_of_single_weights_that_may_be_chance_is_not_claimed(with_weigh
     assert ": no agreement is shown (with 80 % power a rho of " in sentence
 
 
+def test_ablation_curves_are_called_so():
+    example = synthetic.evidence(metrics=("obd",), ks=(1, 100))
+    table = example.correlations
+    assert table["unit"].tolist() == ["layers", "layers", "ablation_curve"]
+    table = table.assign(p_adjusted=[0.9, 0.9, 0.01], within_rho=-0.5)
+    (sentence,) = exploratory(replace(example, correlations=table))
+    family = "Exploratory, one false-discovery family of 2"
+    assert sentence == f"{family}: the wrong way round: obd over ablation curves (zero, k = 100)."
+
+
 def test_exploratory_claims_are_listed_as_one_family(with_weights):
     table = with_weights.correlations.copy()
     assert table["primary"].tolist() == [1, 0, 0, 0, 0, 0]
@@ -186,6 +247,15 @@ def test_exploratory_claims_are_listed_as_one_family(with_weights):
         f"Exploratory, one false-discovery family of 5: better than chance: {names[1]} over layers (zero, k = 100) and "
         f"{names[4]} over weights (zero, k = 1); the wrong way round: {names[5]} over weights (zero, k = 1)."
     )
+    many = pd.concat([table[table["primary"] == 0]] * 2, ignore_index=True)
+    many = many.assign(k=range(1, 11), p_adjusted=[0.01] * 8 + [0.5] * 2, within_rho=0.5, spearman=0.5)
+    for n, more in ((8, "and 2 more."), (6, "and {} (zero, k = 6).")):
+        (sentence,) = exploratory(replace(with_weights, correlations=pd.concat([table[:1], many[:n]])))
+        assert sentence.startswith(
+            f"Exploratory, one false-discovery family of {n}: better than chance: obd over layers "
+        )
+        assert sentence.endswith(more.format(f"{many['metric'][5]} over {many['unit'][5]}"))
+        assert sentence.count("(zero, k = ") == 6
     (nothing,) = exploratory(replace(with_weights, correlations=table.assign(p_adjusted=0.5)))
     assert nothing.endswith("no agreement is shown (with 80 % power a rho of 0.57 would have been).")
     assert exploratory(replace(with_weights, correlations=table.assign(p_adjusted=np.nan))) == []

@@ -5,6 +5,7 @@ from bridge.exchange.weight_sample import draw_probability, draw_weights, half_d
 
 def test_half_decades_of_rank():
     assert half_decade(np.array([1, 3, 4, 9, 10, 31, 32, 100])).tolist() == [0, 0, 1, 1, 2, 2, 3, 4]
+    assert half_decade(np.array([0.25, 1 - 1e-9, 1])).tolist() == [0, 0, 0]  # of estimated ranks
     for n in (1, 3, 100, 12345):
         sizes = half_decade_sizes(n)
         assert sizes.tolist() == np.bincount(half_decade(np.arange(1, n + 1))).tolist()

@@ -41,6 +41,15 @@ def test_covariates_are_taken_out_by_least_squares():
     assert result.leverage == pytest.approx(np.diag(hat))
 
 
+def test_covariates_that_others_span_are_not_fitted_twice():
+    x, y = points(20, seed=3)
+    kinds = np.eye(3)[np.arange(20) % 3]
+    alone, redundant = (weighted_rho(x, y, covariates=z) for z in (kinds, np.hstack([kinds, np.ones((20, 1)), kinds])))
+    assert (alone.n_fitted, redundant.n_fitted) == (3, 3)
+    assert redundant.rho == pytest.approx(alone.rho)
+    assert redundant.leverage == pytest.approx(alone.leverage)
+
+
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("with_covariates", [False, True])
 def test_influence_is_the_derivative_of_rho_by_a_weight(ties, with_covariates):
@@ -77,6 +86,37 @@ def test_the_standard_error_is_that_of_the_jackknife():
     z, rho = stats.t.ppf(0.975, 298), stats.spearmanr(x, y).statistic
     half = z * interval.error / (1 - rho**2)
     assert [interval.low, interval.high] == pytest.approx(np.tanh(np.arctanh(rho) + np.array([-half, half])))
+    p_value = 2 * stats.t.sf(np.arctanh(rho) * (1 - rho**2) / interval.error, 298)
+    assert interval.p_value == pytest.approx(p_value) and p_value < 1e-6
+    mirrored = rho_interval(weighted_rho(x, -y), np.ones(300))
+    assert mirrored == pytest.approx((interval.error, -interval.high, -interval.low, p_value))
+
+
+def test_the_p_value_has_the_effective_degrees_of_freedom():
+    x, y = points(14, seed=12)
+    weights, z = np.linspace(1, 2, 14), np.column_stack([np.ones(14), np.arange(14) % 2])
+    result = weighted_rho(x, y, weights, z)
+    parts = weights / weights.sum() * result.influence
+    error = np.sqrt(14 / 12 * (parts**2).sum())
+    degrees = weights.sum() ** 2 / (weights**2).sum() - 2 - 1
+    scale = error / (1 - result.rho**2)
+    half = stats.t.ppf(0.9, degrees) * scale
+    p_value = 2 * stats.t.sf(abs(np.arctanh(result.rho)) / scale, degrees)
+    assert 0.001 < p_value < 0.9
+    expected = (error, np.tanh(np.arctanh(result.rho) - half), np.tanh(np.arctanh(result.rho) + half), p_value)
+    assert rho_interval(result, weights, level=0.8) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_rho_of_one_is_taken_as_one_less_a_trifle(sign):
+    result = weighted_rho(np.arange(8.0), sign * np.arange(8.0))
+    interval = rho_interval(result._replace(influence=np.full(8, 4e-12)), np.ones(8))
+    error = np.sqrt(8 / 7 * 8 * (4e-12 / 8) ** 2)
+    centre = np.arctanh(1 - 1e-12)
+    scale = error / (1 - np.tanh(centre) ** 2)
+    nearer = np.arctanh(interval.low if sign > 0 else -interval.high)
+    assert nearer == pytest.approx(centre - stats.t.ppf(0.975, 6) * scale, rel=1e-4)
+    assert interval.p_value == pytest.approx(2 * stats.t.sf(centre / scale, 6), rel=1e-6, abs=0)
 
 
 def test_units_that_were_certain_add_nothing_to_the_interval():
@@ -95,3 +135,10 @@ def test_fewer_than_six_effective_units_have_no_interval():
     assert np.isnan(rho_interval(weighted_rho(x, y, lopsided), lopsided)).all()
     assert np.isnan(rho_interval(weighted_rho(x[:5], y[:5]), np.ones(5))).all()
     assert np.isfinite(rho_interval(weighted_rho(x[:6], y[:6]), np.ones(6))).all()
+    for n_kinds, tell in ((6, True), (7, False)):  # one degree of freedom, none
+        kinds = np.eye(n_kinds)[np.minimum(np.arange(8), n_kinds - 1)]
+        uneven = np.linspace(1, 4, 8)  # fewer than none
+        assert effective_number(uneven) > 6
+        assert np.isnan(rho_interval(weighted_rho(x[:8], y[:8], uneven, kinds), uneven)).all()
+        interval = rho_interval(weighted_rho(x[:8], y[:8], covariates=kinds), np.ones(8))
+        assert np.isfinite(interval).all() if tell else np.isnan(interval).all()

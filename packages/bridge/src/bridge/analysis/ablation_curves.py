@@ -69,13 +69,12 @@ def curves_of_layers(points: pd.DataFrame) -> tuple[pd.DataFrame, list[int]]:
         ``score_sum`` and ``delta_nll`` of the layers that were measured at every K, and these K; no layers where
         there are fewer than two K.
     """
-    means = single_layers(points).groupby(["target_layer", "k"], sort=False)[["score_sum", "delta_nll"]].mean()
-    scores = means["score_sum"].unstack("k").sort_index(axis=1)
-    effects = means["delta_nll"].unstack("k").sort_index(axis=1)
+    means = single_layers(points).groupby(["target_layer", "k"])[["score_sum", "delta_nll"]].mean()
+    scores, effects = means["score_sum"].unstack("k"), means["delta_nll"].unstack("k")  # k ascending
     complete = effects.notna().all(axis=1)
     ks = effects.columns.to_numpy(float)
     if len(ks) < 2 or not complete.any():
-        return pd.DataFrame(columns=["score_sum", "delta_nll"]), []
+        return pd.DataFrame(), []
     heights = {
         "score_sum": mean_height(ks, scores[complete].to_numpy(float)),
         "delta_nll": mean_height(ks, effects[complete].to_numpy(float)),

@@ -118,7 +118,7 @@ def claim_of_row(row: pd.Series) -> Claim:
         p_adjusted=float(row["p_adjusted"]),
         n_units=float(row["n_effective"]) if is_weighted(row) else int(row["n"]),
         n_fitted=int(row["n_fitted"]),
-        n_tests=max(1, int(row["n_tests"])),
+        n_tests=int(row["n_tests"]),
         interval=interval,
         level=SIGNIFICANCE if row["primary"] else EXPLORATORY_SIGNIFICANCE,
     )

@@ -173,7 +173,7 @@ def _differences(compared: Sequence[Comparison]) -> list[Difference]:
     """
     shared = compared[0].scored.index
     for other in compared[1:]:
-        shared = shared.intersection(other.scored.index, sort=False)
+        shared = shared.intersection(other.scored.index)
     if len(shared) == 0:
         return []
     rhos: dict[str, WeightedRho] = {}
@@ -199,7 +199,7 @@ def _standing(differences: Sequence[Difference], metric: str, baseline: str) -> 
         "not_told_apart": " ".join(sorted(stands.not_told_apart)),
     }
     for pair in differences:
-        if {pair.first, pair.second} == {metric, baseline} and metric != baseline:
+        if {pair.first, pair.second} == {metric, baseline}:
             ends = [pair.low, pair.high] if pair.first == metric else [-pair.high, -pair.low]
             row["above_magnitude"] = pair.difference if pair.first == metric else -pair.difference
             row |= {"above_low": ends[0], "above_high": ends[1]}

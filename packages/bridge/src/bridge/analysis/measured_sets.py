@@ -45,7 +45,7 @@ def top_sets(measurements: pd.DataFrame) -> pd.DataFrame:
 def random_effects(measurements: pd.DataFrame) -> dict[tuple[str, str, int], np.ndarray]:
     """The effects of the random sets, one for each draw, by (target_layer, perturbation, k)."""
     drawn = measurements[measurements["selection"] == layout.RANDOM]
-    groups = drawn.groupby(["target_layer", "perturbation", "k"], sort=False)["delta_nll"]
+    groups = drawn.groupby(["target_layer", "perturbation", "k"])["delta_nll"]
     return {cast(tuple[str, str, int], key): infinite_where_undefined(effects).to_numpy() for key, effects in groups}
 
 
@@ -72,7 +72,7 @@ def text_effects(losses: pd.DataFrame, selection: str, perturbation: str, k: int
     text = "cluster" if "cluster" in rows else "sequence"
     n_seeds = rows.groupby("target_layer")["seed"].transform(lambda seeds: max(1, seeds.nunique()))
     rows = rows.assign(effect=(rows["perturbed_nats"] - rows["baseline_nats"]) / n_seeds)
-    rows = rows.sort_values(["target_layer", "seed", "sequence"], kind="stable")
+    rows = rows.sort_values(["seed", "sequence"], kind="stable")  # sums do not depend on the order of the rows
     effects = rows.groupby(["target_layer", text])["effect"].sum(min_count=1).unstack(text)
     sequences = rows.drop_duplicates("sequence")
     n_tokens = sequences.groupby(text)["n_tokens"].sum().reindex(effects.columns)

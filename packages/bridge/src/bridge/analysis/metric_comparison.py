@@ -124,10 +124,10 @@ def standing(differences: list[Difference], metric: str) -> Standing:
         if metric not in (pair.first, pair.second):
             continue
         other = pair.second if metric == pair.first else pair.first
-        sign = 1 if metric == pair.first else -1
+        difference = pair.difference if metric == pair.first else -pair.difference
         if not pair.p_adjusted < SIGNIFICANCE:
             not_told_apart.append(other)
-        elif sign * pair.difference > 0:
+        elif difference > 0:
             above.append(other)
         else:
             below.append(other)

@@ -114,8 +114,8 @@ def _obstacle(x: np.ndarray, y: np.ndarray, units: str) -> str:
 
 
 def default_top_n(n: int) -> int:
-    """Five, or a third of the units if that is fewer."""
-    return max(1, min(5, n // 3))
+    """Five, or a third of the n >= ``MIN_UNITS`` units if that is fewer."""
+    return min(5, n // 3)
 
 
 def kendall_tau_b(x: np.ndarray, y: np.ndarray) -> float:

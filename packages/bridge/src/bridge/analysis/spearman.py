@@ -45,7 +45,7 @@ def permutation_p_value(
     return float(result.pvalue)
 
 
-def _rho_of_rows(x: np.ndarray, y: np.ndarray, axis: int = -1) -> np.ndarray:
+def _rho_of_rows(x: np.ndarray, y: np.ndarray, axis: int) -> np.ndarray:
     """Spearman's rho of each row of x and y, (B, n) to (B,): thousands at once. NaN where a row is constant."""
     rank_x = _centred_ranks(x)
     rank_y = _centred_ranks(y)

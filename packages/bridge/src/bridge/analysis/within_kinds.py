@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from bridge.analysis.bootstrap import BLOCK_SIZE, N_RESAMPLES
 from bridge.analysis.weighted_rho import RhoInterval, WeightedRho, project, rho_interval, weighted_basis, weighted_rho
 
 UNITS_PER_DEPTH_TERM = 7  # at most so many cosines; 30 depths of 7 kinds give 29, which is every depth on its own
-_CHUNK = 2**22  # elements of one block of shuffles
 
 
 class WithinKinds(NamedTuple):
@@ -59,7 +59,7 @@ def within_kinds(
     depths: Sequence[float | None],
     rng: np.random.Generator,
     weights: np.ndarray | None = None,
-    n_resamples: int = 9999,
+    n_resamples: int = N_RESAMPLES,
 ) -> WithinKinds:
     """Partial rho of x and y given kind and depth, and its p-value by shuffles inside kinds.
 
@@ -105,5 +105,5 @@ def _shuffled(values: np.ndarray, members: list[np.ndarray], size: int, rng: np.
 
 
 def _blocks(total: int, width: int) -> list[int]:
-    size = max(1, _CHUNK // width)
+    size = max(1, BLOCK_SIZE // width)
     return [min(size, total - start) for start in range(0, total, size)]

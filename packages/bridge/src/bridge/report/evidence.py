@@ -9,7 +9,7 @@ from typing import Any, cast
 import pandas as pd
 
 from bridge.analysis.ablation_curves import ablation_curves
-from bridge.analysis.measured_sets import rows_where, single_layers, top_sets
+from bridge.analysis.measured_sets import first_row, rows_where, single_layers, top_sets
 from bridge.analysis.predicted_and_measured import LAYERS
 from bridge.analysis.single_weights import weight_effects
 from bridge.analysis.top_against_random import LayersAboveRandom, layers_above_random, top_against_random
@@ -100,8 +100,7 @@ class Evidence:
     @cached_property
     def primary(self) -> pd.Series | None:
         """The row of CORRELATIONS that was named before anything was measured; None if there is none."""
-        rows = rows_where(self.correlations, primary=1)
-        return rows.iloc[0] if len(rows) else None
+        return first_row(self.correlations, primary=1)
 
     @cached_property
     def exploratory(self) -> pd.DataFrame:

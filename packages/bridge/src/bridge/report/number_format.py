@@ -44,7 +44,7 @@ def nats(value: float | None) -> str:
 
 def perplexity(value: float | None) -> str:
     """A perplexity: two decimals while it is small."""
-    if value is None or pd.isna(value) or not np.isfinite(value) or value >= 1000:
+    if value is None or not np.isfinite(value) or value >= 1000:
         return number(value, 3)
     return f"{value:.2f}"
 
