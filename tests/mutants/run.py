@@ -2,7 +2,7 @@
 
 Each mutant is written to a copy of the package's sources, and the test files of its module run on it. The repository is
 not touched. A mutant that no test notices is a test that is missing, or does the same as the original; the latter
-stand in ``mutants.toml``, each with the reason; without ``after``, every mutant of the line does the same. Exit code 1
+stand in ``equivalent.csv``, each with the reason; without ``after``, every mutant of the line does the same. Exit code 1
 if a mutant survives.
 """
 

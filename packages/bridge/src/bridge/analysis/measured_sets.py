@@ -72,7 +72,7 @@ def text_effects(losses: pd.DataFrame, selection: str, perturbation: str, k: int
     text = "cluster" if "cluster" in rows else "sequence"
     n_seeds = rows.groupby("target_layer")["seed"].transform(lambda seeds: max(1, seeds.nunique()))
     rows = rows.assign(effect=(rows["perturbed_nats"] - rows["baseline_nats"]) / n_seeds)
-    rows = rows.sort_values(["seed", "sequence"], kind="stable")  # sums do not depend on the order of the rows
+    rows = rows.sort_values(["seed", "sequence"], kind="stable")  # the same digits whatever their order was
     effects = rows.groupby(["target_layer", text])["effect"].sum(min_count=1).unstack(text)
     sequences = rows.drop_duplicates("sequence")
     n_tokens = sequences.groupby(text)["n_tokens"].sum().reindex(effects.columns)
