@@ -1,9 +1,9 @@
 """Do the tests notice a wrong change of the modules that make numbers? ``run.py PACKAGE MUTANTS`` (``draw.py``'s file).
 
 Each mutant is written to a copy of the package's sources, and the test files of its module run on it. The repository is
-not touched. A mutant that no test notices is a test that is missing, or does the same as the original; the latter
-stand in ``equivalent.csv``, each with the reason; without ``after``, every mutant of the line does the same. Exit code 1
-if a mutant survives.
+not touched. A mutant that no test notices is a test that is missing, or does the same as the original; the latter stand
+in ``equivalent.csv``, each with the reason; without ``after``, every mutant of the line does the same. Exit code 1 if a
+mutant survives.
 """
 
 import csv
