@@ -42,9 +42,10 @@ def naive_bottom(scores, k):
 
 @pytest.mark.parametrize("n_levels", [1, 2, 5, 10**6])
 @pytest.mark.parametrize("k", [1, 9, N - 1, N])
-def test_bottom_is_the_full_sort(n_levels, k):
+@pytest.mark.parametrize("order", [1, -1])
+def test_bottom_is_the_full_sort(n_levels, k, order):
     scores = some_scores(n_levels)
-    bottom = collected(scores, k)[0].bottom("magnitude", k)
+    bottom = collected(scores, k, order=list(SHAPES)[::order])[0].bottom("magnitude", k)
     assert bottom["rank"].tolist() == list(range(1, k + 1))
     lines = [(*place, score) for place, score in zip(places(bottom), bottom["score"], strict=True)]
     assert lines == naive_bottom(scores, k)
