@@ -12,6 +12,14 @@ NEEDS = frozenset({"grad", "fisher"})
 def test_loss_and_gradients_do_not_depend_on_the_blocks(monkeypatch, cores, columns, with_bias):
     monkeypatch.setattr(output_head, "COLUMNS", columns)
     monkeypatch.setattr(output_head, "n_cores", lambda device: cores)
+    pieces = []  # how many there are side by side
+
+    def one_by_one(device, work, items):
+        results = [work(item) for item in items]
+        pieces.append(len(results))
+        return results
+
+    monkeypatch.setattr(output_head, "on_cores", one_by_one)
     torch.manual_seed(0)
     head = torch.nn.Linear(6, 50, bias=with_bias).double().requires_grad_(False)
     head.weight.mul_(20)
@@ -21,6 +29,7 @@ def test_loss_and_gradients_do_not_depend_on_the_blocks(monkeypatch, cores, colu
     sums = {name: GradientSums(name, parameter, NEEDS, [4, 5]) for name, parameter in head.named_parameters()}
     loss, blocks = output_head.plain_loss(head, hidden, targets)
     at_hidden = output_head.back(head, hidden, blocks, rows, sums["weight"], sums.get("bias"), None)
+    assert pieces == [len(blocks), min(cores, len(blocks))] and len(blocks) == -(-50 // columns)
 
     again = torch.nn.Linear(6, 50, bias=with_bias).double()
     again.load_state_dict(head.state_dict())
