@@ -142,6 +142,10 @@ def test_halves_are_a_random_partition(n):
     assert [stability.halves(n, 1, split) for split in range(20)] != splits
 
 
+def test_the_smallest_corpus_has_two_sequences_in_each_half():
+    assert [len(half) for half in stability.halves(stability.MIN_SEQUENCES, 0, 0)] == [2, 2]
+
+
 def test_overlap_by_hand():
     """In common by ranks 1, 2, 3, 5 of the one list and 4, 1, 2, 3 of the longer other: Σ d² = 9 + 1 + 1 + 1."""
     one = torch.tensor([[0, 1], [0, 2], [1, 1], [2, 0], [1, 2]])
