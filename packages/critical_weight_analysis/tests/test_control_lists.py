@@ -74,6 +74,12 @@ def test_bottom_and_random_of_one_pass(model, sequences):
     assert random["score"].tolist() == pytest.approx([first[name][index].item() for name, index in at], rel=1e-9)
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_no_more_is_held_than_the_lowest_of_all_parameters_together(order):
+    controls, _ = collected(some_scores(), 9, order=list(SHAPES)[::order])
+    assert len(controls.state()["lowest/magnitude/index"]) == 9
+
+
 def test_a_smaller_random_list_is_the_beginning_of_a_larger_one():
     controls, ranking = collected(some_scores(), 12)
     pd.testing.assert_frame_equal(controls.random(5, [ranking]), controls.random(12, [ranking]).head(5))

@@ -130,6 +130,21 @@ def test_top_indices_at_the_edge_of_a_chunk(monkeypatch):
     assert top_indices(scores, 100).tolist() == [5, 8, 1, 2, 4, 6, 7, 9, 0, 3]
 
 
+@pytest.mark.parametrize(("higher", "expected"), [([], [0, 1024, 2048]), ([70_000], [70_000, 0, 1024])])
+def test_first_of_many_equal_scores_that_lie_in_different_chunks(monkeypatch, higher, expected):
+    monkeypatch.setattr(highest_scores, "_CHUNK", 300)
+    scores = torch.zeros(1 << 18)
+    scores[::1024] = 1
+    scores[higher] = 2
+    assert top_indices(scores, 3).tolist() == expected
+
+
+def test_first_of_equal_scores_where_few_are_lower():
+    scores = torch.ones(1 << 18)
+    scores[7] = 0
+    assert top_indices(scores, 3).tolist() == [0, 1, 2]
+
+
 @pytest.mark.parametrize("entries", [[3.0, 1.0, 2.0, 2.0], [0.0, 0.0, 5.0, 0.0], [1.0, 1.0], [7.0]])
 def test_kth_smallest(entries):
     values = torch.tensor(entries).reshape(1, -1)
