@@ -147,7 +147,7 @@ def test_the_smallest_corpus_has_two_sequences_in_each_half():
 
 
 def test_overlap_by_hand():
-    """In common, in the order of the one list, are ranks 4, 1, 2, 3 among the common of the longer other: Σ d² = 9 + 1 + 1 + 1."""
+    """What is in common has the ranks 1, 2, 3, 4 in one and 4, 1, 2, 3 in the longer two: Σ d² = 9 + 1 + 1 + 1."""
     one = torch.tensor([[0, 1], [0, 2], [1, 1], [2, 0], [1, 2]])
     two = torch.tensor([[0, 2], [1, 1], [2, 1], [3, 0], [3, 1], [1, 2], [0, 1]])
     assert stability.overlap(one, two) == {"jaccard": 4 / 8, "n_common": 4, "rank_correlation": pytest.approx(-0.2)}
