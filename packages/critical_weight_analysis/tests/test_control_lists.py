@@ -42,9 +42,10 @@ def naive_bottom(scores, k):
 
 @pytest.mark.parametrize("n_levels", [1, 2, 5, 10**6])
 @pytest.mark.parametrize("k", [1, 9, N - 1, N])
-def test_bottom_is_the_full_sort(n_levels, k):
+@pytest.mark.parametrize("order", [1, -1])
+def test_bottom_is_the_full_sort(n_levels, k, order):
     scores = some_scores(n_levels)
-    bottom = collected(scores, k)[0].bottom("magnitude", k)
+    bottom = collected(scores, k, order=list(SHAPES)[::order])[0].bottom("magnitude", k)
     assert bottom["rank"].tolist() == list(range(1, k + 1))
     lines = [(*place, score) for place, score in zip(places(bottom), bottom["score"], strict=True)]
     assert lines == naive_bottom(scores, k)
@@ -71,6 +72,12 @@ def test_bottom_and_random_of_one_pass(model, sequences):
     assert random["value"].tolist() == [parameters[name][index].item() for name, index in at]
     first = by_metric[NAMES[0]]
     assert random["score"].tolist() == pytest.approx([first[name][index].item() for name, index in at], rel=1e-9)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_no_more_is_held_than_the_lowest_of_all_parameters_together(order):
+    controls, _ = collected(some_scores(), 9, order=list(SHAPES)[::order])
+    assert len(controls.state()["lowest/magnitude/index"]) == 9
 
 
 def test_a_smaller_random_list_is_the_beginning_of_a_larger_one():

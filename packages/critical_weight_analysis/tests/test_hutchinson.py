@@ -130,6 +130,39 @@ def test_signs_are_plus_and_minus_one_and_their_own_for_each_parameter_probe_and
     assert max(signs.mean().abs() for signs in drawn) < 0.08
 
 
+def test_signs_of_a_seed_stay_what_they_are():
+    """The bits of ``default_rng([2, 2, *b"signs of the Hessian's diagonal/a.weight"]).bytes(3)``, 0x8dc2fa."""
+    signs = [2 * int(bit) - 1 for bit in f"{0x8DC2FA:024b}"]
+    for n in range(1, 25):
+        assert rademacher("a.weight", torch.empty(n), 2, 2).tolist() == signs[:n]
+
+
+def test_bar_counts_every_probe_and_the_last_one_frees_the_graph(tiny_model, sequences, monkeypatch):
+    bars, kept, backward = [], [], torch.autograd.backward
+
+    class Bar(hutchinson.Progress):
+        def __init__(self, *args):
+            super().__init__(*args)
+            bars.append(self)
+
+    def recorded(*args, retain_graph):
+        kept.append(retain_graph)
+        backward(*args, retain_graph=retain_graph)
+
+    monkeypatch.setattr(hutchinson, "Progress", Bar)
+    monkeypatch.setattr(torch.autograd, "backward", recorded)
+    hessian_diagonal(tiny_model("llama"), sequences[:2], ["model.norm.weight"], 3)
+    assert [(bar.done, bar.total) for bar in bars] == [(6, 6)]
+    assert kept == [True, True, False] * 2
+
+
+def test_what_it_costs_is_said_before(caplog):
+    caplog.set_level("INFO", "critical_weight_analysis")
+    hutchinson._announce(n_sequences=7, n_probes=3, n_weights=10**9)
+    assert "3 probes of 7 sequences, 21 products" in caplog.text
+    assert "5 times the 1000000000 weights in scope in float32 (20.0 GB)" in caplog.text
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_narrow_weights_are_differentiated_in_float32(tiny_model, sequences, dtype):
     narrow = tiny_model("neox", dtype)

@@ -43,6 +43,13 @@ def test_rows_in_the_given_order_with_counts_of_every_top():
     ]
 
 
+@pytest.mark.parametrize("shape", [(2, 2), (1, 2, 2)])
+def test_rows_are_summed_in_their_own_dtype_and_their_sums_in_float64(shape):
+    summary = Summary(["a.weight"])
+    summary.update("a.weight", torch.tensor([2.0**24, 1.0, 0.0, 3.0]).view(shape))
+    assert summary.table({})["score_sum"].item() == 2**24 + 3  # in float32 2^24 + 1 is 2^24
+
+
 def test_sum_is_taken_in_float64():
     scores = torch.full((1 << 20,), 0.1, dtype=torch.float32)
     summary = Summary(["a.weight"])

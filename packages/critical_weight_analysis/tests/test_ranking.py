@@ -1,10 +1,11 @@
 import itertools
+import operator
 
 import pandas as pd
 import pytest
 import torch
 from critical_weight_analysis import highest_scores
-from critical_weight_analysis.highest_scores import kth_smallest, top_indices
+from critical_weight_analysis.highest_scores import kth_smallest, top_indices, where
 from critical_weight_analysis.ranking import Ranking
 from reference import naive_top
 
@@ -61,6 +62,16 @@ def test_top_per_layer_is_the_full_sort_of_each_parameter(chunk, k):
     assert top["rank"].tolist() == [rank for part in expected for rank in range(1, len(part) + 1)]
 
 
+def test_bound_is_the_lowest_score_of_a_full_top():
+    result = Ranking(SHAPES, 3, per_layer=False)
+    bounds = [result.bound]
+    for name, scores in [("b.weight", [5.0, 1.0]), ("a.weight", [7.0]), ("f.weight", [4.0]), ("c.d.weight", [2.0])]:
+        index = torch.arange(len(scores))
+        result.add(name, index, torch.zeros(len(scores)), torch.tensor(scores, dtype=torch.float64))
+        bounds.append(result.bound)
+    assert bounds == [-torch.inf, -torch.inf, 1, 4, 4]
+
+
 def test_smaller_k_is_the_beginning_of_a_larger_one():
     scores = random_scores(4)
     result = ranked(scores, 40)
@@ -109,7 +120,7 @@ def test_weights_stored_out_of_order_are_found_at_their_index():
     scores = torch.arange(12.0).reshape(3, 4).T  # not contiguous
     result = Ranking({"a.weight": (4, 3)}, 1)
     result.update("a.weight", scores * 10, scores)
-    assert result.top(1)[["row", "col", "value"]].to_numpy().tolist() == [[3, 2, 110.0]]
+    assert result.top_per_layer(1)[["row", "col", "value"]].to_numpy().tolist() == [[3, 2, 110.0]]
 
 
 def test_top_indices_at_the_edge_of_a_chunk(monkeypatch):
@@ -117,6 +128,21 @@ def test_top_indices_at_the_edge_of_a_chunk(monkeypatch):
     scores = torch.tensor([1.0, 2, 2, 1, 2, 3, 2, 2, 3, 2])
     assert top_indices(scores, 4).tolist() == [5, 8, 1, 2]
     assert top_indices(scores, 100).tolist() == [5, 8, 1, 2, 4, 6, 7, 9, 0, 3]
+
+
+@pytest.mark.parametrize(("higher", "expected"), [([], [0, 1024, 2048]), ([70_000], [70_000, 0, 1024])])
+def test_first_of_many_equal_scores_that_lie_in_different_chunks(monkeypatch, higher, expected):
+    monkeypatch.setattr(highest_scores, "_CHUNK", 300)
+    scores = torch.zeros(1 << 18)
+    scores[::1024] = 1
+    scores[higher] = 2
+    assert top_indices(scores, 3).tolist() == expected
+
+
+def test_first_of_equal_scores_where_few_are_lower():
+    scores = torch.ones(1 << 18)
+    scores[7] = 0
+    assert top_indices(scores, 3).tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("entries", [[3.0, 1.0, 2.0, 2.0], [0.0, 0.0, 5.0, 0.0], [1.0, 1.0], [7.0]])
@@ -155,8 +181,26 @@ def test_selection_in_long_arrays(size, n_levels):
         assert kth_smallest(scores, k) == scores[full[size - k]]
 
 
-def test_sample_that_misleads_changes_nothing():
+@pytest.mark.parametrize("step", [48, 7])
+def test_sample_that_misleads_changes_nothing(step):
     scores = torch.zeros(200_000)
-    scores[1::7] = torch.arange(len(scores[1::7])).float() + 1  # the stride of the sample meets few of them
+    scores[::step] = torch.arange(len(scores[::step])).float() + 1  # the sample is every 48th
     ordered = scores.sort().values
-    assert all(kth_smallest(scores, k) == ordered[k - 1] for k in (1, 150_000, 171_429, 198_000, 200_000))
+    assert all(
+        kth_smallest(scores, k) == ordered[k - 1] for k in (1, 150_000, 171_429, 198_000, 199_967, 199_968, 200_000)
+    )
+
+
+class OnAnotherDevice(torch.Tensor):
+    """A tensor that NumPy cannot read."""
+
+    device = torch.device("cuda")
+
+    def numpy(self):
+        raise TypeError("not on the CPU")
+
+
+def test_where_on_another_device():
+    scores = torch.tensor([3.0, 1.0, 2.0, 5.0])
+    assert where(operator.ge, scores.as_subclass(OnAnotherDevice), 2.0).tolist() == [0, 2, 3]
+    assert where(operator.ge, scores, 2.0).tolist() == [0, 2, 3]

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -74,9 +76,28 @@ def test_scores_are_those_of_the_ranking_bit_for_bit(tiny_model, sequences):
 def test_the_draw_depends_on_nothing_but_the_seed():
     flat = {f"{n}.weight": torch.ones(30, 20) for n in range(20)}
     table = sampled(flat)
-    assert len(table) == N_ROWS
+    assert len(table) == N_ROWS == 4000
     assert sampled(flat, order=reversed(flat)).equals(table)
     assert not sampled(flat, seed=1).equals(table)
+
+
+def test_candidates_are_some_drawn_of_all_weights_and_the_hundred_highest_of_each_parameter(monkeypatch):
+    """By two metrics whose highest are the ends of a line."""
+    shapes = {"a.weight": (400, 500), "b.weight": (3, 2)}
+    weight, grad = {n: torch.arange(1.0, 1 + s[0] * s[1]).view(s) for n, s in shapes.items()}, {}
+    grad = {name: 1 / w**2 for name, w in weight.items()}
+    sample, metrics = Sample(shapes, ["magnitude"]), ["magnitude", "grad_x_weight"]
+    for name in shapes:
+        sample.update(Sensitivity(name, weight[name]), [torch.empty(0, dtype=torch.int64)])
+    assert len(sample.state()["index"]) == 131072  # all different
+    monkeypatch.setattr(sampling, "N_UNIFORM", 0)
+    stream = [Sensitivity(name, weight[name], grad=grad[name]) for name in shapes]
+    engine = SimpleNamespace(gives={"grad"}, sensitivities=lambda *args: (torch.zeros(1), iter(stream)))
+    table = discover(engine, None, [], {name: torch.nn.Parameter(w) for name, w in weight.items()}, metrics, 1).sampled
+    chosen = table["row"] * 500 + table["col"]
+    assert chosen[table["parameter"] == "a.weight"].tolist() == [*range(100), *range(199_900, 200_000)]
+    assert (table["parameter"] == "b.weight").sum() == 6
+    assert (table["inclusion"] == 1).all()
 
 
 def test_all_rows_where_there_are_no_more():
@@ -90,6 +111,7 @@ def test_candidates_outside_the_heads_share_one_probability():
     certain = np.array([True, False, True, False, False])
     assert candidate_probability(certain, 32).tolist() == [1, 0.1, 1, 0.1, 0.1]
     assert candidate_probability(np.array([True, True]), 2).tolist() == [1, 1]
+    assert candidate_probability(np.array([True, False]), 2).tolist() == [1, 1]
 
 
 def test_a_rank_is_the_number_of_weights_that_the_candidates_before_stand_for():

@@ -1,5 +1,6 @@
 import itertools
 import math
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -139,6 +140,82 @@ def test_halves_are_a_random_partition(n):
     assert len({tuple(first) for first, _ in splits}) > 2
     assert stability.halves(n, 0, 3) == splits[3]
     assert [stability.halves(n, 1, split) for split in range(20)] != splits
+
+
+def test_the_smallest_corpus_has_two_sequences_in_each_half():
+    assert [len(half) for half in stability.halves(stability.MIN_SEQUENCES, 0, 0)] == [2, 2]
+
+
+def test_overlap_by_hand():
+    """What is in common has the ranks 1, 2, 3, 4 in one and 4, 1, 2, 3 in the longer two: Σ d² = 9 + 1 + 1 + 1."""
+    one = torch.tensor([[0, 1], [0, 2], [1, 1], [2, 0], [1, 2]])
+    two = torch.tensor([[0, 2], [1, 1], [2, 1], [3, 0], [3, 1], [1, 2], [0, 1]])
+    assert stability.overlap(one, two) == {"jaccard": 4 / 8, "n_common": 4, "rank_correlation": pytest.approx(-0.2)}
+
+
+@pytest.mark.parametrize(("n", "rho"), [(2, math.nan), (3, -1)])
+def test_two_in_common_have_no_rank_correlation(n, rho):
+    line = torch.stack([torch.zeros(n, dtype=torch.int64), torch.arange(n)], dim=1)
+    found = stability.overlap(line, line.flip(0))
+    assert (found["jaccard"], found["n_common"]) == (1, n)
+    assert found["rank_correlation"] == pytest.approx(rho, nan_ok=True)
+
+
+def rankings(scores):
+    result = stability.Ranking({"a.weight": (1, 6)}, 3, per_layer=False)
+    result.update("a.weight", torch.zeros(1, 6), torch.tensor([scores]))
+    return {"obd": result}
+
+
+def test_rows_of_the_table_by_hand():
+    ends, middle, begin = [9.0, 8, 0, 0, 0, 7], [0.0, 9, 8, 7, 0, 0], [9.0, 8, 7, 0, 0, 0]
+    splits = [
+        stability.Halves(rankings(ends), rankings(middle), rankings(begin), rankings(begin)),
+        stability.Halves(rankings(begin), rankings(ends), rankings(middle), rankings(ends)),
+    ]
+    full = rankings(ends) | {"magnitude": rankings(begin)["obd"]}
+    splits = [stability.Halves(*(half | {"magnitude": half["obd"]} for half in split)) for split in splits]
+    table = stability.table(full, splits, [2, 3], 6)
+    expected = [  # of obd with K = 3: {0, 1, 5}, {1, 2, 3} and {0, 1, 2}
+        ["halves", "obd", 0, 0, 1 / 5, 1, 1],
+        ["halves", "obd", 1, 1, 2 / 4, 2, 1 / 5],
+        ["seeds", "obd", 0, 1, 2 / 4, 2, 2 / 4],
+    ]
+    columns = ["kind", "other", "seed", "other_seed", "jaccard", "n_common", "jaccard_null"]
+    assert table[(table["k"] == 3) & (table["metric"] == "obd")][columns].iloc[:3].to_numpy().tolist() == expected
+    last = table.iloc[-1]
+    assert (last["kind"], last["metric"], last["other"], last["k"]) == ("metrics", "obd", "magnitude", 3)
+    assert (last["jaccard"], last["n_common"]) == (0.5, 2) and pd.isna(last["jaccard_null"]) and pd.isna(last["seed"])
+    assert len(table) == 2 * (2 * 3 + 1)
+    assert table["jaccard_chance"].unique().tolist() == [stability.chance_jaccard(k, 6) for k in (2, 3)]
+
+
+def test_halves_and_their_nulls_are_of_their_own_sequences_and_seeds(monkeypatch):
+    """The engine gives as a gradient which sequences it was called with."""
+    sequences, seen = [torch.tensor([i]) for i in range(7)], []
+
+    def sensitivities(model, some, names, needs, settings):
+        members = [int(sequence) for sequence in some]
+        grad = torch.zeros(7)
+        grad[members] = 1 + torch.tensor(members).float()
+        return None, iter([Sensitivity("a.weight", torch.ones(7), grad=grad)])
+
+    def dealt_anew(sensitivity, seed):
+        seen.append(seed)
+        return Sensitivity("a.weight", torch.ones(7), grad=sensitivity.grad.flip(0))
+
+    monkeypatch.setattr(stability, "dealt_anew", dealt_anew)
+    engine = SimpleNamespace(gives={"grad"}, sensitivities=sensitivities)
+    parameters = {"a.weight": torch.nn.Parameter(torch.ones(7))}
+    splits = list(stability.discover_halves(engine, None, sequences, parameters, ["grad_x_weight"], 3, 2, seed=5))
+    assert seen == [[5, 0, 0], [5, 0, 1], [5, 1, 0], [5, 1, 1]]
+    for split, found in enumerate(splits):
+        for members, top, null in zip(stability.halves(7, 5, split), found[:2], found[2:], strict=True):
+            best = top["grad_x_weight"].best(3)
+            assert best.index.tolist() == members[::-1][:3]
+            assert best.score.tolist() == [1 + i for i in members[::-1][:3]]
+            assert null["grad_x_weight"].best(3).index.tolist() == [6 - i for i in members[::-1][:3]]
+        assert [ranking.per_layer for by_metric in found for ranking in by_metric.values()] == [False] * 4
 
 
 def test_overlap_of_lists_with_nothing_in_common():

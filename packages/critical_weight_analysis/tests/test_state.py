@@ -79,10 +79,10 @@ def test_restoring_replaces_all_that_was_there():
         pd.testing.assert_frame_equal(one, other, check_exact=True)
 
 
-NAMES = list(Collected().by_name)
+COLLECTORS = list(Collected().by_name)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", COLLECTORS)
 def test_what_is_missing_or_of_another_type_is_refused(name):
     collector = Collected().fill(SHAPES).by_name[name]
     state = collector.state()
@@ -96,7 +96,7 @@ def test_what_is_missing_or_of_another_type_is_refused(name):
             collector.restore(state | {key: tensor[1:] if len(tensor) else torch.tensor(0)})
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "controls"])
+@pytest.mark.parametrize("name", [name for name in COLLECTORS if name != "controls"])
 @pytest.mark.parametrize("number", [-1, len(SHAPES), 2**62])
 def test_parameters_that_the_model_does_not_have_are_refused(name, number):
     collector = Collected().fill(SHAPES).by_name[name]
@@ -117,9 +117,14 @@ def test_controls_of_another_seed_and_a_sample_of_other_metrics_are_refused():
     state = Collected(seed=1).fill(SHAPES).controls.state()
     with pytest.raises(StateError, match="other control weights were drawn then"):
         Collected(seed=0).controls.restore(state)
-    state = Collected(metrics=["magnitude"]).fill(SHAPES).sample.state()
-    with pytest.raises(StateError, match="of other metrics"):
-        Collected().sample.restore(state)
+    state = Collected().fill(SHAPES).controls.state()
+    for key in ("drawn/parameter", "drawn/index"):
+        with pytest.raises(StateError, match="other control weights were drawn then"):
+            Collected().controls.restore(state | {key: state[key].flip(0)})
+    for metrics, others in [(NAMES, NAMES[:1]), (NAMES[:1], NAMES)]:
+        state = Collected(metrics=metrics).fill(SHAPES).sample.state()
+        with pytest.raises(StateError, match="of other metrics"):
+            Collected(metrics=others).sample.restore(state)
 
 
 def test_every_float64_survives_a_summary(tmp_path):

@@ -33,7 +33,7 @@ class Controls:
         seed: of the draw.
     """
 
-    def __init__(self, shapes: Mapping[str, Sequence[int]], metrics: Sequence[str], k: int, seed: int = 0) -> None:
+    def __init__(self, shapes: Mapping[str, Sequence[int]], metrics: Sequence[str], k: int, seed: int) -> None:
         self._first = metrics[0]
         self._lowest = {metric: Ranking(shapes, k, per_layer=False) for metric in metrics}
         self._number = {name: number for number, name in enumerate(shapes)}

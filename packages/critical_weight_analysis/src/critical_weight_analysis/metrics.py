@@ -66,9 +66,9 @@ class Metric:
     score: Formula
     needs: frozenset[str]
     formula: str
-    unit: str = ""
-    source: str = ""
-    baseline: bool = False
+    unit: str
+    source: str
+    baseline: bool
 
     def definition(self) -> dict[str, str | bool]:
         """What a manifest says of it, for whoever reads the scores."""

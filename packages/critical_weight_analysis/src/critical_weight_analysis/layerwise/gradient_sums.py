@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from critical_weight_analysis.layerwise.accumulators import (
     SQUARES,
+    Accumulator,
     GradientSum,
     InputSquares,
     Reduce,
@@ -66,6 +67,9 @@ class GradientSums:
         """Whether sequences that were run together must be told apart: to be squared, or to leave out the padding."""
         return self.squares is not None or self.inputs is not None
 
+    def _accumulators(self) -> list[Accumulator]:
+        return [one for one in (self.squares, self.grad, self.tokens, self.inputs) if one]
+
     def add(self, batch: Sequence[tuple[int, GradientPieces]]) -> None:
         """The gradients of sequences that were run together, whatever each is made of."""
         if all(pieces.products and not pieces.rows and not pieces.dense for _, pieces in batch):
@@ -98,9 +102,7 @@ class GradientSums:
         if self.squares:
             self.squares.add_block(i, slice(None), gradient)
 
-    def add_products(
-        self, batch: Sequence[tuple[int, Product]], start: int = 0, ids: dict[int, Tensor] | None = None
-    ) -> None:
+    def add_products(self, batch: Sequence[tuple[int, Product]], start: int, ids: dict[int, Tensor] | None) -> None:
         """The gradients of several sequences, or some rows of them, as leftᵀ right.
 
         Args:
@@ -108,7 +110,7 @@ class GradientSums:
                 ``start + R``.
             start: where these rows begin.
             ids: of each sequence (T,), rows to which ``add_rows`` will bring another part of the gradient; their
-                squares wait for it.
+                squares wait for it; None for none.
         """
         for i, product in batch:
             self._add_positions([product], start)
@@ -157,9 +159,8 @@ class GradientSums:
     def add_rows(self, i: int, ids: Tensor, gradient: Tensor) -> None:
         """The gradient of sequence ``i`` through an embedding: ids (T,), gradient at its output (T, H)."""
         ids, gradient = ids.reshape(-1), gradient.reshape(ids.numel(), -1).to(self.dtype)
-        for one in (self.grad, self.tokens, self.inputs, self.squares):
-            if one:
-                one.add_rows(i, ids, gradient)
+        for one in self._accumulators():
+            one.add_rows(i, ids, gradient)
 
     def finish(self) -> Sensitivity:
         """The sums over the sequences of all processes, scaled.
@@ -168,9 +169,8 @@ class GradientSums:
             RunError: one of them is not finite.
         """
         fields: dict[str, Tensor] = {}
-        for one in (self.squares, self.grad, self.tokens, self.inputs):
-            if one:
-                fields |= one.finish(self._reduce)
+        for one in self._accumulators():
+            fields |= one.finish(self._reduce)
         for field, total in fields.items():
             if not total.sum().isfinite() and not total.isfinite().all():
                 raise RunError(
@@ -201,8 +201,8 @@ def add(found: Sequence[PiecesBySequence], sums: dict[str, GradientSums], device
 
 
 def _joined(products: Sequence[Product]) -> Product:
-    """The products of several uses as one."""
+    """The products of several uses as one, for what does not ask which side is the input."""
     if len(products) == 1:
         return products[0]
     left, right, _ = zip(*products, strict=True)
-    return Product(torch.cat(left), torch.cat(right), products[0].input_is_left)
+    return Product(torch.cat(left), torch.cat(right))

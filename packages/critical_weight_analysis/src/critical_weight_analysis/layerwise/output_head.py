@@ -100,14 +100,14 @@ def back(
         bias: likewise of its bias.
         ids: of each sequence, the rows which the embedding will add to, if the two share the weight.
     """
-    wide = None if weight is None else hidden.to(weight.dtype)
+    wide = hidden if weight is None else hidden.to(weight.dtype)
 
     def back_through(some: list[Block]) -> tuple[Tensor, list[Tensor]]:
         result, at_bias = torch.zeros_like(hidden), []
         for block, gradient_of in some:
             gradient = gradient_of()
             result.add_(linear(gradient.to(hidden.dtype), head.weight[block].T))
-            if weight is not None and wide is not None:
+            if weight is not None:
                 batch = [(i, Product(gradient[here], wide[here])) for i, here in rows.items()]
                 weight.add_products(batch, start=block.start, ids=ids)
             if bias is not None:
