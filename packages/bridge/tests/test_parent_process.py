@@ -12,7 +12,7 @@ import pytest
 from bridge.exchange import parent_process
 from bridge.exchange.errors import RunError
 from bridge.instrument import process
-from survivors import MARK, marked, survivors
+from leftover_processes import MARK, marked, survivors
 
 SCRIPT = """
 import contextlib, os, time
