@@ -12,7 +12,7 @@ from llm_perturb.evaluation import models
 from perturbation_commands import DENSE, SCRIPT, TEXTS, UP, call, run_of, start, write_list
 from reference import naive_losses, zeroed
 from tiny_models import byte_tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MptConfig, MptForCausalLM
 
 pytestmark = pytest.mark.usefixtures("quiet_surroundings")
 
@@ -156,6 +156,16 @@ def test_a_target_of_the_environment_is_printable_too(flags, capfd, monkeypatch)
     assert code == 2
     (line,) = complaints
     assert line.startswith(f"{SCRIPT}: error: TARGET_LAYER '\\u202eweird' has a character that is not printable")
+
+
+def test_a_length_beyond_what_mpt_takes(flags, capfd, tmp_path):
+    """Whose configuration calls its longest sequence ``max_seq_len``."""
+    config = MptConfig(vocab_size=256, d_model=16, n_heads=2, n_layers=1, max_seq_len=16)
+    MptForCausalLM(config).save_pretrained(tmp_path / "mpt")
+    byte_tokenizer().save_pretrained(tmp_path / "mpt")
+    code, _, complaints = call(capfd, flags | {"model": str(tmp_path / "mpt"), "target_layer": "ALL", "k": 1})
+    assert (code, len(complaints)) == (2, 1)
+    assert "--max-length 24" in complaints[0] and "16" in complaints[0]
 
 
 @pytest.mark.slow
