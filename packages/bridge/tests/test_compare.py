@@ -115,6 +115,13 @@ def test_the_same_run_twice_is_no_comparison(tmp_path):
         compare_folders([tmp_path, folder], None, tmp_path)
 
 
+def test_the_common_metrics_are_in_the_order_of_the_first_run(tmp_path, blank_figures):
+    first = write_run(tmp_path / "one", "small", metrics=["wanda", METRIC, "obd"])
+    second = write_run(tmp_path / "two", "large", metrics=["obd", METRIC, "wanda"])
+    folder = compare_folders([first, second], None, tmp_path, "x")
+    assert pd.read_csv(folder / "comparison_pairs.csv")["metric"].tolist() == ["wanda", METRIC, "obd"]
+
+
 def test_runs_without_a_common_metric_are_refused(tmp_path):
     write_run(tmp_path, "small"), write_run(tmp_path, "large", metrics=["obd"])
     with pytest.raises(RequestError, match=r"share no metric .*small: grad_x_weight"):

@@ -61,7 +61,7 @@ def test_layers_above_random_are_those_of_the_metric_in_the_setting(example):
     effects = effects[effects["metric"] == "grad_x_weight"]
     wins = int((effects["delta_nll"] > effects["random_high"]).sum())
     assert wins > 0
-    assert (above.n, above.wins, above.draws) == (12, wins, 3)
+    assert (above.n, above.wins, above.draws, above.expected) == (12, wins, 3, 12 / 4)
 
 
 def test_a_report_compares_top_and_random_once(tmp_path, monkeypatch, blank_figures):

@@ -22,6 +22,13 @@ def test_a_weight_of_three_is_a_unit_three_times(ties):
     assert weighted_ranks(x, weights) == pytest.approx(ranks[np.cumsum(weights) - 1])
 
 
+@pytest.mark.parametrize("n", [5, 6, 7, 9])
+def test_rounding_leads_beyond_no_rho(n):
+    units = np.arange(n)
+    assert weighted_rho(units, -units).rho == -1  # -1.0000000000000002 without a limit
+    assert weighted_rho(units, units).rho == 1
+
+
 def test_infinite_values_tie():
     assert weighted_ranks(np.array([1, np.inf, np.inf, 0]), np.ones(4)).tolist() == [0.375, 0.75, 0.75, 0.125]
 
