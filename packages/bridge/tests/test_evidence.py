@@ -61,7 +61,12 @@ def test_layers_above_random_are_those_of_the_metric_in_the_setting(example):
     effects = effects[effects["metric"] == "grad_x_weight"]
     wins = int((effects["delta_nll"] > effects["random_high"]).sum())
     assert wins > 0
-    assert (above.n, above.wins, above.draws, above.expected) == (12, wins, 3, 12 / 4)
+    assert (above.n, above.wins, above.draws) == (12, wins, 3)
+
+
+def test_a_layer_that_beats_some_draws_only_is_not_above_random(example):
+    example.layer_effects["n_beaten"] = 2  # of 3 draws
+    assert example.layers_above_random("grad_x_weight")[:4] == (12, 0, 3, 12 / 4)
 
 
 def test_a_report_compares_top_and_random_once(tmp_path, monkeypatch, blank_figures):
