@@ -93,5 +93,6 @@ def test_of_two_perturbations_the_first_measured_one_is_spoken_of():
         pd.testing.assert_frame_equal(
             table[columns].reset_index(drop=True), expected[columns].reset_index(drop=True), check_dtype=False
         )
+    assert set(alone["sign_flip"].weight_correlations["perturbation"]) == {"sign_flip"}
     assert both.layer_effects["delta_nll"].tolist() != alone["sign_flip"].layer_effects["delta_nll"].tolist()
     assert both.layers_above_random("magnitude") == alone["zero"].layers_above_random("magnitude")

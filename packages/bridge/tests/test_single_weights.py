@@ -1,3 +1,5 @@
+from itertools import permutations
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -97,3 +99,12 @@ def test_seeds_of_one_weight_are_one_effect_of_mean_size():
     assert list(effects) == columns.split()
     assert effects["size"].tolist() == pytest.approx((2 * weights["delta_nll"].abs()).tolist())
     assert effects["delta_nll"].tolist() == pytest.approx((-weights["delta_nll"]).tolist())
+
+
+def test_the_mean_over_seeds_has_the_same_digits_in_any_order_of_the_rows():
+    sampled = synthetic.sampled(6, metrics=("obd",))
+    table = synthetic.with_single_weights(synthetic.measurements(n=1, metrics=("obd",)), sampled)
+    weights = table[table["selection"] == "weight"]
+    seeds = [weights.assign(seed=seed, delta_nll=delta) for seed, delta in enumerate([1e16, 1.0, -1e16])]
+    means = {weight_effects(pd.concat(rows), sampled)["delta_nll"].iloc[0] for rows in permutations(seeds)}
+    assert len(means) == 1

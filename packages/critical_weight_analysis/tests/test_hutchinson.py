@@ -119,6 +119,14 @@ def test_the_same_seed_gives_the_same_bits_in_any_order_of_names_and_another_see
     assert all(torch.equal(first[name], again[name]) for name in names)
 
 
+def test_a_parameter_that_takes_no_part_has_a_diagonal_of_zeros(tiny_model, sequences):
+    model = tiny_model("llama")
+    model.unused = torch.nn.Linear(3, 2, bias=False)
+    diagonal = hessian_diagonal(model, sequences[:2], ["unused.weight", GAINS["llama"]], 1)
+    assert torch.equal(diagonal["unused.weight"], torch.zeros(2, 3, dtype=diagonal["unused.weight"].dtype))
+    assert diagonal[GAINS["llama"]].any()
+
+
 def test_signs_are_plus_and_minus_one_and_their_own_for_each_parameter_probe_and_seed():
     like = torch.empty(101, 33, dtype=torch.float32)
     drawn = [rademacher(*key) for key in [("a", like, 0, 0), ("b", like, 0, 0), ("a", like, 0, 1), ("a", like, 1, 0)]]
