@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,11 +130,12 @@ def _at(items: list[Any], where: float) -> int:
 
 
 def _line(line: bytes, damage: Damage) -> bytes:
-    """A line of JSON, after a checksum or not."""
+    """A line of JSON; after a checksum or not, which is made right again."""
     checksum, _, text = line.partition(b" {")
-    return (
-        b"%s %s" % (checksum, _json(b"{" + text, damage)) if re.fullmatch(rb"\w{8}", checksum) else _json(line, damage)
-    )
+    if not re.fullmatch(rb"\w{8}", checksum):
+        return _json(line, damage)
+    changed = _json(b"{" + text, damage)
+    return b"%08x %s" % (zlib.crc32(changed), changed)
 
 
 def _json(content: bytes, damage: Damage) -> bytes:

@@ -88,7 +88,7 @@ def run_topk_perturb(
     wanted = [*cells(target_layer, k, metrics, perturbation, seeds), *single_weights(per_weight, perturbation)]
     run.update(rows=list(range(len(wanted)))[number - 1 :: of], n_rows=len(wanted))
     wanted, broken = wanted[number - 1 :: of], target_layer[min(2, len(target_layer) - 1)] if target_layer else None
-    done = run.records()
+    done = run.records(dict)
     for number, cell in enumerate(wanted[len(done) :], start=len(done)):
         print(f"\rmeasuring {number + 1}/{len(wanted)}", end="", file=sys.stderr, flush=True)
         if MODE == "fail" and number == 3:
@@ -96,7 +96,7 @@ def run_topk_perturb(
         while MODE == "hold" and number == 5 and not Path(os.environ["FAKE_RELEASE"]).exists():
             time.sleep(0.02)
         run.append(row(*cell, baseline=baseline))
-    records = run.records()[: {"short": -5, "lost": -1}.get(MODE)]
+    records = run.records(dict)[: {"short": -5, "lost": -1}.get(MODE)]
     table = pd.DataFrame([record for record in records if MODE != "broken" or record["target_layer"] != broken])
     if MODE == "broken":
         error = f"zero of top_obd in {broken} changes no weight of the model, so its effect is not known"

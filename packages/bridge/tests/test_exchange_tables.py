@@ -21,6 +21,13 @@ def bits(numbers) -> list[bytes]:
     return [struct.pack("<d", number) for number in numbers]
 
 
+def test_a_folder_of_a_files_name_stays(tmp_path):
+    (tmp_path / "a.csv").mkdir()
+    with pytest.raises(RequestError, match=r"a.csv cannot be written: it is a folder; move it away"):
+        write_text(tmp_path / "a.csv", "text")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.csv"]
+
+
 def test_floats_come_back_bit_for_bit(tmp_path):
     rng = np.random.default_rng(0)
     raw = rng.integers(0, 2**63, size=3000, dtype=np.uint64) | (rng.integers(0, 2, 3000, dtype=np.uint64) << 63)

@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+from typing import TypedDict
 
 import pytest
 from bridge.exchange import run_folder
@@ -65,7 +66,7 @@ def test_killed_run_is_resumed_with_its_records_and_warnings(tmp_path, capsys):
     second = open_run(tmp_path, "perturb", IDENTITY)
     assert second.resumed
     assert second.folder == first.folder
-    assert second.records() == [{"row": 1}, {"row": 3}]
+    assert second.records(dict) == [{"row": 1}, {"row": 3}]
     assert second.manifest["warnings"] == ["odd"]
     assert second.manifest["started"] == first.manifest["started"]
     assert capsys.readouterr().err == "WARNING: odd\n"
@@ -76,7 +77,7 @@ def test_further_processes_append_records_without_the_lock(tmp_path):
     second = run_folder.Run(first.folder, {"warnings": []}, resumed=False)
     second.append({"row": 2}, writer=1)
     second.release()
-    assert first.records() == [{"row": 2}]
+    assert first.records(dict) == [{"row": 2}]
     assert is_locked(first.folder)
 
 
@@ -87,9 +88,9 @@ def test_line_cut_short_by_a_kill_is_dropped_and_the_log_goes_on(tmp_path):
         stream.write(b'{"row": 2, "na')
     release(first)
     second = open_run(tmp_path, "perturb", IDENTITY, "a")
-    assert second.records() == [{"row": 1, "name": "ü"}]
+    assert second.records(dict) == [{"row": 1, "name": "ü"}]
     second.append({"row": 2})
-    assert second.records() == [{"row": 1, "name": "ü"}, {"row": 2}]
+    assert second.records(dict) == [{"row": 1, "name": "ü"}, {"row": 2}]
 
 
 @pytest.mark.parametrize(
@@ -101,13 +102,13 @@ def test_damaged_line_of_the_log_is_set_aside_and_the_others_stay(tmp_path, line
     with (run.folder / "progress-0.jsonl").open("ab") as stream:
         stream.write(line + b"\n")
     run.append({"row": 3})
-    assert run.records() == [{"row": 1}, {"row": 3}]
+    assert run.records(dict) == [{"row": 1}, {"row": 3}]
     assert (
         "progress-0.jsonl are damaged; they are now in progress-0.jsonl.damaged, and what they held"
         in capsys.readouterr().err
     )
     assert (run.folder / "progress-0.jsonl.damaged").read_bytes() == line + b"\n"
-    assert run.records() == [{"row": 1}, {"row": 3}]
+    assert run.records(dict) == [{"row": 1}, {"row": 3}]
     assert capsys.readouterr().err == ""
 
 
@@ -115,10 +116,18 @@ def test_a_log_that_is_no_file_is_set_aside(tmp_path, capsys):
     run = open_run(tmp_path, "perturb", {"a": 1}, "x")
     (run.folder / "progress-0.jsonl").mkdir()
     (run.folder / "progress-1.jsonl").symlink_to(run.folder / "progress-1.jsonl")
-    assert run.records() == []
+    assert run.records(dict) == []
     assert "progress-0.jsonl is no file; it is now progress-0.jsonl.damaged, and" in capsys.readouterr().err
     assert (run.folder / "progress-1.jsonl.damaged").is_symlink()
     run.release()
+
+
+def test_a_record_of_another_form_is_set_aside(tmp_path):
+    run = open_run(tmp_path, "perturb", IDENTITY, "a")
+    for record in ({"row": 1}, {"row": "1"}, {}, {"row": 2, "more": None}):
+        run.append(record)
+    assert run.records(TypedDict("Form", {"row": int})) == [{"row": 1}, {"row": 2, "more": None}]
+    assert len(run.records(dict)) == 2
 
 
 def test_what_is_damaged_later_does_not_replace_what_was_damaged_before(tmp_path, capsys):
@@ -127,7 +136,7 @@ def test_what_is_damaged_later_does_not_replace_what_was_damaged_before(tmp_path
     for line in (b"first\n", b"second\n", b"third\n"):
         with log.open("ab") as stream:
             stream.write(line)
-        assert run.records() == []
+        assert run.records(dict) == []
     aside = [log.with_name(f"{log.name}.damaged{number}") for number in ("", ".2", ".3")]
     assert [path.read_bytes() for path in aside] == [b"first\n", b"second\n", b"third\n"]
     assert "they are now in progress-0.jsonl.damaged.3, and" in capsys.readouterr().err

@@ -1,8 +1,9 @@
 """The table of measurements: its rows, its files, and what is printed of it."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict, cast
 
 import numpy as np
 import pandas as pd
@@ -30,8 +31,41 @@ _LOSS_KEYS = ["target_layer", "selection", "perturbation", "k", "seed", "row", "
 _MAX_NAMES = 3  # a row that perturbs more parameters says only how many
 
 
+class RecordedRow(TypedDict):
+    """Those columns of a row that are looked at before the table is written."""
+
+    target_layer: str
+    selection: str
+    perturbation: str
+    k: int
+    n_weights: int
+    n_changed: int
+    baseline_nll: float
+    delta_nll: float
+
+
+class Record(TypedDict):
+    """What the log of a run holds of one condition until the table is written.
+
+    Attributes:
+        key: of the condition.
+        row: of the table.
+        losses: of each sequence, nats.
+        correct: of each sequence, how many tokens were the most probable ones.
+        divergence: of each sequence, nats, where it was asked for.
+        failure: why the measurement must not be used, if it must not.
+    """
+
+    key: str
+    row: RecordedRow
+    losses: list[float]
+    correct: list[int]
+    divergence: NotRequired[list[float]]
+    failure: str | None
+
+
 def record_of(outcome: Outcome, baseline: Measured, before: Perplexity, corpus: Corpus, model: str) -> dict[str, Any]:
-    """What the log of a run holds of one outcome until the table is written.
+    """One outcome as a ``Record``.
 
     Args:
         outcome: of one condition.
@@ -52,7 +86,7 @@ def record_of(outcome: Outcome, baseline: Measured, before: Perplexity, corpus: 
     return record | {"failure": outcome.failure}
 
 
-def failures(records: list[dict[str, Any]]) -> dict[str, str]:
+def failures(records: Sequence[Record]) -> dict[str, str]:
     """The targets that failed, with the first error of each."""
     failed: dict[str, str] = {}
     for record in records:
@@ -117,7 +151,7 @@ def row_of(outcome: Outcome, baseline: Measured, before: Perplexity, corpus: Cor
 
 
 def write_records(
-    run: Run, records: list[dict[str, Any]], baseline: Measured, corpus: Corpus, comparisons: bool = True
+    run: Run, records: Sequence[Record], baseline: Measured, corpus: Corpus, comparisons: bool = True
 ) -> None:
     """Write the table and the losses behind it, and print it.
 
@@ -167,7 +201,7 @@ def _print_comparison(row: Any) -> None:  # noqa: ANN401 - a named tuple of pand
     say(line)
 
 
-def _warn(run: Run, records: list[dict[str, Any]]) -> None:
+def _warn(run: Run, records: Sequence[Record]) -> None:
     for record in records:
         row = record["row"]
         what = f"{row['perturbation']} of {row['selection']}, k={row['k']}, in {row['target_layer']}"
@@ -181,10 +215,10 @@ def _warn(run: Run, records: list[dict[str, Any]]) -> None:
             run.warn(f"{what}: the perturbed loss is {row['delta_nll']}")
 
 
-def _write_losses(path: Path, records: list[dict[str, Any]], baseline: Measured, corpus: Corpus) -> None:
+def _write_losses(path: Path, records: Sequence[Record], baseline: Measured, corpus: Corpus) -> None:
     """The paired losses: one row per condition and sequence, nats summed over the sequence."""
     n = len(corpus.sequences)
-    rows = [record["row"] for record in records for _ in range(n)]
+    rows = [cast(dict[str, Any], record["row"]) for record in records for _ in range(n)]
     frame = pd.DataFrame({column: [row[column] for row in rows] for column in _LOSS_KEYS})
     frame["sequence"] = list(range(n)) * len(records)
     clusters = range(n) if corpus.clusters is None else corpus.clusters.tolist()

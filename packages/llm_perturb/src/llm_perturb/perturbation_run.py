@@ -23,7 +23,7 @@ from llm_perturb.evaluation.processes import Processes
 from llm_perturb.evaluation.progress import Progress, note
 from llm_perturb.intervals import MIN_CLUSTERS, by_cluster
 from llm_perturb.measurement_plan import Plan, plan_of, share
-from llm_perturb.measurements_table import failures, record_of, write_records
+from llm_perturb.measurements_table import Record, failures, record_of, write_records
 from llm_perturb.perturbation_options import PerturbationOptions
 from llm_perturb.sweep import sweep
 from llm_perturb.weights_csv import check_model, hash_file
@@ -162,7 +162,7 @@ def _warn_of_few_texts(run: Run, corpus: Corpus) -> None:
 
 def _finished(run: Run, perplexity: Perplexity) -> set[str]:
     """The keys of the conditions that an earlier, killed run of the same request has measured."""
-    records = run.records()
+    records = run.records(Record)
     if any(record["row"]["baseline_nll"] != perplexity.nll for record in records):
         raise RequestError(
             f"{run.folder} was begun where the arithmetic rounds otherwise (another device or number of threads); "
@@ -178,7 +178,7 @@ def _write_results(work: _Work, run: Run, baseline: Measured) -> None:
         RunError: a target failed.
     """
     keys = {key for unit in work.units for key in keys_of(unit)}
-    records = {record["key"]: record for record in run.records()}
+    records = {record["key"]: record for record in run.records(Record)}
     conditions = work.plan.conditions()
     ordered = [records[condition.key] for condition in conditions if condition.key in keys]
     failed = failures(ordered)

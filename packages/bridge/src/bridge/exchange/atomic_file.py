@@ -6,17 +6,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from bridge.exchange.errors import RequestError
+
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its name when the block ends without an exception."""
+    """A temporary path beside ``path`` that takes its name when the block ends without an exception.
+
+    Raises:
+        RequestError: there is a folder of that name.
+    """
     path = Path(path).absolute()  # pandas takes "~" at the beginning of a path for the home folder
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
         with temporary.open("rb") as stream:
             os.fsync(stream.fileno())
-        temporary.replace(path)
+        try:
+            temporary.replace(path)
+        except IsADirectoryError:
+            raise RequestError(f"{path} cannot be written: it is a folder; move it away") from None
         _flush_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)

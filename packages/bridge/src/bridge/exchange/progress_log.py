@@ -9,9 +9,12 @@ import os
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+import msgspec
 
 from bridge.exchange.atomic_file import write_bytes
+from bridge.exchange.file_content import Content
 from bridge.exchange.json_file import parse_json
 from bridge.exchange.layout import PROGRESS_FILES, path_aside, progress_file
 
@@ -34,13 +37,18 @@ def append_record(folder: Path, record: dict[str, Any], writer: int) -> None:
             raise
 
 
-def read_records(folder: Path, warn: Callable[[str], None]) -> list[dict[str, Any]]:
+def read_records(folder: Path, warn: Callable[[str], None], form: type[Content]) -> list[Content]:
     """All finished records, of all writers.
 
     A line cut short by a kill is dropped from its log. A damaged one is set aside with a warning, so that what it
     held is measured again.
+
+    Args:
+        folder: of the run.
+        warn: what to do with a warning.
+        form: the entries and types of a record; entries that it does not name are tolerated.
     """
-    records = []
+    records: list[Content] = []
     for log in sorted(folder.glob(PROGRESS_FILES)):
         if not log.is_file():  # a folder, or a link that leads nowhere
             aside = log.rename(path_aside(log))
@@ -49,7 +57,7 @@ def read_records(folder: Path, warn: Callable[[str], None]) -> list[dict[str, An
         whole, damaged = [], []
         lines = log.read_bytes().split(b"\n")
         for line in lines[:-1]:
-            record = _record(line)
+            record = _record(line, form)
             if record is None:
                 damaged.append(line)
             else:
@@ -71,13 +79,14 @@ def remove_logs(folder: Path) -> None:
         log.unlink(missing_ok=True)
 
 
-def _record(line: bytes) -> dict[str, Any] | None:
+def _record(line: bytes, form: type[Content]) -> Content | None:
     """The record of a line of a log; None where the line is not as it was written."""
     checksum, _, text = line.partition(b" ")
     if checksum != b"%08x" % zlib.crc32(text):
         return None
     try:
         record = parse_json(text)
-    except ValueError:
+        msgspec.convert(record, form)
+    except ValueError:  # of which msgspec's is one
         return None
-    return record if isinstance(record, dict) else None
+    return cast(Content, record)
