@@ -23,7 +23,9 @@ def judging_texts(folder, content="a text that judges\n") -> Path:
 @pytest.mark.slow
 def test_the_damage_is_measured_on_other_texts(tmp_path, output, python):
     path = judging_texts(tmp_path)
-    lines = validate.validate(options(output, python, eval_data_file=str(path), eval_limit=7))
+    chosen = options(output, python, eval_data_file=str(path), eval_limit=7)
+    assert plan(chosen).cost == f"40 measurements (8 targets x 5 sets of weights) on {path}"
+    lines = validate.validate(chosen)
     assert f"on {path} (" in lines[1]
     folder = output / "validation_v"
     manifest = read_manifest(folder)

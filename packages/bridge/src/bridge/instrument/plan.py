@@ -68,7 +68,9 @@ class Plan:
         if n_single:
             parts.append(f"{n_single} single weights")
         total = n_targets * sets_of_layer + n_single
-        return f"{total} measurements ({', '.join(parts)}) on {self.discovery.corpus['n_tokens']} predicted tokens"
+        other = self.other_texts.get("data_file") or self.other_texts.get("dataset")
+        texts = other or f"{self.discovery.corpus['n_tokens']} predicted tokens"  # of others they are not counted yet
+        return f"{total} measurements ({', '.join(parts)}) on {texts}"
 
 
 def plan(options: ValidationOptions) -> Plan:
