@@ -1,15 +1,18 @@
 """Killed runs, and runs in several processes."""
 
+import json
 import shutil
 import signal
 import socket
 import time
 
+import msgspec
 import pandas as pd
 import pytest
 from bridge.exchange.tables import MEASUREMENTS, read_table
 from llm_perturb import perturbation_run
 from llm_perturb.evaluation import models
+from llm_perturb.measurements_table import record_form
 from perturbation_commands import DENSE, UP, call, common_flags, manifest_of, run_of, start
 
 pytestmark = pytest.mark.usefixtures("quiet_surroundings")
@@ -63,6 +66,21 @@ def copied(killed, flags, identifier):
 def test_a_killed_run_is_unfinished_and_shows_no_table(killed):
     assert manifest_of(killed)["status"] == "running"
     assert not (killed / "measurements.csv").exists()
+
+
+@pytest.mark.slow
+def test_a_record_lacks_nothing(killed):
+    line = (killed / "progress-0.jsonl").read_bytes().splitlines()[0]
+    record, form = json.loads(line.partition(b" ")[2]), record_form(12)
+    msgspec.convert(record, form)
+    lacking = [{key: value for key, value in record.items() if key != left_out} for left_out in record]
+    for left_out in record["row"]:
+        row = {key: value for key, value in record["row"].items() if key != left_out}
+        lacking.append(record | {"row": row})
+    lacking.append(record | {"losses": record["losses"][1:]})
+    for each in lacking:
+        with pytest.raises(msgspec.ValidationError):
+            msgspec.convert(each, form)
 
 
 @pytest.mark.slow

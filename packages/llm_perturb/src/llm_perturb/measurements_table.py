@@ -1,10 +1,10 @@
 """The table of measurements: its rows, its files, and what is printed of it."""
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict, cast
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
 import pandas as pd
 from bridge.exchange import layout
@@ -27,45 +27,28 @@ from llm_perturb.measurement_condition import Outcome
 from llm_perturb.top_against_random import compare
 
 _WHOLE = {"seed": "Int64", "row": "Int64", "col": "Int64"}  # columns that may be empty
+_INT64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+_TYPES: dict[str, Any] = {"str": str, "float": float, "int": _INT64, "int?": _INT64 | None}
+_FURTHER = {"row": "int?", "col": "int?", "n_clusters": "int", "few_texts_decide": "int"}  # columns of every row
+_FURTHER |= dict.fromkeys(["ppl_ratio", "ppl_ratio_low", "ppl_ratio_high", "perturbed_ppl_low"], "float")
+_FURTHER |= dict.fromkeys(["perturbed_ppl_high", "delta_ppl_low", "delta_ppl_high", "delta_accuracy"], "float")
+_FURTHER |= dict.fromkeys(["kl", "n_eff"], "float")
 _LOSS_KEYS = ["target_layer", "selection", "perturbation", "k", "seed", "row", "col"]
 _MAX_NAMES = 3  # a row that perturbs more parameters says only how many
 
 
-class RecordedRow(TypedDict):
-    """Those columns of a row that are looked at before the table is written."""
-
-    target_layer: str
-    selection: str
-    perturbation: str
-    k: int
-    n_weights: int
-    n_changed: int
-    baseline_nll: float
-    delta_nll: float
-
-
-class Record(TypedDict):
-    """What the log of a run holds of one condition until the table is written.
-
-    Attributes:
-        key: of the condition.
-        row: of the table.
-        losses: of each sequence, nats.
-        correct: of each sequence, how many tokens were the most probable ones.
-        divergence: of each sequence, nats, where it was asked for.
-        failure: why the measurement must not be used, if it must not.
-    """
-
-    key: str
-    row: RecordedRow
-    losses: list[float]
-    correct: list[int]
-    divergence: NotRequired[list[float]]
-    failure: str | None
+def record_form(n_sequences: int) -> type[msgspec.Struct]:
+    """What a record of a run's log has to be: its entries, their types, and one number of each sequence."""
+    each = msgspec.Meta(min_length=n_sequences, max_length=n_sequences)
+    columns = MEASUREMENTS.columns | _FURTHER
+    row = msgspec.defstruct("Row", [(column, _TYPES[kind]) for column, kind in columns.items()])
+    losses, counts = Annotated[list[float], each], Annotated[list[int], each]
+    fields = [("key", str), ("row", row), ("losses", losses), ("correct", counts), ("failure", str | None)]
+    return msgspec.defstruct("Record", [*fields, ("divergence", losses | None, None)])
 
 
 def record_of(outcome: Outcome, baseline: Measured, before: Perplexity, corpus: Corpus, model: str) -> dict[str, Any]:
-    """One outcome as a ``Record``.
+    """What the log of a run holds of one outcome until the table is written; see ``record_form``.
 
     Args:
         outcome: of one condition.
@@ -86,7 +69,7 @@ def record_of(outcome: Outcome, baseline: Measured, before: Perplexity, corpus: 
     return record | {"failure": outcome.failure}
 
 
-def failures(records: Sequence[Record]) -> dict[str, str]:
+def failures(records: list[dict[str, Any]]) -> dict[str, str]:
     """The targets that failed, with the first error of each."""
     failed: dict[str, str] = {}
     for record in records:
@@ -151,7 +134,7 @@ def row_of(outcome: Outcome, baseline: Measured, before: Perplexity, corpus: Cor
 
 
 def write_records(
-    run: Run, records: Sequence[Record], baseline: Measured, corpus: Corpus, comparisons: bool = True
+    run: Run, records: list[dict[str, Any]], baseline: Measured, corpus: Corpus, comparisons: bool = True
 ) -> None:
     """Write the table and the losses behind it, and print it.
 
@@ -201,7 +184,7 @@ def _print_comparison(row: Any) -> None:  # noqa: ANN401 - a named tuple of pand
     say(line)
 
 
-def _warn(run: Run, records: Sequence[Record]) -> None:
+def _warn(run: Run, records: list[dict[str, Any]]) -> None:
     for record in records:
         row = record["row"]
         what = f"{row['perturbation']} of {row['selection']}, k={row['k']}, in {row['target_layer']}"
@@ -215,10 +198,10 @@ def _warn(run: Run, records: Sequence[Record]) -> None:
             run.warn(f"{what}: the perturbed loss is {row['delta_nll']}")
 
 
-def _write_losses(path: Path, records: Sequence[Record], baseline: Measured, corpus: Corpus) -> None:
+def _write_losses(path: Path, records: list[dict[str, Any]], baseline: Measured, corpus: Corpus) -> None:
     """The paired losses: one row per condition and sequence, nats summed over the sequence."""
     n = len(corpus.sequences)
-    rows = [cast(dict[str, Any], record["row"]) for record in records for _ in range(n)]
+    rows = [record["row"] for record in records for _ in range(n)]
     frame = pd.DataFrame({column: [row[column] for row in rows] for column in _LOSS_KEYS})
     frame["sequence"] = list(range(n)) * len(records)
     clusters = range(n) if corpus.clusters is None else corpus.clusters.tolist()

@@ -23,7 +23,7 @@ from llm_perturb.evaluation.processes import Processes
 from llm_perturb.evaluation.progress import Progress, note
 from llm_perturb.intervals import MIN_CLUSTERS, by_cluster
 from llm_perturb.measurement_plan import Plan, plan_of, share
-from llm_perturb.measurements_table import Record, failures, record_of, write_records
+from llm_perturb.measurements_table import failures, record_form, record_of, write_records
 from llm_perturb.perturbation_options import PerturbationOptions
 from llm_perturb.sweep import sweep
 from llm_perturb.weights_csv import check_model, hash_file
@@ -136,7 +136,7 @@ def _carry_out(work: _Work, run: Run, processes: Processes) -> None:
     if len({tuple(losses) for losses in processes.gather(baseline.losses.tolist())}) > 1:
         raise RunError("the processes do not agree on the baseline; do they run on different hardware?")
 
-    finished = processes.once(lambda: _finished(run, perplexity))
+    finished = processes.once(lambda: _finished(run, perplexity, record_form(len(work.corpus.sequences))))
     own = share(work.units, processes.rank, processes.world)
     remaining = [unit for unit in own if not keys_of(unit) <= finished]
     remaining = choose_weights(work.plan, remaining, model, corpus)
@@ -160,9 +160,9 @@ def _warn_of_few_texts(run: Run, corpus: Corpus) -> None:
         run.warn(f"{n_clusters} texts are too few for an interval (at least {MIN_CLUSTERS})")
 
 
-def _finished(run: Run, perplexity: Perplexity) -> set[str]:
+def _finished(run: Run, perplexity: Perplexity, form: type[object]) -> set[str]:
     """The keys of the conditions that an earlier, killed run of the same request has measured."""
-    records = run.records(Record)
+    records = run.records(form)
     if any(record["row"]["baseline_nll"] != perplexity.nll for record in records):
         raise RequestError(
             f"{run.folder} was begun where the arithmetic rounds otherwise (another device or number of threads); "
@@ -178,7 +178,8 @@ def _write_results(work: _Work, run: Run, baseline: Measured) -> None:
         RunError: a target failed.
     """
     keys = {key for unit in work.units for key in keys_of(unit)}
-    records = {record["key"]: record for record in run.records(Record)}
+    form = record_form(len(work.corpus.sequences))
+    records = {record["key"]: record for record in run.records(form)}
     conditions = work.plan.conditions()
     ordered = [records[condition.key] for condition in conditions if condition.key in keys]
     failed = failures(ordered)

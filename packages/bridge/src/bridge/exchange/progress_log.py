@@ -14,7 +14,6 @@ from typing import Any, cast
 import msgspec
 
 from bridge.exchange.atomic_file import write_bytes
-from bridge.exchange.file_content import Content
 from bridge.exchange.json_file import parse_json
 from bridge.exchange.layout import PROGRESS_FILES, path_aside, progress_file
 
@@ -37,7 +36,7 @@ def append_record(folder: Path, record: dict[str, Any], writer: int) -> None:
             raise
 
 
-def read_records(folder: Path, warn: Callable[[str], None], form: type[Content]) -> list[Content]:
+def read_records(folder: Path, warn: Callable[[str], None], form: type[object]) -> list[dict[str, Any]]:
     """All finished records, of all writers.
 
     A line cut short by a kill is dropped from its log. A damaged one is set aside with a warning, so that what it
@@ -48,7 +47,7 @@ def read_records(folder: Path, warn: Callable[[str], None], form: type[Content])
         warn: what to do with a warning.
         form: the entries and types of a record; entries that it does not name are tolerated.
     """
-    records: list[Content] = []
+    records: list[dict[str, Any]] = []
     for log in sorted(folder.glob(PROGRESS_FILES)):
         if not log.is_file():  # a folder, or a link that leads nowhere
             aside = log.rename(path_aside(log))
@@ -79,7 +78,7 @@ def remove_logs(folder: Path) -> None:
         log.unlink(missing_ok=True)
 
 
-def _record(line: bytes, form: type[Content]) -> Content | None:
+def _record(line: bytes, form: type[object]) -> dict[str, Any] | None:
     """The record of a line of a log; None where the line is not as it was written."""
     checksum, _, text = line.partition(b" ")
     if checksum != b"%08x" % zlib.crc32(text):
@@ -89,4 +88,4 @@ def _record(line: bytes, form: type[Content]) -> Content | None:
         msgspec.convert(record, form)
     except ValueError:  # of which msgspec's is one
         return None
-    return cast(Content, record)
+    return cast(dict[str, Any], record)

@@ -19,7 +19,6 @@ from filelock import FileLock
 from bridge.exchange.atomic_file import write_json
 from bridge.exchange.errors import RequestError
 from bridge.exchange.existing_runs import SCHEMA_VERSION, find_unfinished_run, manifest_if_any
-from bridge.exchange.file_content import Content
 from bridge.exchange.fingerprint import Fingerprint, difference, recorded_fingerprint, write_fingerprint
 from bridge.exchange.host import describe_host
 from bridge.exchange.layout import MANIFEST_FILE, RESERVE_FILE, run_folder_name
@@ -119,7 +118,7 @@ class Run:
         """Add one finished record to the log of a writer (each process is one); it is on disk when this returns."""
         append_record(self.folder, record, writer)
 
-    def records(self, form: type[Content]) -> list[Content]:
+    def records(self, form: type[object]) -> list[dict[str, Any]]:
         """All finished records, of all writers; those that are damaged, or not of this form, are set aside."""
         return read_records(self.folder, self.warn, form)
 
