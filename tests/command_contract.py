@@ -14,8 +14,9 @@ from typing import TextIO
 
 import psutil
 
+# warnings, also of the library that reads a model's configuration, and notes
 _BESIDES = re.compile(
-    r"WARNING: |.*holds \d+ (validations|discovery runs); the newest is|\d+ measurements? \("  # warnings, and notes
+    r"WARNING: |\[transformers\] |.*holds \d+ (validations|discovery runs); the newest is|\d+ measurements? \("
 )
 
 

@@ -170,3 +170,20 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
         write_json(path, {"a": object()})
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
     assert path.read_text() == "old"
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1.01", "nan", "", "x"])
+def test_a_probability_is_above_0_and_at_most_1(tmp_path, text):
+    table = Table("draws", {"name": "str", "p": "probability"})
+    (tmp_path / "t.csv").write_text(f"name,p\na,1\nb,{text}\n")
+    with pytest.raises(RequestError, match="t.csv, line 3: column p should be a number above 0 and at most 1, not"):
+        read_table(tmp_path / "t.csv", table)
+
+
+def test_columns_that_may_follow_have_their_type(tmp_path):
+    table = Table("rows", {"name": "str"}, further={"col": "int?"})
+    (tmp_path / "t.csv").write_text("name,col\na,\nb,2\n")
+    assert read_table(tmp_path / "t.csv", table)["col"].dtype == "Int64"
+    (tmp_path / "t.csv").write_text('name,col\na,"b,c"\n')
+    with pytest.raises(RequestError, match=r"column col should be a whole number of 64 bits, or empty, not 'b,c'"):
+        read_table(tmp_path / "t.csv", table)

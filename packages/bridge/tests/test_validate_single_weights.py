@@ -115,7 +115,7 @@ def test_a_sample_of_unknown_probability_is_asked_for_again(output, python):
 def test_a_probability_is_above_0_and_at_most_1(output, python, inclusion):
     path = output / "critical_analysis_1" / "sampled_weights.csv"
     pd.read_csv(path).assign(inclusion=inclusion).to_csv(path, index=False)
-    with pytest.raises(RequestError, match="an inclusion probability is not above 0 and at most 1"):
+    with pytest.raises(RequestError, match=r"line 2: column inclusion should be a number above 0 and at most 1, not"):
         plan(options(output, python, single_weights=3))
 
 

@@ -13,6 +13,7 @@ from bridge.exchange.file_content import checked
 from bridge.exchange.fingerprint import MISSING, Fingerprint, difference, recorded_fingerprint
 from bridge.exchange.manifest import ShardManifest
 from bridge.exchange.run_folder import RunOptions, check_output, open_run
+from bridge.exchange.tables import MEASUREMENTS, read_table
 
 from llm_perturb.measurements_table import write_comparisons
 
@@ -146,6 +147,7 @@ def _write(folder: Path, shards: list[Path], rows: list[list[int]]) -> None:
     losses: dict[int, pd.DataFrame] = {}  # row of the request -> the losses of its n sequences
     header = ""
     for shard, own_rows in zip(shards, rows, strict=True):
+        read_table(shard / layout.MEASUREMENTS_FILE, MEASUREMENTS)  # refuses what is no number
         try:
             table = (shard / layout.MEASUREMENTS_FILE).read_text(encoding="utf-8")
             header, *own_lines = table.splitlines(keepends=True)

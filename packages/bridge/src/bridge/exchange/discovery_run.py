@@ -140,8 +140,6 @@ class Discovery:
         if not path.exists():
             raise RequestError(f"{path} is missing: --single-weights takes them from there; run the discovery again")
         sampled = read_sampled(path, self.metrics())
-        if not sampled["inclusion"].between(0, 1, inclusive="right").all():
-            raise RequestError(f"{path} is damaged: an inclusion probability is not above 0 and at most 1")
         shares = [layout.share_column(metric) for metric in self.metrics()]
         if not set(shares) <= set(sampled) or not sampled[shares].gt(0).all(axis=None):
             raise RequestError(f"{path} lacks {shares[0]} or another share, or one is not above 0; discover again")

@@ -7,7 +7,7 @@ bits back; a file appears under its name only once it is complete.
 import csv
 import io
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -24,13 +24,15 @@ class Table:
 
     Attributes:
         name: in messages.
-        columns: the type of each column: str, int, float, or int? (may be empty).
+        columns: the type of each column: str, int, float, int? (may be empty), or probability (above 0, at most 1).
         later: columns that the tables of earlier versions lack.
+        further: likewise the types of columns that may follow.
     """
 
     name: str
     columns: dict[str, str]
     later: frozenset[str] = frozenset()
+    further: dict[str, str] = field(default_factory=dict)
 
 
 TOP_WEIGHTS = Table(
@@ -48,11 +50,11 @@ TOP_WEIGHTS = Table(
 SAMPLED_WEIGHTS = Table(
     "sampled weights",
     {"layer": "str", "parameter": "str", "row": "int", "col": "int?", "value": "float"}
-    | {"inclusion": "float"},  # probability with which the weight came into the table
+    | {"inclusion": "probability"},  # with which the weight came into the table
 )  # followed by score_<metric> and share_<metric> columns, one of each for each metric of the run
 SINGLE_WEIGHTS = Table(
     "single weights",
-    TOP_WEIGHTS.columns | {"inclusion": "float"},  # probability of being perturbed alone, from the discovery on
+    TOP_WEIGHTS.columns | {"inclusion": "probability"},  # of being perturbed alone, from the discovery on
 )
 LAYER_SUMMARY = Table(
     "layer summary",
@@ -85,7 +87,8 @@ MEASUREMENTS = Table(
         "model": "str",
     },
     later=frozenset({"n_changed"}),
-)  # followed by row and col: of a weight that was perturbed alone, else empty
+    further={"row": "int?", "col": "int?"},  # of a weight that was perturbed alone, else empty
+)
 TARGETS = Table(
     "targets",
     {
@@ -95,7 +98,7 @@ TARGETS = Table(
         "score_sum": "float",
         "score_rank": "int",
         "n_layers": "int",  # from which the targets were chosen
-        "inclusion": "float",  # probability with which the layer was chosen; 1 for a top layer
+        "inclusion": "probability",  # with which the layer was chosen; 1 for a top layer
     },
 )
 CORRELATIONS = Table(
@@ -147,6 +150,8 @@ STABILITY = Table(
 _EMPTY = {"", "NA", "nan", "NaN"}
 _INT64 = 2**63
 _EXPECTED = {"float": "a number", "int": "a whole number of 64 bits", "int?": "a whole number of 64 bits, or empty"}
+_EXPECTED |= {"probability": "a number above 0 and at most 1"}
+_DTYPES = {"int": "int64", "int?": "Int64", "float": "float64", "probability": "float64"}
 
 
 def write_table(path: Path, frame: pd.DataFrame, table: Table) -> None:
@@ -184,11 +189,11 @@ def read_table(path: Path, table: Table) -> pd.DataFrame:
     if len(lines) == 1:
         raise RequestError(f"{path} holds no rows of {table.name}")
     line_numbers = [number for number, _ in lines[1:]]
-    columns = {}
+    columns, kinds = {}, table.columns | table.further
     for at, name in enumerate(header):
         texts = [row[at] for _, row in lines[1:]]
         cell = partial(_cell, path, line_numbers, name)
-        columns[name] = _parse(texts, table.columns[name], cell) if name in table.columns else _guess(texts, cell)
+        columns[name] = _parse(texts, kinds[name], cell) if name in kinds else _guess(texts, cell)
     return pd.DataFrame(columns)
 
 
@@ -224,7 +229,7 @@ def _parse(texts: list[str], kind: str, cell: Callable[[int], str]) -> pd.Series
             values.append(_number(text, kind))
         except ValueError:
             raise RequestError(f"{cell(row)} should be {_EXPECTED[kind]}, not '{text[:80]}'") from None
-    return pd.Series(values, dtype={"int": "int64", "int?": "Int64", "float": "float64"}[kind])
+    return pd.Series(values, dtype=_DTYPES[kind])
 
 
 def _names(texts: list[str], cell: Callable[[int], str]) -> pd.Series:
@@ -239,6 +244,11 @@ def _number(text: str, kind: str) -> float | int | None:
     """A number as Python reads it, which is exact."""
     if kind == "float":
         return float(text) if text not in _EMPTY else float("nan")
+    if kind == "probability":
+        probability = float(text)
+        if not 0 < probability <= 1:
+            raise ValueError(text)
+        return probability
     if kind == "int?" and text in _EMPTY:
         return None
     try:
