@@ -78,6 +78,9 @@ def test_a_record_lacks_nothing(killed):
         row = {key: value for key, value in record["row"].items() if key != left_out}
         lacking.append(record | {"row": row})
     lacking.append(record | {"losses": record["losses"][1:]})
+    for seed in (2**63 - 1, -(2**63)):
+        msgspec.convert(record | {"row": record["row"] | {"seed": seed}}, form)
+    lacking += [record | {"row": record["row"] | {"seed": seed}} for seed in (2**63, -(2**63) - 1)]
     for each in lacking:
         with pytest.raises(msgspec.ValidationError):
             msgspec.convert(each, form)
