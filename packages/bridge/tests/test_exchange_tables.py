@@ -1,6 +1,7 @@
 import csv
 import math
 import struct
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -187,3 +188,11 @@ def test_columns_that_may_follow_have_their_type(tmp_path):
     (tmp_path / "t.csv").write_text('name,col\na,"b,c"\n')
     with pytest.raises(RequestError, match=r"column col should be a whole number of 64 bits, or empty, not 'b,c'"):
         read_table(tmp_path / "t.csv", table)
+
+
+def test_a_folder_called_like_the_home_folder_is_not_it(tmp_path, monkeypatch):
+    (tmp_path / "~").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    write_table(Path("~/t.csv"), pd.DataFrame({"name": ["a"]}), Table("rows", {"name": "str"}))
+    assert (tmp_path / "~" / "t.csv").read_text() == "name\na\n"

@@ -29,10 +29,6 @@ from llm_perturb.top_against_random import compare
 _WHOLE = {"seed": "Int64", "row": "Int64", "col": "Int64"}  # columns that may be empty
 _INT64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 _TYPES: dict[str, Any] = {"str": str, "float": float, "int": _INT64, "int?": _INT64 | None}
-_FURTHER = {"row": "int?", "col": "int?", "n_clusters": "int", "few_texts_decide": "int"}  # columns of every row
-_FURTHER |= dict.fromkeys(["ppl_ratio", "ppl_ratio_low", "ppl_ratio_high", "perturbed_ppl_low"], "float")
-_FURTHER |= dict.fromkeys(["perturbed_ppl_high", "delta_ppl_low", "delta_ppl_high", "delta_accuracy"], "float")
-_FURTHER |= dict.fromkeys(["kl", "n_eff"], "float")
 _LOSS_KEYS = ["target_layer", "selection", "perturbation", "k", "seed", "row", "col"]
 _MAX_NAMES = 3  # a row that perturbs more parameters says only how many
 
@@ -40,7 +36,7 @@ _MAX_NAMES = 3  # a row that perturbs more parameters says only how many
 def record_form(n_sequences: int) -> type[msgspec.Struct]:
     """What a record of a run's log has to be: its entries, their types, and one number of each sequence."""
     each = msgspec.Meta(min_length=n_sequences, max_length=n_sequences)
-    columns = MEASUREMENTS.columns | _FURTHER
+    columns = MEASUREMENTS.columns | MEASUREMENTS.further
     row = msgspec.defstruct("Row", [(column, _TYPES[kind]) for column, kind in columns.items()])
     losses, counts = Annotated[list[float], each], Annotated[list[int], each]
     fields = [("key", str), ("row", row), ("losses", losses), ("correct", counts), ("failure", str | None)]

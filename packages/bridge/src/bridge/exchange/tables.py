@@ -87,7 +87,11 @@ MEASUREMENTS = Table(
         "model": "str",
     },
     later=frozenset({"n_changed"}),
-    further={"row": "int?", "col": "int?"},  # of a weight that was perturbed alone, else empty
+    further={"row": "int?", "col": "int?"}  # of a weight that was perturbed alone, else empty
+    | dict.fromkeys(["ppl_ratio", "ppl_ratio_low", "ppl_ratio_high", "perturbed_ppl_low"], "float")
+    | dict.fromkeys(["perturbed_ppl_high", "delta_ppl_low", "delta_ppl_high"], "float")
+    | dict.fromkeys(["delta_accuracy", "kl", "n_eff"], "float")
+    | {"n_clusters": "int", "few_texts_decide": "int"},
 )
 TARGETS = Table(
     "targets",
